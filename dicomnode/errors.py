@@ -1,0 +1,85 @@
+"""Each failure the node names: what the peer is told (DIMSE status) and whether trying again can help.
+
+Must never import another room. `transient` is for the engine: it alone retries.
+"""
+
+from __future__ import annotations
+
+
+class NodeError(Exception):
+    """A failure with a documented answer. The message is one sentence for the person who reads it."""
+
+    dimse_status: int = 0xC001  # PS3.4 B.2.3: Cannot understand
+    transient: bool = False
+
+
+class UsageError(NodeError):
+    """Wrong use or input on the command line or in a file: one sentence, exit code 2."""
+
+
+class ConfigError(UsageError):
+    """The configuration has mistakes; the message names all of them at once."""
+
+
+class StoreRefused(NodeError):
+    """A C-STORE request is answered with a failure status; `dimse_status` and the message become status and Error Comment."""
+
+
+class OutOfResources(StoreRefused):
+    """The disk is below its reserve, or the database cannot take a row: nothing is stored now, sending again later can work."""
+
+    dimse_status = 0xA700  # PS3.4 B.2.3 Refused: Out of Resources
+    transient = True
+
+
+class DataSetDoesNotMatchSOPClass(StoreRefused):
+    """Command set and data set disagree on SOP Class or SOP Instance UID, or the SOP class is not the negotiated one."""
+
+    dimse_status = 0xA900  # PS3.4 B.2.3 Error: Data Set does not match SOP Class
+
+
+class CannotUnderstand(StoreRefused):
+    """The data set cannot be read to its end in the negotiated transfer syntax, or a mandatory UID is missing or malformed."""
+
+    dimse_status = 0xC001
+
+
+class PixelDataTooShort(StoreRefused):
+    """The pixel data is shorter than its header says, or the fragment structure of encapsulated data is broken."""
+
+    dimse_status = 0xC002
+
+
+class ContentConflict(StoreRefused):
+    """The SOP Instance UID is already stored with other content: the first stays, the second is quarantined."""
+
+    dimse_status = 0xC003
+
+
+class ProcessingFailure(StoreRefused):
+    """The node itself failed while it stored the object; nothing was kept and the cause is in the log."""
+
+    dimse_status = 0xC004
+    transient = True
+
+
+class PackageError(UsageError):
+    """A model package cannot be used: malformed manifest, wrong digest, unsafe weights, or not checked."""
+
+
+class AnalysisFailed(NodeError):
+    """The analysis of an eligible study failed, e.g. an image could not be decoded or the model gave no usable output."""
+
+
+class ProofFailed(NodeError):
+    """A result object, decoded independently, doesn't agree with the findings: it is withheld."""
+
+
+class PeerUnavailable(NodeError):
+    """The peer did not accept the association, or broke it, or answered a transient status: sending again later can work."""
+
+    transient = True
+
+
+class PeerRefused(NodeError):
+    """The peer answered with a permanent failure for an object: a person must look."""

@@ -1,0 +1,155 @@
+"""The value types that analysis produces and results consume. No DICOM encoding, no torch, no storage here.
+
+Axes everywhere: voxel arrays are indexed (slice k, row r, column c); positions are LPS millimetres in the
+patient coordinate system of PS3.3 C.7.6.2.1.1; an affine maps (k, r, c, 1) to (x, y, z, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Laterality = Literal["left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """A coded concept (PS3.3 8.8): value, coding scheme designator, meaning."""
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """One image series as voxels in patient space.
+
+    `voxels` is float32 (slices, rows, columns) in the modality's units (CT: HU). `affine` is 4x4 float64 and maps
+    (k, r, c, 1) to LPS mm of the voxel's centre. `sop_instance_uids[k]` is the image of slice k.
+    """
+
+    voxels: NDArray[np.float32]
+    affine: NDArray[np.float64]
+    sop_instance_uids: tuple[str, ...]
+    series_instance_uid: str
+    study_instance_uid: str
+    frame_of_reference_uid: str
+    modality: str
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxel centres along (slice, row, column), mm."""
+        norms = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(norms[0]), float(norms[1]), float(norms[2])
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+
+    def to_lps(self, index: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Map (..., 3) voxel indices (k, r, c) to (..., 3) LPS mm."""
+        return np.asarray(index @ self.affine[:3, :3].T + self.affine[:3, 3], dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A mask inside a volume: a boolean box and where its first voxel lies in the volume."""
+
+    mask: NDArray[np.bool_]  # (k, r, c), cropped to its bounds; never empty
+    origin: tuple[int, int, int]  # index of mask[0, 0, 0] in the volume
+
+    @property
+    def voxel_count(self) -> int:
+        """Number of voxels in the segment."""
+        return int(np.count_nonzero(self.mask))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A number with its concept and UCUM unit, and how it was derived."""
+
+    name: Code
+    value: float
+    unit: Code  # scheme UCUM
+    method: Code | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongAxis:
+    """The longest diameter of a segment within one slice: two points in LPS mm and the slice they lie in."""
+
+    slice_index: int
+    points_lps_mm: tuple[tuple[float, float, float], tuple[float, float, float]]
+    points_px: tuple[tuple[float, float], tuple[float, float]]  # (column, row), pixel centres at whole numbers
+    length_mm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing a model says about a study."""
+
+    number: int  # 1.. within its Findings: the segment number, and the ordinal its UIDs derive from
+    label: str
+    probability: float  # 0..1
+    category: Code  # e.g. (49755003, SCT, Morphologically Abnormal Structure)
+    type: Code  # e.g. (27925004, SCT, Nodule)
+    site: Code | None  # anatomic region
+    side: Laterality | None
+    centre_lps_mm: tuple[float, float, float]
+    segment: Segment
+    long_axis: LongAxis
+    measurements: tuple[Measurement, ...]
+    colour_cielab: tuple[float, float, float]
+
+    @property
+    def volume_ml(self) -> float:
+        """The volume measurement (118565006, SCT) in ml; 0.0 if there is none."""
+        return next((m.value for m in self.measurements if m.name.value == "118565006"), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What one model package says about one series. An empty `findings` is a statement: nothing was found."""
+
+    package: str
+    version: str
+    digest: str  # sha256 hex of the package
+    algorithm_name: str
+    manufacturer: str
+    series_instance_uid: str
+    findings: tuple[Finding, ...]
+    device: str  # e.g. "cpu fp32", "cuda bf16"
+    omitted: int = 0  # findings beyond the cap, counted and said
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """Everything a result object's UIDs and dates derive from (contract 11)."""
+
+    study_instance_uid: str
+    revision: int
+    package: str
+    version: str
+    digest: str
+    run: int
+    created_at: datetime  # aware; kept with the job, so a retry writes the same dates
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultObject:
+    """An encoded DICOM object (a whole Part 10 file) made from findings."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    series_instance_uid: str
+    modality: str  # "SEG" or "SR"
+    data: bytes

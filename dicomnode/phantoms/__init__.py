@@ -1,0 +1,1 @@
+"""Phantoms: synthetic studies by code with known truth, used by the demo, the tests and the training alike."""

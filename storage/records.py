@@ -1,0 +1,222 @@
+"""The frozen records that storage hands out. Built by storage alone; every other room only reads them.
+
+Times are aware datetimes in UTC. UIDs and AE titles are plain strings, already validated by whoever writes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+Priority = Literal["stat", "routine"]
+JobKind = Literal["analyse", "deliver"]
+JobState = Literal["queued", "running", "done", "refused", "failed", "cancelled"]
+PackageState = Literal["added", "checked", "enabled"]
+DeliveryState = Literal["waiting", "sent", "failed"]
+ObjectKind = Literal["image", "other"]  # only images make revisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredObject:
+    """A file in the object store that is synced and will not change."""
+
+    object_id: str  # 32 hex digits of our own; the path derives from it and from nothing else
+    sha256: str  # of the whole file
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceHeader:
+    """What the index keeps of a received SOP instance."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    series_instance_uid: str
+    study_instance_uid: str
+    dataset_sha256: str  # of the data set's bytes as received, without file meta
+    kind: ObjectKind
+    modality: str
+    instance_number: int | None
+    patient_id: str
+    patient_name: str
+    study_date: str
+    study_description: str
+    accession_number: str
+    series_number: int | None
+    series_description: str
+    requested_priority: Priority  # from Requested Procedure Priority (0040,1003): STAT -> stat
+    calling_ae_title: str
+    called_ae_title: str
+    note: str = ""  # e.g. trailing padding of the pixel data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One stored SOP instance."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    series_instance_uid: str
+    study_instance_uid: str
+    dataset_sha256: str
+    kind: ObjectKind
+    made_here: bool  # a result of this node that came back: stored and linked, never analysed
+    instance_number: int | None
+    calling_ae_title: str
+    called_ae_title: str
+    note: str
+    received_at: datetime
+    stored: StoredObject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One series with its instance count."""
+
+    series_instance_uid: str
+    study_instance_uid: str
+    modality: str
+    series_number: int | None
+    series_description: str
+    instances: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One study as the index sees it now."""
+
+    study_instance_uid: str
+    patient_id: str
+    patient_name: str
+    study_date: str
+    study_description: str
+    accession_number: str
+    instances: int
+    revision: int  # last closed revision; 0 while none is
+    state: Literal["receiving", "closed"]  # receiving: images arrived since the last closed revision
+    first_received_at: datetime
+    last_received_at: datetime
+    released_at: datetime | None  # last release of an association that brought images of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """The n-th stable content of a study."""
+
+    study_instance_uid: str
+    number: int
+    closed_at: datetime
+    evidence: str  # why it was held complete
+    outcome: str  # "jobs" or why there are none, e.g. "no route"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarantined:
+    """A received object that was not accepted and is kept for the admin (contract 2), or a refusal with nothing kept."""
+
+    id: int
+    sop_instance_uid: str
+    study_instance_uid: str | None
+    calling_ae_title: str
+    dimse_status: int
+    reason: str
+    received_at: datetime
+    stored: StoredObject | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A remote application entity that may send studies here or receive results. Only the registry hands peers out."""
+
+    ae_title: str
+    host: str
+    port: int
+    sends: bool
+    receives: bool
+    tls: bool
+    client_cert: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Which studies go to which package, and who gets the results. "*" matches every AE title."""
+
+    name: str
+    from_ae_title: str
+    called_ae_title: str
+    package: str
+    version: str | None  # None: the enabled one
+    to_ae_titles: tuple[str, ...]
+    priority: Priority | None
+    quiet_seconds: float
+    report_refusals: bool  # send an SR "not analysed: reason" when the package refuses the study
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageRecord:
+    """A model package that the node keeps: its digest is what was consented to."""
+
+    name: str
+    version: str
+    digest: str
+    state: PackageState
+    check: dict[str, Any] | None  # what `package check` reported
+    added_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One unit of work: (kind, study, revision, package, run[, peer])."""
+
+    key: str
+    kind: JobKind
+    study_instance_uid: str
+    revision: int
+    package: str
+    version: str
+    digest: str
+    run: int
+    peer: str | None  # deliver only
+    to_ae_titles: tuple[str, ...]  # analyse only: who gets the results
+    report_refusals: bool
+    priority: Priority
+    state: JobState
+    attempts: int
+    reason_code: str | None
+    reason: str | None
+    detail: dict[str, Any]  # analyse: {"findings": [...], "seconds": {...}, "series_instance_uid": ...}
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A result object made by this node, stored before it is sent."""
+
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    modality: str
+    study_instance_uid: str
+    job_key: str
+    stored: StoredObject
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """One result object on its way to one peer."""
+
+    sop_instance_uid: str
+    peer: str
+    job_key: str  # of the deliver job
+    state: DeliveryState
+    attempts: int
+    status: int | None  # last DIMSE status
+    error: str | None
+    next_at: datetime | None
+    sent_at: datetime | None
