@@ -142,7 +142,10 @@ def load_settings(file: Path | None, environment: Mapping[str, str] = os.environ
 
 def commented_toml() -> str:
     """Return a `dicomnode.toml` that names every setting with its default, commented out but for the AE title."""
-    lines = ["# dicomnode: what the installer sets; a restart applies it. Peers, routes and packages: see `dicomnode peer|route|package`.", ""]
+    lines = [
+        "# dicomnode: what the installer sets; a restart applies it. Peers, routes and packages: see `dicomnode peer|route|package`.",
+        "",
+    ]
     for name, section in Settings.model_fields.items():
         defaults = section.default
         lines.append(f"[{name}]  # {(type(defaults).__doc__ or '').strip()}")
