@@ -19,7 +19,7 @@ seconds = $$(( $$(date +%s) - $(start) ))
 has_python = $(shell $(PYTHON) -c 'import sys, venv, ensurepip; print(int(sys.version_info >= (3, 11)))' 2>/dev/null)
 require_python = $(if $(filter 1,$(has_python)),,$(error dicomnode needs Python 3.11 or newer with its venv module (Debian: python3-venv), and `$(PYTHON)` is not that))
 # --no-compile: bytecode is written on first import, for what is imported only
-pip_install = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+pip_install = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-system test-long check format
 .NOTPARALLEL:
