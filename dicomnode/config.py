@@ -74,7 +74,7 @@ class AnalysisSection(_Section):
 class LogSection(_Section):
     """The log on standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
     json_lines: bool = Field(True, description="one JSON object a line; false: for people")
 
 
