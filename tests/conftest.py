@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
+from pacs import Node, Orthanc
+from pacs import orthanc as run_orthanc
 from postgres import postgres_cluster, postgres_programs
 
 
@@ -36,3 +38,18 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     yield server.set(database=name).render_as_string(hide_password=False)
     with engine.connect() as connection:
         connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def node(tmp_path: Path, database_url: str) -> Iterator[Node]:
+    """A node with a fresh data folder and database, not started; what a failing test leaves running is ended."""
+    node = Node(tmp_path / "node", database_url)
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def orthanc(tmp_path: Path, node: Node) -> Iterator[Orthanc]:
+    """A running Orthanc with an empty store that sends each stable CT series to `node`."""
+    with run_orthanc(tmp_path / "orthanc", node_port=node.port) as server:
+        yield server

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,6 @@ from typing import Any
 import pytest
 from pydicom import Dataset, dcmread
 
-from dicomnode.dimse.scu import echo
-from dicomnode.errors import PeerUnavailable
 from storage.records import Peer
 
 LOOPBACK = "127.0.0.1"
@@ -200,6 +198,9 @@ def storescp(folder: Path, *, ae_title: str) -> Iterator[Peer]:
 
 def listens(peer: Peer) -> bool:
     """Whether the peer answers a C-ECHO from the scanner."""
+    from dicomnode.dimse.scu import echo
+    from dicomnode.errors import PeerUnavailable
+
     try:
         echo(peer, calling_ae_title=SCANNER_AET)
     except PeerUnavailable:
@@ -297,7 +298,12 @@ threads = 1
         assert code == 0, f"dicomnode serve ended with {code}\n{tail(self.log)}"
 
     def close(self) -> None:
-        """End a process that the test left behind, without judging it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        """End a process that the test left behind with the roles it started, without judging it."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        roles = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text(encoding="ascii").split()
+        self._process.kill()
+        self._process.wait()
+        for role in roles:
+            with suppress(ProcessLookupError):
+                os.kill(int(role), signal.SIGKILL)
