@@ -1,0 +1,163 @@
+"""From a probability map to findings: connected components, back on the image's own grid, measured there.
+
+Knows nothing of networks: a probability map and the manifest's output section in, findings out. Must never import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+
+from dicomnode.analysis.grid import Grid, Triple
+from dicomnode.analysis.package import OutputSection
+from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Volume
+
+VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")
+LONG_AXIS = Code(value="103339001", scheme="SCT", meaning="Long Axis")
+MILLILITRE = Code(value="ml", scheme="UCUM", meaning="ml")
+MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
+
+_NEIGHBOURS = np.ones((3, 3, 3), dtype=np.bool_)  # 26-connected
+_SIDES: dict[int, Laterality] = {1: "right", 2: "left"}  # the side labels of a region
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbabilityMap:
+    """What a network says on a part of its grid.
+
+    `values` is float32 on the grid box that begins at `origin`. `region` limits where findings may lie and `side` says
+    1 for the patient's right and 2 for the left; both have the shape of `values`, or are None where the manifest names no region.
+    """
+
+    grid: Grid
+    origin: Triple
+    values: NDArray[np.float32]
+    region: NDArray[np.bool_] | None
+    side: NDArray[np.int8] | None
+
+
+def find(output: OutputSection, probability: ProbabilityMap, volume: Volume) -> tuple[list[Finding], int]:
+    """Return the findings of one output, most probable first, and how many more the manifest's cap left out.
+
+    Volume, extent and centre are those of the segment's voxels on the volume's own grid.
+    """
+    found: list[Finding] = []
+    for segment, score, side in _segments(output, probability):
+        if score >= output.minimum_score and segment.voxel_count * volume.voxel_ml >= output.minimum_ml:
+            found.append(_measured(output, segment, score, side, volume))
+    found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm))
+    return found[: output.maximum_findings], max(0, len(found) - output.maximum_findings)
+
+
+def long_axis_of(segment: Segment, volume: Volume) -> LongAxis:
+    """Return the longest diameter of the segment within one slice, from pixel edge to pixel edge.
+
+    Its end points are vertices of the convex hull of the pixels' edge midpoints, as for the maximum 2D diameter of a mesh.
+    """
+    best = (-1.0, 0, np.zeros((2, 2)))
+    for k in np.flatnonzero(segment.mask.any(axis=(1, 2))):
+        pixels = _outline(segment.mask[k]) + np.array(segment.origin[1:])
+        if len(pixels):
+            millimetres = pixels @ volume.affine[:3, 1:3].T
+            distances = cdist(millimetres, millimetres)
+            first, second = np.unravel_index(int(distances.argmax()), distances.shape)
+            if distances[first, second] > best[0] + 1e-6:
+                best = (float(distances[first, second]), int(k) + segment.origin[0], pixels[[first, second]])
+    length, slice_index, ends = best
+    (x1, y1, z1), (x2, y2, z2) = volume.to_lps(np.column_stack([np.full(2, slice_index), ends])).tolist()
+    (row1, column1), (row2, column2) = ends.tolist()
+    return LongAxis(
+        slice_index=slice_index,
+        points_lps_mm=((x1, y1, z1), (x2, y2, z2)),
+        points_px=((column1, row1), (column2, row2)),
+        length_mm=length,
+    )
+
+
+def _segments(output: OutputSection, probability: ProbabilityMap) -> Iterator[tuple[Segment, float, Laterality | None]]:
+    above = probability.values > output.threshold
+    if probability.region is not None:
+        above &= probability.region
+    labels, _ = ndimage.label(above, structure=_NEIGHBOURS)
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        component = labels[box] == number
+        if probability.values[box][component].max() < output.minimum_score:
+            continue  # interpolation can only lower it
+        side = None if probability.side is None else _majority(probability.side[box][component])
+        for segment, score in _on_the_volume(output, probability, labels, number, box):
+            yield segment, score, side
+
+
+def _on_the_volume(
+    output: OutputSection, probability: ProbabilityMap, labels: NDArray[np.int32], number: int, box: tuple[slice, ...]
+) -> Iterator[tuple[Segment, float]]:
+    """Interpolate one component back: on the volume's coarser grid it may be several segments, or none if it lies between slices."""
+    grid = probability.grid
+    wide = tuple(slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(box, labels.shape, strict=True))
+    values = np.where((labels[wide] == 0) | (labels[wide] == number), probability.values[wide], 0)
+    on_grid = [slice(s.start + o, s.stop + o) for s, o in zip(wide, probability.origin, strict=True)]
+    turned = [grid.covering(axis, s) for axis, s in enumerate(on_grid)]
+    matrices = [grid.to_volume(axis, grid=on_grid[axis], turned=turned[axis]) for axis in range(3)]
+    scores = _apply(matrices, values)
+    inside = scores > output.threshold
+    if probability.region is not None:
+        inside &= _apply(matrices, probability.region[wide].astype(np.float32)) > 0.5
+    parts, _ = ndimage.label(inside, structure=_NEIGHBOURS)
+    for part, tight in enumerate(ndimage.find_objects(parts), start=1):
+        mask = parts[tight] == part
+        first, second, third = (s.start + t.start for s, t in zip(tight, turned, strict=True))
+        mask_there, origin = grid.turn_back(mask, (first, second, third))
+        yield Segment(mask=mask_there, origin=origin), _mean_of_top_quarter(scores[tight][mask])
+
+
+def _apply(matrices: list[NDArray[np.float32]], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    result = values
+    for matrix in matrices:  # each moves the axis it has done to the end: after three the order is back
+        result = np.tensordot(result, matrix, axes=(0, 1))
+    return result
+
+
+def _mean_of_top_quarter(values: NDArray[np.float32]) -> float:
+    count = max(1, (values.size + 3) // 4)
+    return float(np.clip(np.partition(values, values.size - count)[values.size - count :].mean(dtype=np.float64), 0, 1))
+
+
+def _majority(sides: NDArray[np.int8]) -> Laterality | None:
+    right, left = (int(np.count_nonzero(sides == label)) for label in _SIDES)
+    return None if right == left else _SIDES[1 if right > left else 2]
+
+
+def _measured(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
+    centre = volume.to_lps(np.argwhere(segment.mask).mean(axis=0) + np.array(segment.origin))
+    axis = long_axis_of(segment, volume)
+    return Finding(
+        number=1,  # the caller numbers the findings of all outputs together
+        label=output.label,
+        probability=score,
+        category=output.category.code(),
+        type=output.type.code(),
+        site=output.site.code() if output.site else None,
+        side=side,
+        centre_lps_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
+        segment=segment,
+        long_axis=axis,
+        measurements=(
+            Measurement(name=VOLUME, value=segment.voxel_count * volume.voxel_ml, unit=MILLILITRE),
+            Measurement(name=LONG_AXIS, value=axis.length_mm, unit=MILLIMETRE),
+        ),
+        colour_cielab=output.colour_cielab,
+    )
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the (row, column) edge midpoints of the outermost pixels of each row and column: the hull's vertices are among them."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, right = mask[rows].argmax(axis=1) - 0.5, mask.shape[1] - mask[rows, ::-1].argmax(axis=1) - 0.5
+    top, bottom = mask[:, columns].argmax(axis=0) - 0.5, mask.shape[0] - mask[::-1, columns].argmax(axis=0) - 0.5
+    sides = [(rows, left), (rows, right), (top, columns), (bottom, columns)]
+    return np.concatenate([np.column_stack(pair).astype(np.float64) for pair in sides])

@@ -1,0 +1,102 @@
+"""The grid a network works on: a volume's own axes, turned to anatomical order, at another spacing.
+
+Everything is separable and linear, one small matrix an axis, so positions are exact and results the same on each device.
+No interpolation across axes happens: oblique series keep their obliquity. Must never import torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A regular grid over a volume, its axes turned to (towards head, towards back, towards the patient's left) as nearly as they go.
+
+    `source_axis[a]` is the volume's axis that became axis `a`, reversed where `reversed_[a]`. Along axis `a`, grid index i lies at
+    `offset[a] + i * step[a]` in voxels of the turned volume. `affine` maps grid indices to LPS mm.
+    """
+
+    shape: Triple
+    source_shape: Triple  # of the turned volume
+    source_axis: Triple
+    reversed_: tuple[bool, bool, bool]
+    step: tuple[float, float, float]
+    offset: tuple[float, float, float]
+    spacing_mm: tuple[float, float, float]
+    affine: NDArray[np.float64]
+
+    def from_volume(self, axis: int) -> NDArray[np.float32]:
+        """Return the (grid, volume) matrix that resamples the volume's own axis `source_axis[axis]` onto grid axis `axis`.
+
+        Each row is a triangle as wide as the coarser of both spacings, so that a coarser grid averages instead of skipping voxels.
+        """
+        positions = self.offset[axis] + np.arange(self.shape[axis], dtype=np.float64) * self.step[axis]
+        matrix = _triangles(positions, self.source_shape[axis], max(1.0, self.step[axis]))
+        return np.ascontiguousarray(matrix[:, ::-1]) if self.reversed_[axis] else matrix
+
+    def to_volume(self, axis: int, *, grid: slice, turned: slice) -> NDArray[np.float32]:
+        """Return the matrix of linear interpolation from grid indices `grid` to voxels `turned` of the turned volume along `axis`."""
+        positions = (np.arange(turned.start, turned.stop) - self.offset[axis]) / self.step[axis] - grid.start
+        return _triangles(positions, grid.stop - grid.start, 1.0)
+
+    def covering(self, axis: int, grid: slice) -> slice:
+        """Return the voxels of the turned volume that lie within one grid step of the grid indices `grid` along `axis`."""
+        first = self.offset[axis] + (grid.start - 1) * self.step[axis]
+        last = self.offset[axis] + grid.stop * self.step[axis]
+        return slice(max(0, int(np.ceil(first))), min(self.source_shape[axis], int(np.floor(last)) + 1))
+
+    def turn_back(self, mask: NDArray[np.bool_], origin: Triple) -> tuple[NDArray[np.bool_], Triple]:
+        """Turn a box of the turned volume, at `origin` there, into a box of the volume and its origin in the volume."""
+        flips = tuple(slice(None, None, -1) if flipped else slice(None) for flipped in self.reversed_)
+        starts = [
+            size - start - length if flipped else start
+            for size, start, length, flipped in zip(self.source_shape, origin, mask.shape, self.reversed_, strict=True)
+        ]
+        order = np.argsort(self.source_axis)
+        first, second, third = (starts[int(axis)] for axis in order)
+        return np.ascontiguousarray(mask[flips].transpose(order)), (first, second, third)
+
+
+def grid_over(shape: Triple, affine: NDArray[np.float64], spacing_mm: tuple[float, float, float]) -> Grid:
+    """Return the grid of `spacing_mm` (towards head, back, left) that is centred on a volume of this shape and affine (to LPS mm)."""
+    columns = affine[:3, :3]
+    lengths = np.linalg.norm(columns, axis=0)
+    along = (columns / lengths)[::-1]  # [a, v]: how much axis v of the volume points towards z, y, x
+    source_axis = max(itertools.permutations(range(3)), key=lambda order: sum(abs(along[a, v]) for a, v in enumerate(order)))
+    reversed_ = tuple(bool(along[a, v] < 0) for a, v in enumerate(source_axis))
+    source_shape = tuple(shape[v] for v in source_axis)
+    step = tuple(float(spacing_mm[a] / lengths[v]) for a, v in enumerate(source_axis))
+    size = tuple(max(1, round(n / s)) for n, s in zip(source_shape, step, strict=True))
+    offset = tuple((n - 1) / 2 - (g - 1) / 2 * s for n, g, s in zip(source_shape, size, step, strict=True))
+
+    turned = np.eye(4)  # turned volume index -> volume index
+    turned[:3, :3] = 0
+    scaled = np.diag([*step, 1.0])  # grid index -> turned volume index
+    scaled[:3, 3] = offset
+    for a, v in enumerate(source_axis):
+        turned[v, a] = -1 if reversed_[a] else 1
+        turned[v, 3] = source_shape[a] - 1 if reversed_[a] else 0
+    return Grid(
+        shape=_triple(size), source_shape=_triple(source_shape), source_axis=_triple(source_axis),
+        reversed_=(reversed_[0], reversed_[1], reversed_[2]), step=(step[0], step[1], step[2]),
+        offset=(offset[0], offset[1], offset[2]), spacing_mm=spacing_mm, affine=affine @ turned @ scaled,
+    )  # fmt: skip
+
+
+def _triangles(positions: NDArray[np.float64], size: int, half_width: float) -> NDArray[np.float32]:
+    """Return rows of triangle weights around each position over `size` samples; beyond the ends the outermost sample counts."""
+    inside = np.clip(positions, 0, size - 1)
+    weights = np.clip(1 - np.abs(inside[:, None] - np.arange(size)[None, :]) / half_width, 0, None)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def _triple(values: tuple[int, ...]) -> Triple:
+    first, second, third = values
+    return first, second, third
