@@ -1,0 +1,60 @@
+"""The commands, and the only place that builds things and hands them down.
+
+Each command imports its room inside itself, so that `run receiver` never loads torch. Exit codes: 0 done, 1 failed,
+2 wrong use or input, always with one sentence and never with a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from dicomnode.cli import node, peers, training, work
+from dicomnode.errors import NodeError, UsageError
+from dicomnode.version import VERSION
+from storage.errors import StorageError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A DICOM node that runs CNNs. RESEARCH USE ONLY."
+)
+node.register(app)
+peers.register(app)
+work.register(app)
+training.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; what goes wrong is one sentence on standard error."""
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="dicomnode")
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _complain(error.format_message(), 2)
+    except UsageError as error:
+        return _complain(str(error), 2)
+    except (NodeError, StorageError) as error:
+        return _complain(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted", 1)
+    return int(code or 0)
+
+
+def _complain(message: str, code: int) -> int:
+    typer.echo(f"dicomnode: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,205 @@
+"""Commands that set the node up and run it: init, serve, run, check, conformance, demo."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dicomnode.cli.serve import Supervisor
+from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
+from dicomnode.config import Settings, commented_toml, load_settings
+from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine
+from dicomnode.errors import NodeError, UsageError
+from dicomnode.logs import configure_logs, get_logger
+from storage import Storage, prepare_storage
+
+DRAIN_SECONDS = 30.0
+SENDER_CONCURRENCY = 4
+
+log = get_logger(__name__)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    for name, command in [("init", init), ("serve", serve), ("run", run), ("check", check), ("conformance", conformance), ("demo", demo)]:
+        app.command(name)(command)
+
+
+def init(folder: Annotated[Path, typer.Argument()] = Path()) -> None:
+    """Write a commented dicomnode.toml."""
+    target = folder / "dicomnode.toml"
+    if target.exists():
+        raise UsageError(f"{target} exists already and is left as it is")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(commented_toml(), encoding="utf-8")
+    typer.echo(f"wrote {target}; next: dicomnode peer add, package add, route add, serve")
+
+
+def serve(config: ConfigOption = None) -> None:
+    """Run every role on this machine, each as a process of its own. SIGTERM drains."""
+    settings = _start_logs(config)
+    _prepare(settings)
+    raise typer.Exit(Supervisor(config, roles=("receiver", "analyser", "sender"), drain_seconds=DRAIN_SECONDS + 15).run())
+
+
+def run(
+    role: Literal["receiver", "analyser", "sender"],
+    config: ConfigOption = None,
+    supervised: Annotated[
+        bool, typer.Option("--supervised", hidden=True, help="drain when standard input ends: the supervisor is gone")
+    ] = False,
+) -> None:
+    """Run one role. SIGTERM drains."""
+    settings = _start_logs(config)
+    _prepare(settings)
+    roles: dict[str, Callable[[Settings, Storage, EngineClient], Callable[[], None]]] = {
+        "receiver": _start_receiver,
+        "analyser": _start_analyser,
+        "sender": _start_sender,
+    }
+    stop_asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop_asked.set())
+    if supervised:
+        threading.Thread(target=_wait_for_end_of_input, args=(stop_asked,), daemon=True).start()
+    with opened(config) as (_, storage):
+        client = EngineClient(settings.database_url)
+        stop = roles[role](settings, storage, client)
+        log.info("running", role=role)
+        stop_asked.wait()
+        log.info("draining", role=role)
+        stop()
+        client.close()
+
+
+def check(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Check the configuration, the database, the disk, the packages' digests, and send each receiving peer a C-ECHO."""
+    from dicomnode.analysis.package import digest_of
+    from dicomnode.dimse.scu import echo
+
+    rows: list[dict[str, object]] = []
+
+    def item(what: str, probe: Callable[[], str]) -> None:
+        try:
+            rows.append({"what": what, "ok": True, "detail": probe()})
+        except NodeError as error:
+            rows.append({"what": what, "ok": False, "detail": str(error)})
+
+    with opened(config) as (settings, storage):
+
+        def disk() -> str:
+            free = storage.objects.free_bytes()
+            if free < settings.storage.reserve_bytes:
+                raise NodeError(f"{free} bytes free, below the reserve of {settings.storage.reserve_bytes}: images are refused")
+            return f"{free} bytes free, reserve {settings.storage.reserve_bytes}"
+
+        def package(name: str, version: str, digest: str) -> str:
+            if digest_of(storage.registry.package_folder(name, version)) != digest:
+                raise NodeError("the files have changed since the package was added: its digest is wrong")
+            return digest
+
+        item("configuration", lambda: f"AE title {settings.node.ae_title}, port {settings.listener.port}")
+        item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
+        item("disk", disk)
+        for known in storage.registry.packages():
+            item(
+                f"package {known.name}@{known.version} ({known.state})",
+                lambda known=known: package(known.name, known.version, known.digest),
+            )
+        for peer in storage.registry.peers():
+            if peer.receives:
+                item(f"peer {peer.ae_title}", lambda peer=peer: echo(peer, calling_ae_title=settings.node.ae_title) or "answers C-ECHO")
+        show(rows, ["what", "ok", "detail"], as_json=json)
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def conformance(config: ConfigOption = None) -> None:
+    """Print the DICOM conformance statement, rendered from the tables the node runs on."""
+    from dicomnode.dimse.conformance import conformance_statement
+
+    typer.echo(conformance_statement(load_settings(config)) if config else conformance_statement(Settings()))
+
+
+def demo(
+    source: Annotated[Path | None, typer.Option("--input", help="folder of DICOM files; else built-in phantom studies")] = None,
+    out: Annotated[Path, typer.Option(help="where the results go; must be empty or absent")] = Path("demo-out"),
+    timeout: Annotated[float, typer.Option(min=1, help="seconds")] = 600.0,
+) -> None:
+    """Run the whole job once: a scanner sends studies, the node analyses them, a PACS receives the results."""
+    from dicomnode.cli.peers import add_package, builtin_packages, check_package, enable_package
+    from dicomnode.demo import run_demo
+
+    def enable_packages(storage: Storage) -> list[str]:
+        for folder in builtin_packages().values():
+            enable_package(storage, check_package(storage, add_package(storage, folder)))
+        return list(builtin_packages())
+
+    configure_logs("warning", json_lines=False)
+    raise typer.Exit(run_demo(source, out, timeout, Console(), enable_packages=enable_packages))
+
+
+def _wait_for_end_of_input(stop_asked: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop_asked.set()
+
+
+def _start_logs(config: Path | None) -> Settings:
+    settings = load_settings(config)
+    configure_logs(settings.log.level, json_lines=settings.log.json_lines)
+    return settings
+
+
+def _prepare(settings: Settings) -> None:
+    prepare_storage(settings.database_url, settings.data_folder)
+    prepare_engine(settings.database_url)
+
+
+def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+    from dicomnode.completion import Completion
+    from dicomnode.receiver import Receiver
+
+    receiver = Receiver(settings, storage)
+    completion = Completion(storage, client, poll_seconds=settings.engine.poll_seconds)
+    receiver.start()
+    completion.start()
+
+    def stop() -> None:
+        receiver.stop()
+        completion.stop()
+
+    return stop
+
+
+def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+    from dicomnode.completion import Completion
+    from dicomnode.pipeline import Analyser
+
+    analyser = Analyser(settings, storage, client)
+    queues = (Queue(kind="analyse", work=analyser.analyse, concurrency=1),)
+    worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
+    completion = Completion(storage, client, poll_seconds=settings.engine.poll_seconds)
+    worker.start()
+    completion.start()
+
+    def stop() -> None:
+        completion.stop()
+        worker.stop(DRAIN_SECONDS)
+
+    return stop
+
+
+def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+    from dicomnode.delivery import Sender
+
+    queues = (Queue(kind="deliver", work=Sender(settings, storage).deliver, concurrency=SENDER_CONCURRENCY),)
+    worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
+    worker.start()
+    return lambda: worker.stop(DRAIN_SECONDS)

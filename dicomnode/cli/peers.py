@@ -1,0 +1,254 @@
+"""Commands over what admins change while the node runs: peers, routes and model packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_version, opened, show
+from dicomnode.errors import PackageError, UsageError
+from storage import Storage
+from storage.records import PackageRecord, Peer, Route
+
+CHECK_MEMORY_BYTES = 8 * 1024**3
+CHECK_SECONDS = 600.0
+
+peer = typer.Typer(no_args_is_help=True, help="Remote application entities: who may send here, who gets results.")
+route = typer.Typer(no_args_is_help=True, help="Which studies go to which package, and whose results go to which peers.")
+package = typer.Typer(no_args_is_help=True, help="Model packages: add, check (your consent to run it once), enable.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.add_typer(peer, name="peer")
+    app.add_typer(route, name="route")
+    app.add_typer(package, name="package")
+
+
+@peer.command("add")
+def peer_add(
+    aet: str,
+    host: str,
+    port: Annotated[int, typer.Argument(min=1, max=65535)],
+    sends: Annotated[bool, typer.Option("--sends", help="may send studies here")] = False,
+    receives: Annotated[bool, typer.Option("--receives", help="gets results")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Add a peer, or change the one with this AE title."""
+    if not (sends or receives):
+        raise UsageError("a peer needs --sends, --receives or both")
+    added = Peer(ae_title=ae_title(aet), host=host, port=port, sends=sends, receives=receives, tls=False, client_cert=None)
+    with opened(config) as (_, storage):
+        storage.registry.add_peer(added)
+
+
+@peer.command("list")
+def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List the peers."""
+    with opened(config) as (_, storage):
+        show(storage.registry.peers(), ["ae_title", "host", "port", "sends", "receives"], as_json=json)
+
+
+@peer.command("remove")
+def peer_remove(aet: str, config: ConfigOption = None) -> None:
+    """Remove a peer; its associations are rejected from the next one on."""
+    with opened(config) as (_, storage):
+        _known_peer(storage, aet)
+        storage.registry.remove_peer(ae_title(aet))
+
+
+@peer.command("echo")
+def peer_echo(aet: str, config: ConfigOption = None) -> None:
+    """Send a C-ECHO to a peer."""
+    from dicomnode.dimse.scu import echo
+
+    with opened(config) as (settings, storage):
+        known = _known_peer(storage, aet)
+        echo(known, calling_ae_title=settings.node.ae_title)
+        typer.echo(f"{known.ae_title} at {known.host}:{known.port} answers")
+
+
+@route.command("add")
+def route_add(
+    name: str,
+    package_name: Annotated[str, typer.Option("--package", help="NAME[@VERSION]; without a version the enabled one")],
+    to: Annotated[list[str], typer.Option("--to", help="AE title that gets the results; may be given several times")],
+    sender: Annotated[str, typer.Option("--from", help="calling AE title, or * for every peer that sends")] = "*",
+    called: Annotated[str, typer.Option("--called", help="called AE title, or *")] = "*",
+    priority: Annotated[Literal["stat", "routine"] | None, typer.Option("--priority", help="else what the images ask for")] = None,
+    quiet: Annotated[float, typer.Option("--quiet", min=0.0, help="seconds without an image until a study counts as complete")] = 30.0,
+    report_refusals: Annotated[
+        bool, typer.Option("--report-refusals", help="send an SR 'not analysed: reason' for studies that don't fit")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Add a route, or change the one with this name."""
+    wanted, version = name_and_version(package_name)
+    with opened(config) as (_, storage):
+        _known_package(storage, package_name)
+        for title in to:
+            if not _known_peer(storage, title).receives:
+                raise UsageError(f"{title} is a peer that doesn't receive results: `dicomnode peer add {title} HOST PORT --receives`")
+        storage.registry.add_route(
+            Route(
+                name=name,
+                from_ae_title=sender if sender == "*" else ae_title(sender),
+                called_ae_title=called if called == "*" else ae_title(called),
+                package=wanted,
+                version=version,
+                to_ae_titles=tuple(ae_title(title) for title in to),
+                priority=priority,
+                quiet_seconds=quiet,
+                report_refusals=report_refusals,
+            )
+        )
+
+
+@route.command("list")
+def route_list(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List the routes."""
+    with opened(config) as (_, storage):
+        columns = [
+            "name",
+            "from_ae_title",
+            "called_ae_title",
+            "package",
+            "version",
+            "to_ae_titles",
+            "priority",
+            "quiet_seconds",
+            "report_refusals",
+        ]
+        show(storage.registry.routes(), columns, as_json=json)
+
+
+@route.command("remove")
+def route_remove(name: str, config: ConfigOption = None) -> None:
+    """Remove a route."""
+    with opened(config) as (_, storage):
+        if name not in {known.name for known in storage.registry.routes()}:
+            raise UsageError(f"there is no route {name!r}")
+        storage.registry.remove_route(name)
+
+
+@package.command("add")
+def package_add(
+    folder: Annotated[Path, typer.Argument(help="folder with manifest.toml and bundle/, or the name of a built-in package")],
+    config: ConfigOption = None,
+) -> None:
+    """Copy a model package into the node. It is read as data: nothing of it runs."""
+    with opened(config) as (_, storage):
+        source = folder if folder.is_dir() else builtin_packages().get(str(folder))
+        if source is None:
+            raise UsageError(f"{folder} is neither a folder nor a built-in package; built in: {', '.join(builtin_packages())}")
+        added = add_package(storage, source)
+        typer.echo(
+            f"added {added.name}@{added.version}, digest {added.digest[:12]}; next: dicomnode package check {added.name}@{added.version}"
+        )
+
+
+@package.command("list")
+def package_list(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List the packages."""
+    with opened(config) as (_, storage):
+        show(storage.registry.packages(), ["name", "version", "state", "digest", "added_at"], as_json=json)
+
+
+@package.command("check")
+def package_check(
+    name: Annotated[str, typer.Argument(help="NAME[@VERSION]")], config: ConfigOption = None, json: JsonOption = False
+) -> None:
+    """Run a package once on a phantom, in a child process without network and under limits. This is your consent to run it."""
+    with opened(config) as (_, storage):
+        checked = check_package(storage, _known_package(storage, name))
+        show(
+            [{"name": checked.name, "version": checked.version, **(checked.check or {})}],
+            ["name", "version", *(checked.check or {})],
+            as_json=json,
+        )
+        if checked.state == "added":
+            raise PackageError(f"{name} did not pass its check: {(checked.check or {}).get('error', 'no finding could be made')}")
+
+
+@package.command("enable")
+def package_enable(name: Annotated[str, typer.Argument(help="NAME[@VERSION]")], config: ConfigOption = None) -> None:
+    """Let the node run a checked package; other versions of it are disabled."""
+    with opened(config) as (_, storage):
+        enable_package(storage, _known_package(storage, name))
+
+
+@package.command("disable")
+def package_disable(name: Annotated[str, typer.Argument(help="NAME[@VERSION]")], config: ConfigOption = None) -> None:
+    """Stop using a package for new studies."""
+    with opened(config) as (_, storage):
+        known = _known_package(storage, name)
+        storage.registry.disable(known.name, known.version)
+
+
+def builtin_packages() -> dict[str, Path]:
+    """The packages that come with the node: name -> folder of the newest version."""
+    found = sorted((Path(__file__).parents[1] / "packages").glob("*/*/manifest.toml"))
+    return {manifest.parents[1].name: manifest.parent for manifest in found}
+
+
+def add_package(storage: Storage, folder: Path) -> PackageRecord:
+    """Copy the package in `folder` into the node; adding the same content again changes nothing.
+
+    Raises:
+        PackageError: it is malformed, or this version is known with another content.
+    """
+    from dicomnode.analysis.package import copy_package, load_package
+
+    found = load_package(folder)
+    name, version = found.manifest.name, found.manifest.version
+    known = {(p.name, p.version): p for p in storage.registry.packages()}.get((name, version))
+    if known is not None and known.digest != found.digest:
+        raise PackageError(f"{name}@{version} is already here with other content: give the new one a new version")
+    if known is None:
+        copy_package(folder, storage.registry.package_folder(name, version))
+        storage.registry.add_package(name, version, found.digest)
+    return _known_package(storage, f"{name}@{version}")
+
+
+def check_package(storage: Storage, record: PackageRecord) -> PackageRecord:
+    """Run the package once in a child process and keep what came of it."""
+    from dicomnode.analysis.inference import check_in_child
+    from dicomnode.phantoms.studies import check_volume
+
+    folder = storage.registry.package_folder(record.name, record.version)
+    try:
+        report, passed = (
+            check_in_child(folder, check_volume(), digest=record.digest, memory_bytes=CHECK_MEMORY_BYTES, seconds=CHECK_SECONDS),
+            True,
+        )
+    except PackageError as error:
+        report, passed = {"error": str(error)}, False
+    storage.registry.set_check(record.name, record.version, record.digest, report, passed=passed)
+    return _known_package(storage, f"{record.name}@{record.version}")
+
+
+def enable_package(storage: Storage, record: PackageRecord) -> None:
+    """Enable a checked package after comparing the digest on disk with the one that was consented to."""
+    from dicomnode.analysis.package import digest_of
+
+    if record.state == "added":
+        raise PackageError(f"{record.name}@{record.version} has not passed `dicomnode package check`")
+    if digest_of(storage.registry.package_folder(record.name, record.version)) != record.digest:
+        raise PackageError(f"the files of {record.name}@{record.version} have changed since it was added: its digest is wrong")
+    storage.registry.enable(record.name, record.version)
+
+
+def _known_peer(storage: Storage, aet: str) -> Peer:
+    found = storage.registry.peer(ae_title(aet))
+    if found is None:
+        raise UsageError(f"there is no peer {aet!r}")
+    return found
+
+
+def _known_package(storage: Storage, name: str) -> PackageRecord:
+    found = storage.registry.package(*name_and_version(name))
+    if found is None:
+        raise UsageError(f"there is no package {name!r}")
+    return found

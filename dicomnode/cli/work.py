@@ -1,0 +1,155 @@
+"""Commands over studies and jobs: what arrived, what became of it, and doing it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
+from dicomnode.engine import EngineClient, prepare_engine
+from dicomnode.errors import UsageError
+from storage import Storage
+from storage.records import Job, JobKind, JobState, Study
+
+study = typer.Typer(no_args_is_help=True, help="Studies: list, show all that is known of one, analyse one again.")
+job = typer.Typer(no_args_is_help=True, help="Jobs: list, retry, cancel, change the priority.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.add_typer(study, name="study")
+    app.add_typer(job, name="job")
+
+
+@study.command("list")
+def study_list(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List the studies, the last received first."""
+    with opened(config) as (_, storage):
+        columns = ["study_instance_uid", "patient_id", "study_date", "instances", "revision", "state", "last_received_at"]
+        show(storage.index.studies(), columns, as_json=json)
+
+
+@study.command("show")
+def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Show a study: series, revisions, jobs with their reasons, result objects, deliveries, and what was refused."""
+    with opened(config) as (_, storage):
+        found = storage.index.study(uid)
+        refused = storage.index.quarantined(uid)
+        if found is None and not refused:
+            raise UsageError(f"there is no study {uid!r}")
+        tables = {
+            "study": (
+                [found] if found else [],
+                ["patient_id", "patient_name", "study_date", "study_description", "instances", "revision", "state"],
+            ),
+            "series": (storage.index.series(uid), ["series_instance_uid", "modality", "series_number", "series_description", "instances"]),
+            "revisions": (storage.index.revisions(uid), ["number", "closed_at", "evidence", "outcome"]),
+            "jobs": (storage.jobs.jobs(study_instance_uid=uid), ["key", "state", "priority", "attempts", "reason_code", "reason"]),
+            "results": (storage.jobs.results(study_instance_uid=uid), ["modality", "sop_instance_uid", "created_at"]),
+            "deliveries": (
+                storage.jobs.deliveries(study_instance_uid=uid),
+                ["sop_instance_uid", "peer", "state", "attempts", "error", "next_at"],
+            ),
+            "refused": (refused, ["sop_instance_uid", "calling_ae_title", "dimse_status", "reason", "received_at"]),
+        }
+        if json:
+            show([{name: [dataclasses.asdict(row) for row in rows] for name, (rows, _) in tables.items()}], [], as_json=True)
+            return
+        for name, (rows, columns) in tables.items():
+            if rows:
+                Console().print(f"[bold]{name}[/bold]")
+                show(rows, columns, as_json=False)
+
+
+@study.command("reanalyse")
+def study_reanalyse(uid: str, config: ConfigOption = None) -> None:
+    """Analyse the last revision of a study again with each enabled package its routes name."""
+    from dicomnode.completion import reanalyse
+
+    with _with_engine(config) as (storage, client):
+        found = _known_study(storage, uid)
+        if found.revision == 0:
+            raise UsageError("the study has no closed revision yet: it is analysed when it is complete")
+        keys = reanalyse(storage, client, found)
+        if not keys:
+            raise UsageError("no route with an enabled package matches this study")
+        typer.echo("\n".join(keys))
+
+
+@job.command("list")
+def job_list(
+    state: Annotated[Literal["queued", "running", "done", "refused", "failed", "cancelled"] | None, typer.Option(help="only these")] = None,
+    kind: Annotated[Literal["analyse", "deliver"] | None, typer.Option(help="only these")] = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List the jobs."""
+    only_state: JobState | None = state
+    only_kind: JobKind | None = kind
+    with opened(config) as (_, storage):
+        jobs = storage.jobs.jobs(state=only_state, kind=only_kind)
+        show(jobs, ["key", "state", "priority", "attempts", "reason_code", "reason", "created_at"], as_json=json)
+
+
+@job.command("retry")
+def job_retry(key: str, config: ConfigOption = None) -> None:
+    """Do a failed, refused or cancelled job again, or one that waits for its next try at once."""
+    from dicomnode.completion import retry
+
+    with _with_engine(config) as (storage, client):
+        found = _known_job(storage, key)
+        if found.state in {"done", "running"}:
+            raise UsageError(f"the job is {found.state}; `dicomnode study reanalyse` analyses a study again")
+        retry(storage, client, found)
+
+
+@job.command("cancel")
+def job_cancel(key: str, config: ConfigOption = None) -> None:
+    """Cancel a job that waits or runs."""
+    from dicomnode.completion import cancel
+
+    with _with_engine(config) as (storage, client):
+        found = _known_job(storage, key)
+        if found.state not in {"queued", "running"}:
+            raise UsageError(f"the job is {found.state}, there is nothing to cancel")
+        cancel(storage, client, found)
+
+
+@job.command("priority")
+def job_priority(key: str, priority: Literal["stat", "routine"], config: ConfigOption = None) -> None:
+    """Change the priority of a job."""
+    from dicomnode.completion import prioritise
+
+    with _with_engine(config) as (storage, client):
+        prioritise(storage, client, _known_job(storage, key), priority)
+
+
+@contextmanager
+def _with_engine(config: Path | None) -> Iterator[tuple[Storage, EngineClient]]:
+    with opened(config) as (settings, storage):
+        prepare_engine(settings.database_url)
+        client = EngineClient(settings.database_url)
+        try:
+            yield storage, client
+        finally:
+            client.close()
+
+
+def _known_study(storage: Storage, uid: str) -> Study:
+    found = storage.index.study(uid)
+    if found is None:
+        raise UsageError(f"there is no study {uid!r}")
+    return found
+
+
+def _known_job(storage: Storage, key: str) -> Job:
+    found = storage.jobs.job(key)
+    if found is None:
+        raise UsageError(f"there is no job {key!r}; `dicomnode job list` shows their keys")
+    return found

@@ -1,0 +1,180 @@
+"""When is a study complete, which revision is it, which packages apply: closes revisions and enqueues their jobs.
+
+Runs in every receiver and analyser; a lease in the database lets one of them work at a time. Closing a revision and
+creating its jobs is one transaction (contract 7). Must never read pixels or import torch.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from dicomnode.engine import EngineClient
+from dicomnode.logs import get_logger
+from storage import Storage
+from storage.records import Job, PackageRecord, Priority, Revision, Route, Study
+
+LEASE = "completion"
+LEASE_SECONDS = 15.0
+QUIET_SECONDS_WITHOUT_ROUTE = 60.0
+# While the association that brings a study is still open, more images are likely: wait this many quiet periods.
+OPEN_ASSOCIATION_FACTOR = 5
+
+log = get_logger(__name__)
+
+
+class Completion:
+    """A thread that closes studies that have become quiet."""
+
+    def __init__(self, storage: Storage, client: EngineClient, *, poll_seconds: float) -> None:
+        self._storage = storage
+        self._client = client
+        self._poll_seconds = poll_seconds
+        self._owner = uuid.uuid4().hex
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="completion", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for complete studies."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop looking and give the lease back."""
+        self._stopping.set()
+        self._thread.join()
+        self._storage.leases.release(LEASE, self._owner)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._poll_seconds):
+            try:
+                if self._storage.leases.hold(LEASE, self._owner, LEASE_SECONDS):
+                    close_complete_studies(self._storage, self._client, datetime.now(UTC))
+            except Exception:  # the database may be away for a while; the next round tries again
+                log.exception("completion failed")
+
+
+def close_complete_studies(storage: Storage, client: EngineClient, now: datetime) -> list[Revision]:
+    """Close each study that is complete at `now`, with its jobs, and return the revisions closed."""
+    closed = []
+    for study in storage.index.receiving():
+        routes = storage.registry.matching(storage.index.callers(study.study_instance_uid))
+        evidence = completeness_evidence(study, routes, now)
+        if evidence is None:
+            continue
+        revision = _close(storage, client, study, routes, evidence)
+        if revision is not None:
+            log.info(
+                "closed", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=evidence, outcome=revision.outcome
+            )
+            closed.append(revision)
+    return closed
+
+
+def completeness_evidence(study: Study, routes: Sequence[Route], now: datetime) -> str | None:
+    """Say why the study is held complete at `now`, or None while it isn't.
+
+    The longest quiet period of its routes counts from the last image. An association that is still open is a hint that more comes.
+    """
+    quiet = max((route.quiet_seconds for route in routes), default=QUIET_SECONDS_WITHOUT_ROUTE)
+    silence = (now - study.last_received_at).total_seconds()
+    released = study.released_at is not None and study.released_at >= study.last_received_at
+    if released and silence >= quiet:
+        return f"association released and quiet for {quiet:g} s"
+    if silence >= quiet * OPEN_ASSOCIATION_FACTOR:
+        return f"quiet for {quiet * OPEN_ASSOCIATION_FACTOR:g} s, association not released"
+    return None
+
+
+def reanalyse(storage: Storage, client: EngineClient, study: Study) -> list[str]:
+    """Analyse the study's last revision again with a new run of each package its routes name; return the jobs' keys."""
+    routes = storage.registry.matching(storage.index.callers(study.study_instance_uid))
+    with storage.database.writing() as transaction:
+        return _create_jobs(storage, client, transaction, study.study_instance_uid, study.revision, routes)[0]
+
+
+def retry(storage: Storage, client: EngineClient, job: Job) -> None:
+    """Put a job that ended without success, or that waits, on its queue again, with its attempts counted from 0."""
+    client.withdraw(job.key)
+    storage.jobs.requeue(job.key)
+    with storage.database.writing() as transaction:
+        client.restart(transaction, job)
+
+
+def cancel(storage: Storage, client: EngineClient, job: Job) -> None:
+    """Cancel a job: it never starts, or what it makes is discarded."""
+    storage.jobs.finish(job.key, "cancelled", reason_code="cancelled", reason="cancelled by hand")
+    client.withdraw(job.key)
+
+
+def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Priority) -> None:
+    """Give a job another priority; a waiting one moves in its queue."""
+    storage.jobs.set_priority(job.key, priority)
+    changed = storage.jobs.job(job.key)
+    if changed is not None and changed.state == "queued":
+        client.withdraw(job.key)
+        with storage.database.writing() as transaction:
+            client.restart(transaction, changed)
+
+
+def _close(storage: Storage, client: EngineClient, study: Study, routes: Sequence[Route], evidence: str) -> Revision | None:
+    packages, missing = _packages_of(storage, routes)
+    problems = [f"package {name} is not enabled" for name in missing]
+    outcome = "; ".join([f"{len(packages)} job(s)"] * bool(packages) + problems) or "no route"
+    with storage.database.writing() as transaction:
+        revision = storage.index.close_revision(
+            transaction, study.study_instance_uid, seen_last_received_at=study.last_received_at, evidence=evidence, outcome=outcome
+        )
+        if revision is not None:
+            _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, routes)
+    return revision
+
+
+def _packages_of(storage: Storage, routes: Sequence[Route]) -> tuple[list[PackageRecord], list[str]]:
+    found: dict[tuple[str, str], PackageRecord] = {}
+    missing = []
+    for route in routes:
+        package = storage.registry.package(route.package, route.version)
+        if package is None or package.state != "enabled":
+            missing.append(route.package)
+        else:
+            found[package.name, package.version] = package
+    return list(found.values()), missing
+
+
+def _create_jobs(
+    storage: Storage, client: EngineClient, transaction: Any, study_instance_uid: str, revision: int, routes: Sequence[Route]
+) -> tuple[list[str], list[str]]:
+    """One job for each package; routes that name the same one share it, and its results go to the peers of all of them."""
+    packages, missing = _packages_of(storage, routes)
+    keys = []
+    for package in packages:
+        mine = [r for r in routes if r.package == package.name and r.version in {None, package.version}]
+        run = storage.jobs.next_run(study_instance_uid, revision, package.name)
+        key = f"analyse/{study_instance_uid}/{revision}/{package.name}/{run}"
+        priority = _priority(mine, storage.index.requested_priority(study_instance_uid))
+        storage.jobs.create(
+            transaction,
+            key=key,
+            kind="analyse",
+            study_instance_uid=study_instance_uid,
+            revision=revision,
+            package=package.name,
+            version=package.version,
+            digest=package.digest,
+            run=run,
+            to_ae_titles=tuple(dict.fromkeys(title for route in mine for title in route.to_ae_titles)),
+            report_refusals=any(route.report_refusals for route in mine),
+            priority=priority,
+        )
+        client.enqueue(transaction, key, "analyse", priority)
+        keys.append(key)
+    return keys, missing
+
+
+def _priority(routes: Sequence[Route], requested: Priority) -> Priority:
+    """A route's own priority counts before the one that the images ask for; of several the more urgent."""
+    asked = {route.priority for route in routes if route.priority is not None} or {requested}
+    return "stat" if "stat" in asked else "routine"

@@ -1,0 +1,149 @@
+"""What the demo shows at its end: summary.json (schema 1), the table, and a preview of each finding in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dicomnode.demo.scanner import ScannedStudy
+from dicomnode.results.keyimage import draw_plain, draw_result
+from storage import Storage
+from storage.records import Job
+
+FAILED = {"failed", "cancelled", "queued", "running"}
+
+
+def summarise(studies: Sequence[ScannedStudy], not_sent: list[dict[str, str]], storage: Storage, *, finished: bool) -> dict[str, Any]:
+    """Return the summary as specified for `summary.json`, schema 1."""
+    rows = [_study(study, storage) for study in studies]
+    failed = not finished or any(row["outcome"] == "failed" for row in rows)
+    return {"schema": 1, "exit": int(failed), "not_sent": not_sent, "studies": rows}
+
+
+def write_summary(summary: dict[str, Any], out: Path) -> None:
+    """Write `summary.json`."""
+    (out / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_previews(studies: Sequence[ScannedStudy], storage: Storage, out: Path) -> None:
+    """Draw each segment that the PACS received on its source image, and one plain image of a study without finding."""
+    for study in studies:
+        pictures = []
+        for result in storage.jobs.results(study_instance_uid=study.study_instance_uid):
+            received = out / "pacs" / f"{result.sop_instance_uid}.dcm"
+            if result.modality == "SEG" and received.exists():
+                pictures += draw_result(study.files, received)
+        analysed = [job for job in _last(storage, study, "analyse") if job.state == "done"]
+        if not pictures and analysed:
+            used = {analysed[0].detail["series_instance_uid"]}
+            files = [item.path for item in study.outgoing if study.series_of[item.sop_instance_uid] in used]
+            pictures = [draw_plain(files, caption="no finding")]
+        for number, picture in enumerate(pictures, start=1):
+            (out / "preview" / f"{study.study_instance_uid}_{number}.png").write_bytes(picture)
+
+
+def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
+    """Print the summary as a table."""
+    table = Table("study", "series", "outcome", "packages", "findings", "objects at the PACS", "seconds")
+    for study in summary["studies"]:
+        table.add_row(
+            f"…{study['study_instance_uid'][-12:]} rev {study['revision']}",
+            "\n".join(f"{series['modality']} {series['instances']} images" for series in study["series"]),
+            study["outcome"],
+            "\n".join(f"{p['name']} {p['version']}: {'accepted' if p['accepted'] else p['reason']}" for p in study["packages"]) or "none",
+            "\n".join(_finding_line(f) for f in study["findings"]) or "none",
+            "\n".join(f"{made['modality']}" for made in study["objects"]) or "none",
+            f"{study['seconds']['total']:.1f}",
+        )
+    console.print(table)
+    for missing in summary["not_sent"]:
+        console.print(f"not sent: {missing['file']}: {missing['reason']}", markup=False)
+    console.print(f"PACS: {out / 'pacs'}  previews: {out / 'preview'}  summary: {out / 'summary.json'}", markup=False, soft_wrap=True)
+    console.print("RESEARCH USE ONLY. Not for diagnosis.")
+
+
+def _finding_line(finding: dict[str, Any]) -> str:
+    where = ", ".join(f"{value:.1f}" for value in finding["centre_lps_mm"])
+    size = f"{finding['long_axis_mm']:.1f} mm, {finding['volume_ml']:.2f} ml"
+    return f"{finding['label']} ({finding['side'] or 'side unknown'}) {size}, p {finding['probability']:.2f} at ({where})"
+
+
+def _last(storage: Storage, study: ScannedStudy, kind: str) -> list[Job]:
+    """The jobs of the study's last revision."""
+    jobs = storage.jobs.jobs(study_instance_uid=study.study_instance_uid)
+    newest = max((job.revision for job in jobs), default=0)
+    return [job for job in jobs if job.kind == kind and job.revision == newest]
+
+
+def _study(study: ScannedStudy, storage: Storage) -> dict[str, Any]:
+    uid = study.study_instance_uid
+    known = storage.index.study(uid)
+    analyses, deliveries = _last(storage, study, "analyse"), _last(storage, study, "deliver")
+    results = {result.sop_instance_uid: result for result in storage.jobs.results(study_instance_uid=uid)}
+    arrived = [d.sop_instance_uid for d in storage.jobs.deliveries(study_instance_uid=uid) if d.state == "sent"]
+    if any(job.state in FAILED for job in [*analyses, *deliveries]) or (
+        study.images_accepted and known is not None and known.state != "closed"
+    ):
+        outcome = "failed"
+    else:
+        outcome = "analysed" if any(job.state == "done" for job in analyses) else "refused"
+    counts = study.instances_sent
+    return {
+        "study_instance_uid": uid,
+        "revision": known.revision if known else 0,
+        "outcome": outcome,
+        "series": [{"series_instance_uid": s, "modality": modality, "instances": counts[s]} for s, modality in study.series.items()],
+        "packages": _packages(study, storage, analyses),
+        "findings": [{"package": job.package, **finding, "box_px": None} for job in analyses for finding in job.detail.get("findings", [])],
+        "objects": [
+            {
+                "file": f"pacs/{s}.dcm",
+                "modality": results[s].modality,
+                "sop_class_uid": results[s].sop_class_uid,
+                "sop_instance_uid": s,
+            }
+            for s in arrived
+        ],
+        "seconds": _seconds(study, storage, analyses, deliveries),
+    }
+
+
+def _packages(study: ScannedStudy, storage: Storage, analyses: Sequence[Job]) -> list[dict[str, Any]]:
+    if not study.images_accepted:
+        refusal = {"accepted": False, "reason_code": "no-images", "reason": "no image of this study was accepted by the node"}
+        return [{"name": package.name, "version": package.version, **refusal} for package in storage.registry.packages()]
+    return [
+        {
+            "name": job.package,
+            "version": job.version,
+            "accepted": job.state != "refused",
+            "reason_code": job.reason_code,
+            "reason": job.reason,
+        }
+        for job in analyses
+    ]
+
+
+def _seconds(study: ScannedStudy, storage: Storage, analyses: Sequence[Job], deliveries: Sequence[Job]) -> dict[str, float]:
+    known = storage.index.study(study.study_instance_uid)
+    revisions = storage.index.revisions(study.study_instance_uid)
+    closed = revisions[-1].closed_at if revisions else None
+    stages = {stage: sum(job.detail.get("seconds", {}).get(stage, 0.0) for job in analyses) for stage in ("volume", "inference", "results")}
+    waited = _between(known.last_received_at, closed) if known else 0.0
+    return {
+        "receive": round(study.receive_seconds, 3),
+        "complete": round(waited, 3),
+        **{stage: round(value, 3) for stage, value in stages.items()},
+        "deliver": round(sum(_between(job.created_at, job.ended_at) for job in deliveries), 3),
+        "total": round(_between(study.sent_at, study.settled_at), 3),
+    }
+
+
+def _between(first: datetime | None, last: datetime | None) -> float:
+    return max(0.0, (last - first).total_seconds()) if first and last else 0.0

@@ -1,0 +1,195 @@
+"""The analyse workflow, straight-line: files of a revision → series → volume → findings → SEG and SR → proof → jobs to deliver.
+
+The page to read first. Runs in the analyser, idempotent by the job's row: everything it leaves behind is committed in one
+transaction at its end, and UIDs and dates derive from the job, so being killed anywhere costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydicom import Dataset
+
+from dicomnode.analysis.inference import Model, load_model
+from dicomnode.analysis.package import load_package
+from dicomnode.analysis.select import NotEligible, SelectedSeries, read_headers, select_series
+from dicomnode.analysis.volume import read_volume
+from dicomnode.config import Settings
+from dicomnode.engine import EngineClient
+from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
+from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity
+from dicomnode.logs import get_logger
+from dicomnode.results.proof import prove
+from dicomnode.results.report import encode_refusal, encode_report
+from dicomnode.results.segmentation import encode_segmentation
+from storage import Storage
+from storage.errors import OutOfSpace
+from storage.records import Job, JobState, Result
+
+RETRY_SECONDS = 60.0  # when the disk is full: it may not be for long
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the analysis of one job ended, with the objects that say so to the PACS."""
+
+    state: JobState
+    reason_code: str | None
+    reason: str | None
+    objects: tuple[ResultObject, ...]
+    detail: dict[str, Any]
+
+
+class Analyser:
+    """Works off analyse jobs, one at a time, with the last used model kept warm."""
+
+    def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._client = client
+        self._warm: tuple[str, Model] | None = None
+
+    def analyse(self, key: str, _attempt: int) -> float | None:
+        """Do the analyse job `key`; return None when its row says how it ended, or seconds until the next try."""
+        job = self._storage.jobs.start(key)
+        if job.state != "running":
+            return None
+        if job.attempts > self._settings.engine.analyse_attempts:
+            reason = f"the analysis ended its worker {job.attempts - 1} times: dead-lettered"
+            self._storage.jobs.finish(key, "failed", reason_code="dead-letter", reason=reason)
+            log.error("dead letter", job=key, attempt=job.attempts)
+            return None
+        instances = self._storage.index.instances(job.study_instance_uid, job.revision)
+        files = [self._storage.objects.path(instance.stored.object_id) for instance in instances]
+        try:
+            outcome = self._outcome(job, files)
+            self._keep(job, outcome)
+        except OutOfSpace as error:
+            log.warning("no space for results", job=key, reason=str(error))
+            return RETRY_SECONDS
+        log.info("analysed", job=key, outcome=outcome.state, reason_code=outcome.reason_code)
+        return None
+
+    def _outcome(self, job: Job, files: Sequence[Path]) -> Outcome:
+        headers: list[tuple[Path, Dataset]] = []
+        try:
+            headers = read_headers(files)
+            return self._analyse(job, headers)
+        except NotEligible as refusal:
+            return self._without_result(job, headers, "refused", refusal.code, refusal.reason, report=job.report_refusals)
+        except PackageError as error:
+            return self._without_result(job, headers, "failed", "package", str(error), report=True)
+        except AnalysisFailed as error:
+            return self._without_result(job, headers, "failed", "analysis-failed", str(error), report=True)
+        except ProofFailed as error:
+            return self._without_result(job, headers, "failed", "result-withheld", f"result withheld: {error}", report=True)
+
+    def _analyse(self, job: Job, headers: Sequence[tuple[Path, Dataset]]) -> Outcome:
+        clock = _Clock()
+        folder = self._storage.registry.package_folder(job.package, job.version)
+        selected = select_series(load_package(folder).manifest, headers)
+        volume = read_volume(selected)
+        clock.lap("volume")
+        findings = self._model(folder, job.digest)(volume)
+        clock.lap("inference")
+        identity = _identity(job)
+        segmentation = encode_segmentation(findings, volume, selected.headers, identity)
+        report = encode_report(findings, volume, selected.headers, identity, segmentation)
+        prove(segmentation, report, findings, volume)
+        clock.lap("results")
+        objects = (report,) if segmentation is None else (segmentation, report)
+        return Outcome(state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selected, findings, clock.seconds))
+
+    def _without_result(
+        self, job: Job, headers: Sequence[tuple[Path, Dataset]], state: JobState, code: str, reason: str, *, report: bool
+    ) -> Outcome:
+        log.warning("not analysed", job=job.key, outcome=state, reason_code=code)
+        objects: tuple[ResultObject, ...] = ()
+        if report and headers:
+            objects = (encode_refusal(code, reason, [header for _, header in headers], _identity(job)),)
+        return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})
+
+    def _model(self, folder: Path, digest: str) -> Model:
+        if self._warm is None or self._warm[0] != digest:
+            self._warm = None  # frees the old one's memory before the next is loaded
+            analysis = self._settings.analysis
+            self._warm = digest, load_model(folder, digest=digest, device=analysis.device, threads=analysis.threads)
+        return self._warm[1]
+
+    def _keep(self, job: Job, outcome: Outcome) -> None:
+        """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
+        results = [_result(job, made, self._storage) for made in outcome.objects]
+        with self._storage.database.writing() as transaction:
+            self._storage.jobs.add_results(transaction, results)
+            for peer in job.to_ae_titles if results else ():
+                key = f"deliver/{job.key.removeprefix('analyse/')}/{peer}"
+                self._storage.jobs.create(
+                    transaction, key=key, kind="deliver", study_instance_uid=job.study_instance_uid, revision=job.revision,
+                    package=job.package, version=job.version, digest=job.digest, run=job.run, peer=peer, priority=job.priority,
+                )  # fmt: skip
+                self._storage.jobs.add_deliveries(transaction, key, peer, [result.sop_instance_uid for result in results])
+                self._client.enqueue(transaction, key, "deliver", job.priority)
+            self._storage.jobs.finish(
+                job.key,
+                outcome.state,
+                reason_code=outcome.reason_code,
+                reason=outcome.reason,
+                detail=outcome.detail,
+                connection=transaction,
+            )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._last, 3)
+        self._last = now
+
+
+def _identity(job: Job) -> RunIdentity:
+    return RunIdentity(
+        study_instance_uid=job.study_instance_uid, revision=job.revision, package=job.package, version=job.version,
+        digest=job.digest, run=job.run, created_at=job.created_at,
+    )  # fmt: skip
+
+
+def _result(job: Job, made: ResultObject, storage: Storage) -> Result:
+    return Result(
+        sop_instance_uid=made.sop_instance_uid, sop_class_uid=made.sop_class_uid, transfer_syntax_uid=made.transfer_syntax_uid,
+        modality=made.modality, study_instance_uid=job.study_instance_uid, job_key=job.key, stored=storage.objects.put(made.data),
+        created_at=job.created_at,
+    )  # fmt: skip
+
+
+def _detail(selected: SelectedSeries, findings: Findings, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """What the job's row keeps of an analysis: no patient data, the numbers a list or a summary shows."""
+    return {
+        "series_instance_uid": selected.series_instance_uid,
+        "why": selected.why,
+        "device": findings.device,
+        "omitted": findings.omitted,
+        "findings": [_finding(finding) for finding in findings.findings],
+        "seconds": dict(seconds),
+    }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "tracking_uid": finding.tracking_uid,
+        "label": finding.label,
+        "probability": round(finding.probability, 4),
+        "volume_ml": round(finding.volume_ml, 4),
+        "long_axis_mm": round(finding.long_axis.length_mm, 2),
+        "centre_lps_mm": [round(value, 2) for value in finding.centre_lps_mm],
+        "side": finding.side,
+    }
