@@ -125,6 +125,7 @@ class Quarantined:
     reason: str
     received_at: datetime
     stored: StoredObject | None
+    repeats: int = 0  # how often the same came again
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,142 @@
+"""One database, SQLite or PostgreSQL: how connections are set up and what a transaction is.
+
+Every write is one short transaction. On SQLite it takes the write lock when it begins, so it never fails half-way for
+want of it; each commit is synced before it returns (README.md).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, Table, event
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
+
+BUSY_SECONDS = 30
+_SQLITE_FULL = 13
+_POSTGRES_DISK_FULL = "53100"
+
+
+class Database:
+    """The engine and its two kinds of transaction. Any number of threads may use one."""
+
+    def __init__(self, url: str):
+        parsed = sqlalchemy.make_url(url)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        if not self.is_sqlite and parsed.get_backend_name() != "postgresql":
+            raise StorageError(f"{parsed.get_backend_name()} is neither sqlite nor postgresql")
+        if self.is_sqlite and parsed.database in {None, "", ":memory:"}:
+            raise StorageError("the SQLite database must be a file")
+        self.file = Path(str(parsed.database)) if self.is_sqlite else None
+        arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
+        self.engine: Engine = sqlalchemy.create_engine(
+            parsed,
+            pool_size=8,
+            max_overflow=56,
+            pool_timeout=BUSY_SECONDS,
+            pool_pre_ping=not self.is_sqlite,
+            json_serializer=partial(json.dumps, allow_nan=False),  # NaN is no JSON, and PostgreSQL says so
+            **arguments,
+        )
+        self._writer = threading.Lock()  # SQLite has one writer: our threads queue here instead of polling for its lock
+        event.listen(self.engine, "connect", _set_up_sqlite if self.is_sqlite else _set_up_postgresql)
+        if self.is_sqlite:
+            event.listen(self.engine, "begin", _begin_sqlite)
+        self._write_engine = self.engine.execution_options(storage_writes=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One write transaction: committed and synced on exit, rolled back if the block raises. Doesn't nest.
+
+        Raises:
+            Conflict: a constraint does not hold.
+            OutOfSpace: the disk of the database is full.
+            Unavailable: no connection, or the lock was not had in time.
+            StorageError: any other failure of the database.
+        """
+        if self.is_sqlite and not self._writer.acquire(timeout=BUSY_SECONDS):
+            raise Unavailable("another thread has been writing to the database for too long")
+        try:
+            with _own_errors(), self._write_engine.begin() as connection:
+                yield connection
+        finally:
+            if self.is_sqlite:
+                self._writer.release()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One read transaction; on SQLite all of it sees the same state. Raises as `writing` does."""
+        with _own_errors(), self.engine.connect() as connection:
+            yield connection
+
+    def now(self, connection: Connection) -> datetime:
+        """Return the time on the database's clock: one clock for every machine that shares the database."""
+        if self.is_sqlite:  # a SQLite database is used from one machine
+            return datetime.now(UTC)
+        time = connection.execute(sqlalchemy.select(sqlalchemy.func.clock_timestamp())).scalar_one()
+        return time.astimezone(UTC)  # type: ignore[no-any-return]  # func.clock_timestamp is untyped
+
+    def insert_new(self, connection: Connection, table: Table, values: dict[str, Any]) -> int | None:
+        """Insert a row unless a unique constraint says it is there already; return its `id` (1 without such a column) or None."""
+        dialect = sqlite if self.is_sqlite else postgresql
+        statement = dialect.insert(table).values(values).on_conflict_do_nothing()
+        if "id" not in table.c:
+            return 1 if connection.execute(statement).rowcount else None
+        return connection.execute(statement.returning(table.c.id)).scalar_one_or_none()
+
+    def lock(self, connection: Connection, name: str) -> None:
+        """Let one transaction at a time pass for `name`, until it ends. On SQLite every write transaction is alone anyway."""
+        if not self.is_sqlite:
+            key = sqlalchemy.func.hashtextextended(name, 0)
+            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
+
+    def close(self) -> None:
+        """Close the pooled connections."""
+        self.engine.dispose()
+
+
+def _set_up_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver begins nothing by itself; _begin_sqlite does
+    for pragma in (f"busy_timeout={BUSY_SECONDS * 1000}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("storage_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _set_up_postgresql(connection: Any, _record: object) -> None:
+    """Never acknowledge a commit that is not on the server's disk, whatever the server's default is."""
+    autocommit, connection.autocommit = connection.autocommit, True
+    setting = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    connection.execute(setting)
+    connection.autocommit = autocommit
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError as error:
+        raise Conflict(f"the database refuses the row: {error.orig}") from error
+    except PoolTimeout as error:
+        raise Unavailable(f"every connection to the database is in use: {error}") from error
+    except DBAPIError as error:
+        cause = error.orig
+        if getattr(cause, "sqlite_errorcode", None) == _SQLITE_FULL or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL:
+            raise OutOfSpace(f"the disk of the database is full: {cause}") from error
+        if isinstance(error, OperationalError | InterfaceError):
+            raise Unavailable(f"the database cannot be used now: {cause}") from error
+        raise StorageError(f"the database failed: {cause}") from error

@@ -1,0 +1,405 @@
+"""What has been received: patient, study, series, instance, the revisions of each study, and the quarantine.
+
+An *image that counts* is one of an image SOP class that this node did not make itself: it alone makes a revision.
+Whoever adds an instance or closes a revision holds the study's row lock until the commit, so a revision's content is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, func, select, update
+
+from storage.database import Database
+from storage.errors import Conflict
+from storage.records import Instance, InstanceHeader, Priority, Quarantined, Revision, Series, StoredObject, Study
+from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
+
+KEPT_PER_UID = 10  # contract 2: copies in quarantine of one SOP Instance UID
+_BATCH = 500
+
+
+class Index:
+    """The index of received instances. Any number of threads and processes may use it."""
+
+    def __init__(self, database: Database):
+        self._database = database
+
+    def find(self, sop_instance_uid: str) -> Instance | None:
+        """Return the stored instance with this UID."""
+        with self._database.reading() as connection:
+            row = connection.execute(_select_instances().where(INSTANCE.c.sop_instance_uid == sop_instance_uid)).one_or_none()
+        return _instance(row) if row else None
+
+    def add_instance(self, header: InstanceHeader, stored: StoredObject) -> Literal["stored", "duplicate", "conflict"]:
+        """Add the row of a stored object, unless its SOP Instance UID is there already.
+
+        "duplicate" (same data set bytes, same transfer syntax) and "conflict" leave the index as it was: the caller
+        removes the object or moves it to quarantine. Of several callers with one UID exactly one gets "stored".
+        """
+        with self._database.writing() as connection:
+            answer = self._add_instance(connection, header, stored)
+            if answer != "stored":
+                connection.rollback()
+            return answer
+
+    def quarantine(
+        self,
+        *,
+        sop_instance_uid: str,
+        study_instance_uid: str | None,
+        calling_ae_title: str,
+        dimse_status: int,
+        reason: str,
+        stored: StoredObject | None,
+    ) -> bool:
+        """Note an object that was not accepted; return whether its file is kept (else the caller removes it).
+
+        One copy is kept per UID and digest, and ten per UID. What is not kept is one row per UID and status that counts
+        its repeats, so that a peer that tries for ever fills nothing.
+        """
+        values: dict[str, Any] = {
+            "sop_instance_uid": sop_instance_uid,
+            "study_instance_uid": study_instance_uid,
+            "calling_ae_title": calling_ae_title,
+            "dimse_status": dimse_status,
+            "reason": reason,
+            "repeats": 0,
+        }
+        same_uid = QUARANTINE.c.sop_instance_uid == sop_instance_uid
+        with self._database.writing() as connection:
+            self._database.lock(connection, f"quarantine {sop_instance_uid!a}")
+            values["received_at"] = self._database.now(connection)
+            kept = dict(
+                connection.execute(select(QUARANTINE.c.sha256, QUARANTINE.c.id).where(same_uid, QUARANTINE.c.object_id.is_not(None))).all()
+            )
+            if stored and stored.sha256 not in kept and len(kept) < KEPT_PER_UID:
+                connection.execute(QUARANTINE.insert().values(**values, **_stored_values(stored)))
+                return True
+            same = and_(same_uid, QUARANTINE.c.object_id.is_(None), QUARANTINE.c.dimse_status == dimse_status)
+            if stored and stored.sha256 in kept:
+                same = QUARANTINE.c.id == kept[stored.sha256]
+            again = update(QUARANTINE).where(same).values(repeats=QUARANTINE.c.repeats + 1)
+            if not connection.execute(again).rowcount:
+                connection.execute(QUARANTINE.insert().values(**values))
+            return False
+
+    def quarantined(self, study_instance_uid: str | None = None) -> list[Quarantined]:
+        """Return what was not accepted, of one study or of all, oldest first."""
+        statement = select(QUARANTINE).order_by(QUARANTINE.c.id)
+        if study_instance_uid is not None:
+            statement = statement.where(QUARANTINE.c.study_instance_uid == study_instance_uid)
+        with self._database.reading() as connection:
+            rows = connection.execute(statement).all()
+        return [
+            Quarantined(
+                id=row.id,
+                sop_instance_uid=row.sop_instance_uid,
+                study_instance_uid=row.study_instance_uid,
+                calling_ae_title=row.calling_ae_title,
+                dimse_status=row.dimse_status,
+                reason=row.reason,
+                received_at=row.received_at,
+                stored=_stored(row) if row.object_id else None,
+                repeats=row.repeats,
+            )
+            for row in rows
+        ]
+
+    def mark_released(self, study_instance_uids: Collection[str]) -> None:
+        """Note that an association that brought images of these studies was released just now."""
+        with self._database.writing() as connection:
+            now = self._database.now(connection)
+            for uid in sorted(study_instance_uids):  # in one order everywhere, so that row locks never wait in a ring
+                connection.execute(update(STUDY).where(STUDY.c.study_instance_uid == uid).values(released_at=now))
+
+    def studies(self, limit: int = 1000) -> list[Study]:
+        """Return the studies that received something last, newest first."""
+        with self._database.reading() as connection:
+            rows = connection.execute(_select_studies().order_by(STUDY.c.last_received_at.desc(), STUDY.c.id).limit(limit)).all()
+        return [_study(row) for row in rows]
+
+    def study(self, study_instance_uid: str) -> Study | None:
+        """Return one study."""
+        with self._database.reading() as connection:
+            row = connection.execute(_select_studies().where(STUDY.c.study_instance_uid == study_instance_uid)).one_or_none()
+        return _study(row) if row else None
+
+    def series(self, study_instance_uid: str) -> list[Series]:
+        """Return the series of a study in the order of their numbers."""
+        count = select(func.count()).where(INSTANCE.c.series_row == SERIES.c.id).scalar_subquery()
+        statement = (
+            select(SERIES, STUDY.c.study_instance_uid, count.label("instances"))
+            .join(STUDY)
+            .where(STUDY.c.study_instance_uid == study_instance_uid)
+            .order_by(SERIES.c.series_number.is_(None), SERIES.c.series_number, SERIES.c.id)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(statement).all()
+        return [
+            Series(
+                series_instance_uid=row.series_instance_uid,
+                study_instance_uid=row.study_instance_uid,
+                modality=row.modality,
+                series_number=row.series_number,
+                series_description=row.series_description,
+                instances=row.instances,
+            )
+            for row in rows
+        ]
+
+    def revisions(self, study_instance_uid: str) -> list[Revision]:
+        """Return the closed revisions of a study, first to last."""
+        statement = select(REVISION).where(REVISION.c.study_instance_uid == study_instance_uid).order_by(REVISION.c.number)
+        with self._database.reading() as connection:
+            return [_revision(row) for row in connection.execute(statement)]
+
+    def instances(self, study_instance_uid: str, revision: int | None = None) -> list[Instance]:
+        """Return the instances of a study in the order of arrival; with `revision`, the images that it holds and nothing else."""
+        statement = _select_instances().where(STUDY.c.study_instance_uid == study_instance_uid).order_by(INSTANCE.c.id)
+        if revision is not None:
+            of_study = REVISION.c.study_instance_uid == study_instance_uid
+            last = select(REVISION.c.last_image).where(of_study, REVISION.c.number == revision).scalar_subquery()
+            statement = statement.where(_counts(), INSTANCE.c.id <= last)
+        with self._database.reading() as connection:
+            return [_instance(row) for row in connection.execute(statement)]
+
+    def receiving(self) -> list[Study]:
+        """Return the studies that have images newer than their last closed revision, longest silent first."""
+        statement = _select_studies().where(STUDY.c.last_image > STUDY.c.closed_image).order_by(STUDY.c.last_received_at)
+        with self._database.reading() as connection:
+            return [_study(row) for row in connection.execute(statement)]
+
+    def callers(self, study_instance_uid: str) -> list[tuple[str, str]]:
+        """Return the distinct (calling, called) AE titles of the images that no closed revision holds yet."""
+        statement = (
+            select(INSTANCE.c.calling_ae_title, INSTANCE.c.called_ae_title).distinct().join(STUDY).where(_is_new(study_instance_uid))
+        )
+        with self._database.reading() as connection:
+            return sorted((calling, called) for calling, called in connection.execute(statement))
+
+    def requested_priority(self, study_instance_uid: str) -> Priority:
+        """Return "stat" if an image that no closed revision holds yet asks for it, else "routine"."""
+        is_stat = and_(_is_new(study_instance_uid), INSTANCE.c.requested_priority == "stat")
+        statement = select(func.count()).select_from(INSTANCE).join(STUDY).where(is_stat)
+        with self._database.reading() as connection:
+            return "stat" if connection.execute(statement).scalar_one() else "routine"
+
+    def close_revision(
+        self, connection: Connection, study_instance_uid: str, *, seen_last_received_at: datetime, evidence: str, outcome: str
+    ) -> Revision | None:
+        """Close the next revision in the caller's write transaction, so that its jobs are created in the same one.
+
+        None, and nothing changed, if an image arrived since the caller looked, or if no image is new.
+
+        Raises:
+            Conflict: there is no such study.
+        """
+        statement = select(STUDY).where(STUDY.c.study_instance_uid == study_instance_uid).with_for_update()
+        study = connection.execute(statement).one_or_none()
+        if study is None:
+            raise Conflict(f"there is no study {study_instance_uid}")
+        if study.last_received_at != seen_last_received_at or study.last_image <= study.closed_image:
+            return None
+        revision = Revision(
+            study_instance_uid=study_instance_uid,
+            number=study.revision + 1,
+            closed_at=self._database.now(connection),
+            evidence=evidence,
+            outcome=outcome,
+        )
+        connection.execute(
+            REVISION.insert().values(
+                study_instance_uid=study_instance_uid,
+                number=revision.number,
+                last_image=study.last_image,
+                closed_at=revision.closed_at,
+                evidence=evidence,
+                outcome=outcome,
+            )
+        )
+        connection.execute(update(STUDY).where(STUDY.c.id == study.id).values(revision=revision.number, closed_image=study.last_image))
+        return revision
+
+    def is_known(self, object_ids: Sequence[str]) -> set[str]:
+        """Return those of the object ids that a row of an instance, a result or the quarantine names."""
+        known: set[str] = set()
+        with self._database.reading() as connection:
+            for start in range(0, len(object_ids), _BATCH):
+                batch = object_ids[start : start + _BATCH]
+                for table in (INSTANCE, RESULT, QUARANTINE):
+                    known.update(connection.execute(select(table.c.object_id).where(table.c.object_id.in_(batch))).scalars())
+        return known
+
+    def _add_instance(
+        self, connection: Connection, header: InstanceHeader, stored: StoredObject
+    ) -> Literal["stored", "duplicate", "conflict"]:
+        known = self._known(connection, header)
+        if known:
+            return known
+        study = self._locked_study(connection, header)
+        series_row = self._series_row(connection, study.id, header)
+        made_here = connection.execute(select(exists().where(RESULT.c.sop_instance_uid == header.sop_instance_uid))).scalar_one()
+        received_at = _after(self._database.now(connection), study.last_received_at)
+        row_id = self._database.insert_new(
+            connection,
+            INSTANCE,
+            {
+                "study_row": study.id,
+                "series_row": series_row,
+                "sop_instance_uid": header.sop_instance_uid,
+                "sop_class_uid": header.sop_class_uid,
+                "transfer_syntax_uid": header.transfer_syntax_uid,
+                "dataset_sha256": header.dataset_sha256,
+                "kind": header.kind,
+                "made_here": made_here,
+                "instance_number": header.instance_number,
+                "requested_priority": header.requested_priority,
+                "calling_ae_title": header.calling_ae_title,
+                "called_ae_title": header.called_ae_title,
+                "note": header.note,
+                "received_at": received_at,
+                **_stored_values(stored),
+            },
+        )
+        if row_id is None:  # another transaction was first, with this UID in another study
+            return self._known(connection, header) or "conflict"
+        if header.kind == "image" and not made_here:
+            counts = update(STUDY).where(STUDY.c.id == study.id).values(last_image=row_id, last_received_at=received_at)
+            connection.execute(counts)
+        return "stored"
+
+    def _known(self, connection: Connection, header: InstanceHeader) -> Literal["duplicate", "conflict"] | None:
+        columns = select(INSTANCE.c.dataset_sha256, INSTANCE.c.transfer_syntax_uid)
+        row = connection.execute(columns.where(INSTANCE.c.sop_instance_uid == header.sop_instance_uid)).one_or_none()
+        if row is None:
+            return None
+        same = (row.dataset_sha256, row.transfer_syntax_uid) == (header.dataset_sha256, header.transfer_syntax_uid)
+        return "duplicate" if same else "conflict"
+
+    def _locked_study(self, connection: Connection, header: InstanceHeader) -> Row[Any]:
+        """Return the study's row, made if absent, locked until the transaction ends."""
+        locked = select(STUDY).where(STUDY.c.study_instance_uid == header.study_instance_uid).with_for_update()
+        row = connection.execute(locked).one_or_none()
+        if row is not None:
+            return row
+        now = self._database.now(connection)
+        self._database.insert_new(
+            connection,
+            STUDY,
+            {
+                "patient_row": self._patient_row(connection, header),
+                "study_instance_uid": header.study_instance_uid,
+                "study_date": header.study_date,
+                "study_description": header.study_description,
+                "accession_number": header.accession_number,
+                "first_received_at": now,
+                "last_received_at": now,
+                "last_image": 0,
+                "closed_image": 0,
+                "revision": 0,
+            },
+        )
+        return connection.execute(locked).one()
+
+    def _patient_row(self, connection: Connection, header: InstanceHeader) -> int:
+        values = {"patient_id": header.patient_id, "patient_name": header.patient_name}
+        same = select(PATIENT.c.id).where(PATIENT.c.patient_id == header.patient_id, PATIENT.c.patient_name == header.patient_name)
+        row_id = connection.execute(same).scalar_one_or_none() or self._database.insert_new(connection, PATIENT, values)
+        return int(row_id or connection.execute(same).scalar_one())
+
+    def _series_row(self, connection: Connection, study_row: int, header: InstanceHeader) -> int:
+        same = select(SERIES.c.id).where(SERIES.c.study_row == study_row, SERIES.c.series_instance_uid == header.series_instance_uid)
+        row_id = connection.execute(same).scalar_one_or_none()
+        if row_id is None:  # the study's lock is held, so nobody else makes it now
+            values = {
+                "study_row": study_row,
+                "series_instance_uid": header.series_instance_uid,
+                "modality": header.modality,
+                "series_number": header.series_number,
+                "series_description": header.series_description,
+            }
+            row_id = connection.execute(SERIES.insert().values(**values).returning(SERIES.c.id)).scalar_one()
+        return int(row_id)
+
+
+def _after(now: datetime, last: datetime) -> datetime:
+    """Return `now`, made different from the last time: "nothing arrived since" is judged by equality."""
+    return now + timedelta(microseconds=1) if now == last else now
+
+
+def _counts() -> ColumnElement[bool]:
+    return and_(INSTANCE.c.kind == "image", INSTANCE.c.made_here.is_(False))
+
+
+def _is_new(study_instance_uid: str) -> ColumnElement[bool]:
+    return and_(STUDY.c.study_instance_uid == study_instance_uid, _counts(), INSTANCE.c.id > STUDY.c.closed_image)
+
+
+def _select_instances() -> Select[Any]:
+    return (
+        select(INSTANCE, SERIES.c.series_instance_uid, STUDY.c.study_instance_uid)
+        .join_from(INSTANCE, SERIES)
+        .join(STUDY, INSTANCE.c.study_row == STUDY.c.id)
+    )
+
+
+def _select_studies() -> Select[Any]:
+    count = select(func.count()).where(INSTANCE.c.study_row == STUDY.c.id).scalar_subquery()
+    return select(STUDY, PATIENT.c.patient_id, PATIENT.c.patient_name, count.label("instances")).join_from(STUDY, PATIENT)
+
+
+def _stored_values(stored: StoredObject) -> dict[str, Any]:
+    return {"object_id": stored.object_id, "sha256": stored.sha256, "size": stored.size}
+
+
+def _stored(row: Row[Any]) -> StoredObject:
+    return StoredObject(object_id=row.object_id, sha256=row.sha256, size=row.size)
+
+
+def _instance(row: Row[Any]) -> Instance:
+    return Instance(
+        sop_instance_uid=row.sop_instance_uid,
+        sop_class_uid=row.sop_class_uid,
+        transfer_syntax_uid=row.transfer_syntax_uid,
+        series_instance_uid=row.series_instance_uid,
+        study_instance_uid=row.study_instance_uid,
+        dataset_sha256=row.dataset_sha256,
+        kind=row.kind,
+        made_here=row.made_here,
+        instance_number=row.instance_number,
+        calling_ae_title=row.calling_ae_title,
+        called_ae_title=row.called_ae_title,
+        note=row.note,
+        received_at=row.received_at,
+        stored=_stored(row),
+    )
+
+
+def _study(row: Row[Any]) -> Study:
+    return Study(
+        study_instance_uid=row.study_instance_uid,
+        patient_id=row.patient_id,
+        patient_name=row.patient_name,
+        study_date=row.study_date,
+        study_description=row.study_description,
+        accession_number=row.accession_number,
+        instances=row.instances,
+        revision=row.revision,
+        state="receiving" if row.last_image > row.closed_image else "closed",
+        first_received_at=row.first_received_at,
+        last_received_at=row.last_received_at,
+        released_at=row.released_at,
+    )
+
+
+def _revision(row: Row[Any]) -> Revision:
+    return Revision(
+        study_instance_uid=row.study_instance_uid,
+        number=row.number,
+        closed_at=row.closed_at,
+        evidence=row.evidence,
+        outcome=row.outcome,
+    )

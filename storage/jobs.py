@@ -1,0 +1,273 @@
+"""Jobs, the result objects they made, and each result's way to each peer: what the node shows of its work.
+
+The engine decides what runs when; these rows say what became of it. A job's row is created in the transaction that
+closes its revision, and a foreign key refuses a job of a revision that is not closed (contract 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, select, update
+
+from storage.database import Database
+from storage.errors import Conflict
+from storage.records import Delivery, DeliveryState, Job, JobKind, JobState, Priority, Result, StoredObject
+from storage.schema import DELIVERY, JOB, RESULT
+
+_UNFINISHED = ("queued", "running")
+
+
+class Jobs:
+    """The tables job, result and delivery. Any number of threads and processes may use them."""
+
+    def __init__(self, database: Database):
+        self._database = database
+
+    def create(
+        self,
+        connection: Connection,
+        *,
+        key: str,
+        kind: JobKind,
+        study_instance_uid: str,
+        revision: int,
+        package: str,
+        version: str,
+        digest: str,
+        run: int,
+        priority: Priority,
+        peer: str | None = None,
+        to_ae_titles: Sequence[str] = (),
+        report_refusals: bool = False,
+    ) -> bool:
+        """Add a queued job in the caller's write transaction; False, and nothing changed, if its key exists.
+
+        Raises:
+            Conflict: the revision isn't closed; raised by the statement or when the transaction ends.
+        """
+        values = {
+            "key": key,
+            "kind": kind,
+            "study_instance_uid": study_instance_uid,
+            "revision": revision,
+            "package": package,
+            "version": version,
+            "digest": digest,
+            "run": run,
+            "peer": peer,
+            "to_ae_titles": list(to_ae_titles),
+            "report_refusals": report_refusals,
+            "priority": priority,
+            "state": "queued",
+            "attempts": 0,
+            "detail": {},
+            "created_at": self._database.now(connection),
+        }
+        return self._database.insert_new(connection, JOB, values) is not None
+
+    def job(self, key: str) -> Job | None:
+        """Return the job with this key."""
+        with self._database.reading() as connection:
+            row = connection.execute(select(JOB).where(JOB.c.key == key)).one_or_none()
+        return _job(row) if row else None
+
+    def jobs(self, *, study_instance_uid: str | None = None, state: JobState | None = None, kind: JobKind | None = None) -> list[Job]:
+        """Return the jobs that agree with every given value, oldest first."""
+        statement = select(JOB).order_by(JOB.c.created_at, JOB.c.key)
+        for column, value in ((JOB.c.study_instance_uid, study_instance_uid), (JOB.c.state, state), (JOB.c.kind, kind)):
+            if value is not None:
+                statement = statement.where(column == value)
+        with self._database.reading() as connection:
+            return [_job(row) for row in connection.execute(statement)]
+
+    def start(self, key: str) -> Job:
+        """Count an attempt: a queued or running job is running from now on. One that has ended (cancelled, say) stays as it is.
+
+        Returns:
+            The job as it is now; the caller looks at `state` before it works.
+
+        Raises:
+            Conflict: there is no such job.
+        """
+        with self._database.writing() as connection:
+            values = {"state": "running", "attempts": JOB.c.attempts + 1, "started_at": self._database.now(connection)}
+            connection.execute(update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED)).values(values))
+            return _job(_row(connection, key))
+
+    def finish(
+        self,
+        key: str,
+        state: JobState,
+        *,
+        reason_code: str | None = None,
+        reason: str | None = None,
+        detail: dict[str, Any] | None = None,
+        connection: Connection | None = None,
+    ) -> bool:
+        """End a queued or running job. False, and nothing changed, if it had ended: the first end stands.
+
+        With `connection` this is part of the caller's write transaction.
+
+        Raises:
+            Conflict: there is no such job.
+        """
+        values: dict[str, Any] = {"state": state, "reason_code": reason_code, "reason": reason}
+        if detail is not None:
+            values["detail"] = detail
+        with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
+            values["ended_at"] = self._database.now(transaction)
+            ended = update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED)).values(**values)
+            if transaction.execute(ended).rowcount:
+                return True
+            _row(transaction, key)
+            return False
+
+    def set_priority(self, key: str, priority: Priority) -> None:
+        """Change the priority of a job. Raises Conflict if there is no such job."""
+        with self._database.writing() as connection:
+            if not connection.execute(update(JOB).where(JOB.c.key == key).values(priority=priority)).rowcount:
+                raise Conflict(f"there is no job {key}")
+
+    def requeue(self, key: str) -> None:
+        """Make a job as if it had never been tried; what it failed to deliver waits again. Raises Conflict if there is none."""
+        fresh = {"state": "queued", "attempts": 0, "reason_code": None, "reason": None, "started_at": None, "ended_at": None}
+        with self._database.writing() as connection:
+            if not connection.execute(update(JOB).where(JOB.c.key == key).values(**fresh)).rowcount:
+                raise Conflict(f"there is no job {key}")
+            failed = update(DELIVERY).where(DELIVERY.c.job_key == key, DELIVERY.c.state == "failed")
+            connection.execute(failed.values(state="waiting", next_at=None))
+
+    def next_run(self, study_instance_uid: str, revision: int, package: str) -> int:
+        """Return the run after the last of this revision and package, whatever its version; 1 if there was none."""
+        statement = select(func.max(JOB.c.run)).where(
+            JOB.c.study_instance_uid == study_instance_uid, JOB.c.revision == revision, JOB.c.package == package
+        )
+        with self._database.reading() as connection:
+            return (connection.execute(statement).scalar_one() or 0) + 1
+
+    def add_results(self, connection: Connection, results: Sequence[Result]) -> None:
+        """Add result objects in the caller's write transaction; those whose SOP Instance UID is there stay as they were."""
+        for result in results:
+            values = {
+                "sop_instance_uid": result.sop_instance_uid,
+                "sop_class_uid": result.sop_class_uid,
+                "transfer_syntax_uid": result.transfer_syntax_uid,
+                "modality": result.modality,
+                "study_instance_uid": result.study_instance_uid,
+                "job_key": result.job_key,
+                "object_id": result.stored.object_id,
+                "sha256": result.stored.sha256,
+                "size": result.stored.size,
+                "created_at": result.created_at,
+            }
+            self._database.insert_new(connection, RESULT, values)
+
+    def results(self, *, study_instance_uid: str | None = None, job_key: str | None = None) -> list[Result]:
+        """Return the result objects of a study, of a job, or all, oldest first."""
+        statement = select(RESULT).order_by(RESULT.c.created_at, RESULT.c.modality.desc(), RESULT.c.sop_instance_uid)
+        for column, value in ((RESULT.c.study_instance_uid, study_instance_uid), (RESULT.c.job_key, job_key)):
+            if value is not None:
+                statement = statement.where(column == value)
+        with self._database.reading() as connection:
+            return [_result(row) for row in connection.execute(statement)]
+
+    def add_deliveries(self, connection: Connection, job_key: str, peer: str, sop_instance_uids: Collection[str]) -> None:
+        """Note in the caller's write transaction that these results are to reach the peer; known ones stay as they were."""
+        for uid in sop_instance_uids:
+            values = {"sop_instance_uid": uid, "peer": peer, "job_key": job_key, "state": "waiting", "attempts": 0}
+            self._database.insert_new(connection, DELIVERY, values)
+
+    def deliveries(self, *, study_instance_uid: str | None = None, job_key: str | None = None) -> list[Delivery]:
+        """Return the deliveries of a study's results, of a deliver job, or all."""
+        statement = select(DELIVERY).join(RESULT).order_by(DELIVERY.c.peer, RESULT.c.created_at, RESULT.c.sop_instance_uid)
+        for column, value in ((RESULT.c.study_instance_uid, study_instance_uid), (DELIVERY.c.job_key, job_key)):
+            if value is not None:
+                statement = statement.where(column == value)
+        with self._database.reading() as connection:
+            return [_delivery(row) for row in connection.execute(statement)]
+
+    def record_delivery(
+        self,
+        sop_instance_uid: str,
+        peer: str,
+        *,
+        state: DeliveryState,
+        status: int | None = None,
+        error: str | None = None,
+        next_at: datetime | None = None,
+    ) -> None:
+        """Note how one try to send one result ended. The time of the first success stays.
+
+        Raises:
+            Conflict: no such delivery was noted.
+        """
+        values: dict[str, Any] = {"state": state, "attempts": DELIVERY.c.attempts + 1, "status": status, "error": error, "next_at": next_at}
+        with self._database.writing() as connection:
+            if state == "sent":
+                values["sent_at"] = func.coalesce(DELIVERY.c.sent_at, self._database.now(connection))
+            this = (DELIVERY.c.sop_instance_uid == sop_instance_uid) & (DELIVERY.c.peer == peer)
+            if not connection.execute(update(DELIVERY).where(this).values(values)).rowcount:
+                raise Conflict(f"{sop_instance_uid} is not on its way to {peer}")
+
+
+def _row(connection: Connection, key: str) -> Row[Any]:
+    row = connection.execute(select(JOB).where(JOB.c.key == key)).one_or_none()
+    if row is None:
+        raise Conflict(f"there is no job {key}")
+    return row
+
+
+def _job(row: Row[Any]) -> Job:
+    return Job(
+        key=row.key,
+        kind=row.kind,
+        study_instance_uid=row.study_instance_uid,
+        revision=row.revision,
+        package=row.package,
+        version=row.version,
+        digest=row.digest,
+        run=row.run,
+        peer=row.peer,
+        to_ae_titles=tuple(row.to_ae_titles),
+        report_refusals=row.report_refusals,
+        priority=row.priority,
+        state=row.state,
+        attempts=row.attempts,
+        reason_code=row.reason_code,
+        reason=row.reason,
+        detail=row.detail,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        ended_at=row.ended_at,
+    )
+
+
+def _result(row: Row[Any]) -> Result:
+    return Result(
+        sop_instance_uid=row.sop_instance_uid,
+        sop_class_uid=row.sop_class_uid,
+        transfer_syntax_uid=row.transfer_syntax_uid,
+        modality=row.modality,
+        study_instance_uid=row.study_instance_uid,
+        job_key=row.job_key,
+        stored=StoredObject(object_id=row.object_id, sha256=row.sha256, size=row.size),
+        created_at=row.created_at,
+    )
+
+
+def _delivery(row: Row[Any]) -> Delivery:
+    return Delivery(
+        sop_instance_uid=row.sop_instance_uid,
+        peer=row.peer,
+        job_key=row.job_key,
+        state=row.state,
+        attempts=row.attempts,
+        status=row.status,
+        error=row.error,
+        next_at=row.next_at,
+        sent_at=row.sent_at,
+    )

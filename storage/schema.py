@@ -1,0 +1,281 @@
+"""The tables. What they mean stands in README.md; every change here needs a migration (a test compares the two).
+
+The engine's tables live in the same database and are none of ours: they are not named here.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.engine import Dialect
+
+
+class WireText(TypeDecorator[str]):
+    """Text that may come from a peer: what a database cannot hold (NUL, lone surrogates) becomes U+FFFD."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002 (the interface's)
+        """Replace what SQLite or PostgreSQL would refuse."""
+        if value is None or (value.isascii() and "\0" not in value):
+            return value
+        return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in value)
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware datetime, UTC on the way out: SQLite keeps no time zone, and PostgreSQL answers in the session's."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 (the interface's)
+        """Turn into UTC; a naive time raises ValueError."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("times in the database are aware")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002 (the interface's)
+        """Return UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+ROW_ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself for the type INTEGER alone
+
+METADATA = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+PATIENT = Table(
+    "patient",
+    METADATA,
+    Column("id", ROW_ID, primary_key=True),
+    Column("patient_id", WireText, nullable=False),
+    Column("patient_name", WireText, nullable=False),
+    UniqueConstraint("patient_id", "patient_name"),  # Patient ID alone is empty or not unique too often
+)
+
+STUDY = Table(
+    "study",
+    METADATA,
+    Column("id", ROW_ID, primary_key=True),
+    Column("patient_row", ForeignKey("patient.id"), nullable=False),
+    Column("study_instance_uid", WireText, nullable=False, unique=True),
+    Column("study_date", WireText, nullable=False),
+    Column("study_description", WireText, nullable=False),
+    Column("accession_number", WireText, nullable=False),
+    Column("first_received_at", UtcTime, nullable=False),
+    Column("last_received_at", UtcTime, nullable=False),  # of the images that count; never the same twice in a row
+    Column("released_at", UtcTime),
+    Column("last_image", BigInteger, nullable=False),  # highest instance.id that counts; 0: none
+    Column("closed_image", BigInteger, nullable=False),  # the same of the last closed revision
+    Column("revision", Integer, nullable=False),  # number of the last closed revision; 0: none
+    Index(None, "last_received_at"),
+)
+
+SERIES = Table(
+    "series",
+    METADATA,
+    Column("id", ROW_ID, primary_key=True),
+    Column("study_row", ForeignKey("study.id"), nullable=False),
+    Column("series_instance_uid", WireText, nullable=False),
+    Column("modality", WireText, nullable=False),
+    Column("series_number", BigInteger),
+    Column("series_description", WireText, nullable=False),
+    UniqueConstraint("study_row", "series_instance_uid"),  # a series UID used in two studies is two series here
+)
+
+INSTANCE = Table(
+    "instance",
+    METADATA,
+    Column("id", ROW_ID, primary_key=True),  # within a study in the order of arrival: given under the study's lock
+    Column("study_row", ForeignKey("study.id"), nullable=False),
+    Column("series_row", ForeignKey("series.id"), nullable=False),
+    Column("sop_instance_uid", WireText, nullable=False, unique=True),
+    Column("sop_class_uid", WireText, nullable=False),
+    Column("transfer_syntax_uid", WireText, nullable=False),
+    Column("dataset_sha256", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("made_here", Boolean, nullable=False),
+    Column("instance_number", BigInteger),
+    Column("requested_priority", Text, nullable=False),
+    Column("calling_ae_title", WireText, nullable=False),
+    Column("called_ae_title", WireText, nullable=False),
+    Column("note", WireText, nullable=False),
+    Column("received_at", UtcTime, nullable=False),
+    Column("object_id", Text, nullable=False, unique=True),
+    Column("sha256", Text, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Index(None, "study_row", "id"),
+    Index(None, "series_row"),
+    sqlite_autoincrement=True,  # ids are never used again, so a revision's upper bound stays true
+)
+
+REVISION = Table(
+    "revision",
+    METADATA,
+    Column("study_instance_uid", ForeignKey("study.study_instance_uid"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("last_image", BigInteger, nullable=False),  # it holds the images that count with instance.id up to this one
+    Column("closed_at", UtcTime, nullable=False),
+    Column("evidence", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+)
+
+QUARANTINE = Table(
+    "quarantine",
+    METADATA,
+    Column("id", ROW_ID, primary_key=True),
+    Column("sop_instance_uid", WireText, nullable=False),
+    Column("study_instance_uid", WireText),
+    Column("calling_ae_title", WireText, nullable=False),
+    Column("dimse_status", Integer, nullable=False),
+    Column("reason", WireText, nullable=False),
+    Column("received_at", UtcTime, nullable=False),
+    Column("repeats", Integer, nullable=False),
+    Column("object_id", Text, unique=True),
+    Column("sha256", Text),
+    Column("size", BigInteger),
+    Index(None, "sop_instance_uid"),
+    Index(None, "study_instance_uid"),
+)
+
+PEER = Table(
+    "peer",
+    METADATA,
+    Column("ae_title", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("sends", Boolean, nullable=False),
+    Column("receives", Boolean, nullable=False),
+    Column("tls", Boolean, nullable=False),
+    Column("client_cert", Text),
+)
+
+ROUTE = Table(
+    "route",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("from_ae_title", Text, nullable=False),
+    Column("called_ae_title", Text, nullable=False),
+    Column("package", Text, nullable=False),
+    Column("version", Text),
+    Column("priority", Text),
+    Column("quiet_seconds", Float, nullable=False),
+    Column("report_refusals", Boolean, nullable=False),
+)
+
+ROUTE_DESTINATION = Table(
+    "route_destination",
+    METADATA,
+    Column("route", ForeignKey("route.name", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("ae_title", ForeignKey("peer.ae_title"), nullable=False),  # a peer that a route sends to cannot go
+)
+
+PACKAGE = Table(
+    "package",
+    METADATA,
+    Column("id", ROW_ID, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("check", JSON(none_as_null=True)),
+    Column("added_at", UtcTime, nullable=False),
+    UniqueConstraint("name", "version"),
+)
+
+JOB = Table(
+    "job",
+    METADATA,
+    Column("key", Text, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("study_instance_uid", Text, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("package", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("run", Integer, nullable=False),
+    Column("peer", Text),
+    Column("to_ae_titles", JSON, nullable=False),
+    Column("report_refusals", Boolean, nullable=False),
+    Column("priority", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("reason_code", Text),
+    Column("reason", Text),
+    Column("detail", JSON, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("started_at", UtcTime),
+    Column("ended_at", UtcTime),
+    ForeignKeyConstraint(["study_instance_uid", "revision"], ["revision.study_instance_uid", "revision.number"]),  # contract 7
+    Index(None, "study_instance_uid", "revision", "package"),
+    Index(None, "state"),
+)
+
+RESULT = Table(
+    "result",
+    METADATA,
+    Column("sop_instance_uid", Text, primary_key=True),
+    Column("sop_class_uid", Text, nullable=False),
+    Column("transfer_syntax_uid", Text, nullable=False),
+    Column("modality", Text, nullable=False),
+    Column("study_instance_uid", Text, nullable=False),
+    Column("job_key", ForeignKey("job.key"), nullable=False),
+    Column("object_id", Text, nullable=False, unique=True),
+    Column("sha256", Text, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Index(None, "study_instance_uid"),
+    Index(None, "job_key"),
+)
+
+DELIVERY = Table(
+    "delivery",
+    METADATA,
+    Column("sop_instance_uid", ForeignKey("result.sop_instance_uid"), primary_key=True),
+    Column("peer", Text, primary_key=True),
+    Column("job_key", ForeignKey("job.key"), nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("status", Integer),
+    Column("error", WireText),
+    Column("next_at", UtcTime),
+    Column("sent_at", UtcTime),
+    Index(None, "job_key"),
+)
+
+LEASE = Table(
+    "lease",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("expires_at", UtcTime, nullable=False),
+)
