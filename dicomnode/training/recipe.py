@@ -1,0 +1,82 @@
+"""The recipe of a training: one TOML file, checked, from which everything follows (with its seed)."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dicomnode.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(_Section):
+    """What a training patch is. Orders: slice, row, column."""
+
+    spacing_mm: tuple[float, float, float]
+    window_hu: tuple[float, float] = Field(description="clipped to it and scaled to 0..1")
+    patch: tuple[int, int, int]
+    region_margin_mm: float = Field(description="the loss counts voxels in the lung and this far around it")
+    nodules_per_scene: int = Field(ge=0)
+    diameters_mm: tuple[float, float, float] = Field(description="log-uniform from the first to the second; a few up to the third")
+    large_share: float = Field(ge=0, le=1, description="share of nodules between the second and the third diameter")
+
+
+class NetworkSection(_Section):
+    """A network of monai.networks.nets by name, with its arguments."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$")
+    arguments: dict[str, Any]
+
+
+class TrainingSection(_Section):
+    """Optimiser, length and bookkeeping."""
+
+    seed: int
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    warm_up_steps: int = Field(ge=0)
+    ema_decay: float = Field(ge=0, lt=1)
+    bce_weight: float
+    worst_weight: float
+    worst_share: float = Field(gt=0, le=1)
+    dice_weight: float
+    clip_norm: float = Field(gt=0)
+    checkpoint_every: int = Field(ge=1)
+    workers: int = Field(1, ge=0, description="processes that render patches; 0: in the training process")
+    threads: int = Field(1, ge=1, description="CPU threads of the training process")
+
+
+class Recipe(_Section):
+    """A whole training."""
+
+    data: DataSection
+    network: NetworkSection
+    training: TrainingSection
+    package: dict[str, Any] = Field(description="the manifest of the package that export writes")
+
+
+def load_recipe(file: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        ConfigError: absent, no TOML, or with mistakes; the message names every mistake at once.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{file} has {len(mistakes)} mistake(s): " + "; ".join(mistakes)) from error
