@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 
-from pacs import Node, Orthanc
-from pacs import orthanc as run_orthanc
+from pacs import Node, Orthanc, orthanc as run_orthanc
 from postgres import postgres_cluster, postgres_programs
 
 
