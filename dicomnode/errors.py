@@ -24,6 +24,8 @@ class ConfigError(UsageError):
 class StoreRefused(NodeError):
     """A C-STORE request is answered with a failure status; `dimse_status` and the message become status and Error Comment."""
 
+    study_instance_uid: str | None = None  # as far as it could be read, so that the refusal is seen with its study
+
 
 class OutOfResources(StoreRefused):
     """The disk is below its reserve, or the database cannot take a row: nothing is stored now, sending again later can work."""

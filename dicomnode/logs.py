@@ -14,7 +14,7 @@ import structlog
 
 ALLOWED_KEYS = frozenset(
     {
-        "event", "level", "timestamp", "logger", "exception", "exc_info", "dropped",
+        "event", "level", "timestamp", "module", "exception", "exc_info", "dropped",
         "role", "worker", "pid", "host", "port", "ae_title", "calling_ae_title", "called_ae_title", "peer",
         "study_instance_uid", "series_instance_uid", "sop_instance_uid", "sop_class_uid", "transfer_syntax_uid",
         "revision", "run", "job", "key", "kind", "package", "version", "digest", "device", "state", "outcome",
@@ -53,4 +53,4 @@ def configure_logs(level: str, *, json_lines: bool) -> None:
 
 def get_logger(name: str) -> Any:  # structlog's BoundLogger is typed per configuration, so Any is what it offers
     """Return a logger; its keywords must be in ALLOWED_KEYS."""
-    return structlog.get_logger(logger=name)
+    return structlog.get_logger(module=name)  # "logger" is the name of a parameter of structlog

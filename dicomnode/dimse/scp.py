@@ -1,0 +1,254 @@
+"""What the Storage SCP checks before it says Success (PS3.4 annex B): data set, command and presentation context agree.
+
+Must never decode pixels, change a byte of the data set, or put a value from the wire into an error message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from pydicom.charset import CODES_TO_ENCODINGS, python_encoding
+
+from dicomnode.dimse.contexts import (
+    IMPLEMENTATION_CLASS_UID,
+    IMPLEMENTATION_VERSION_NAME,
+    StorageClass,
+    TransferSyntax,
+    storage_class,
+    transfer_syntax,
+)
+from dicomnode.dimse.encoding import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, Contents, walk
+from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
+from storage.records import InstanceHeader, Priority
+
+CHARACTER_SET: Final = 0x00080005
+SOP_CLASS_UID: Final = 0x00080016
+SOP_INSTANCE_UID: Final = 0x00080018
+STUDY_DATE: Final = 0x00080020
+ACCESSION_NUMBER: Final = 0x00080050
+MODALITY: Final = 0x00080060
+STUDY_DESCRIPTION: Final = 0x00081030
+SERIES_DESCRIPTION: Final = 0x0008103E
+PATIENT_NAME: Final = 0x00100010
+PATIENT_ID: Final = 0x00100020
+STUDY_INSTANCE_UID: Final = 0x0020000D
+SERIES_INSTANCE_UID: Final = 0x0020000E
+SERIES_NUMBER: Final = 0x00200011
+INSTANCE_NUMBER: Final = 0x00200013
+SAMPLES_PER_PIXEL: Final = 0x00280002
+PHOTOMETRIC_INTERPRETATION: Final = 0x00280004
+NUMBER_OF_FRAMES: Final = 0x00280008
+ROWS: Final = 0x00280010
+COLUMNS: Final = 0x00280011
+BITS_ALLOCATED: Final = 0x00280100
+REQUEST_ATTRIBUTES: Final = 0x00400275
+PRIORITY: Final = 0x00401003
+
+_WANTED: Final = frozenset(
+    {
+        CHARACTER_SET, SOP_CLASS_UID, SOP_INSTANCE_UID, STUDY_DATE, ACCESSION_NUMBER, MODALITY, STUDY_DESCRIPTION, SERIES_DESCRIPTION,
+        PATIENT_NAME, PATIENT_ID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID, SERIES_NUMBER, INSTANCE_NUMBER, SAMPLES_PER_PIXEL,
+        PHOTOMETRIC_INTERPRETATION, NUMBER_OF_FRAMES, ROWS, COLUMNS, BITS_ALLOCATED, PRIORITY,
+    }
+)  # fmt: skip
+_NESTED: Final = frozenset({(REQUEST_ATTRIBUTES, PRIORITY)})
+
+_UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_ESCAPE: Final = re.compile(rb"\x1b(?:\$[()]?|[()-]).", re.DOTALL)
+_MAXIMUM_TEXT: Final = 324  # characters kept of a text in the index: five components of 64 of a PN and what joins them
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedInstance:
+    """One C-STORE request as it came: who, what the command and the context declare, and the data set's bytes."""
+
+    association: int  # number of the association within this process
+    calling_ae_title: str
+    called_ae_title: str
+    context_sop_class_uid: str  # abstract syntax of the presentation context
+    sop_class_uid: str  # Affected SOP Class UID of the command
+    sop_instance_uid: str  # Affected SOP Instance UID of the command
+    transfer_syntax_uid: str
+    dataset: bytes
+
+
+def is_uid(value: str) -> bool:
+    """Whether `value` is a UID: up to 64 characters, digits in components separated by dots (PS3.5 9.1).
+
+    A leading zero in a component is let through: devices in use write them.
+    """
+    return len(value) <= 64 and _UID.fullmatch(value) is not None
+
+
+def read_header(received: ReceivedInstance) -> InstanceHeader:
+    """Check a received instance (contract 3) and return what the index keeps of it.
+
+    Raises:
+        CannotUnderstand: the data set can't be read to its end, or a UID is absent or malformed.
+        DataSetDoesNotMatchSOPClass: data set, command and presentation context disagree.
+        PixelDataTooShort: pixel data is absent, shorter than its header says, or broken.
+        Each carries the Study Instance UID if it could be read.
+    """
+    contents = Contents()
+    try:
+        return _checked_header(received, contents)
+    except StoreRefused as refusal:
+        study = _plain(contents.values.get(STUDY_INSTANCE_UID))
+        refusal.study_instance_uid = study if is_uid(study) else None
+        raise
+
+
+def part10_prefix(received: ReceivedInstance) -> bytes:
+    """Return preamble, prefix and file meta information (PS3.10 7.1); the data set's bytes follow it unchanged."""
+    elements = (
+        _meta_element(0x0001, b"OB", b"\x00\x01"),
+        _meta_element(0x0002, b"UI", received.sop_class_uid.encode("ascii")),
+        _meta_element(0x0003, b"UI", received.sop_instance_uid.encode("ascii")),
+        _meta_element(0x0010, b"UI", received.transfer_syntax_uid.encode("ascii")),
+        _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode("ascii")),
+        _meta_element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME.encode("ascii")),
+        _meta_element(0x0016, b"AE", received.calling_ae_title.encode("ascii")),
+    )
+    group = b"".join(elements)
+    return b"\x00" * 128 + b"DICM" + _meta_element(0x0000, b"UL", struct.pack("<L", len(group))) + group
+
+
+def decode_text(value: bytes, character_sets: tuple[str, ...]) -> str:
+    """Decode a text value by its Specific Character Set (PS3.5 6.1.2); what can't be decoded becomes U+FFFD.
+
+    Unknown character sets count as ISO 8859-1. Control characters and outer spaces are dropped, and long texts cut.
+    """
+    first = python_encoding.get(character_sets[0] if character_sets else "", "iso8859")
+    if b"\x1b" not in value:
+        text = value.decode(first, "replace")
+    else:  # ISO 2022 code extensions (PS3.5 6.1.2.5): an escape sequence names the character set of what follows it
+        marks = [(0, 0, first)]
+        marks += [(m.start(), m.end(), CODES_TO_ENCODINGS.get(m.group(), first)) for m in _ESCAPE.finditer(value)]
+        ends = [start for start, _, _ in marks[1:]] + [len(value)]
+        text = "".join(_decode_part(value, mark, end) for mark, end in zip(marks, ends, strict=True))
+    return _CONTROL.sub(" ", text).strip()[:_MAXIMUM_TEXT]
+
+
+def _decode_part(value: bytes, mark: tuple[int, int, str], end: int) -> str:
+    start, after_escape, encoding = mark
+    keeps_escape = encoding in {"iso2022_jp", "iso2022_jp_2"}  # these codecs read the escape sequence themselves
+    if encoding == "iso_ir_58":
+        encoding = "gb2312"
+    return value[start if keeps_escape else after_escape : end].decode(encoding, "replace")
+
+
+def _checked_header(received: ReceivedInstance, contents: Contents) -> InstanceHeader:
+    sop_class = storage_class(received.sop_class_uid)
+    syntax = transfer_syntax(received.transfer_syntax_uid)
+    if sop_class is None or received.context_sop_class_uid != received.sop_class_uid:
+        raise DataSetDoesNotMatchSOPClass("SOP class of the command is not that of the context")
+    if syntax is None:
+        raise CannotUnderstand("the transfer syntax is not supported")
+    if not is_uid(received.sop_instance_uid):
+        raise CannotUnderstand("the command's SOP Instance UID is malformed")
+    walk(received.dataset, syntax, contents, wanted=_WANTED, nested=_NESTED)
+    values = contents.values
+    if _plain(values.get(SOP_CLASS_UID)) != received.sop_class_uid:
+        raise DataSetDoesNotMatchSOPClass("SOP Class UID: data set and command differ")
+    if _plain(values.get(SOP_INSTANCE_UID)) != received.sop_instance_uid:
+        raise DataSetDoesNotMatchSOPClass("SOP Instance UID: data set and command differ")
+    study, series = _plain(values.get(STUDY_INSTANCE_UID)), _plain(values.get(SERIES_INSTANCE_UID))
+    if not is_uid(study):
+        raise CannotUnderstand("Study Instance UID is absent or malformed")
+    if not is_uid(series):
+        raise CannotUnderstand("Series Instance UID is absent or malformed")
+    note = _check_pixel_data(contents, sop_class, syntax)
+    character_sets = tuple(term.strip() for term in _plain(values.get(CHARACTER_SET)).split("\\"))
+    priorities = (values.get(PRIORITY), contents.nested_values.get((REQUEST_ATTRIBUTES, PRIORITY)))
+    priority: Priority = "stat" if any(_plain(value).upper() == "STAT" for value in priorities) else "routine"
+    return InstanceHeader(
+        sop_instance_uid=received.sop_instance_uid,
+        sop_class_uid=received.sop_class_uid,
+        transfer_syntax_uid=received.transfer_syntax_uid,
+        series_instance_uid=series,
+        study_instance_uid=study,
+        dataset_sha256=hashlib.sha256(received.dataset).hexdigest(),
+        kind=sop_class.kind,
+        modality=decode_text(values.get(MODALITY, b""), ())[:16],
+        instance_number=_number(values.get(INSTANCE_NUMBER)),
+        patient_id=decode_text(values.get(PATIENT_ID, b""), character_sets),
+        patient_name=decode_text(values.get(PATIENT_NAME, b""), character_sets),
+        study_date=decode_text(values.get(STUDY_DATE, b""), ())[:16],
+        study_description=decode_text(values.get(STUDY_DESCRIPTION, b""), character_sets),
+        accession_number=decode_text(values.get(ACCESSION_NUMBER, b""), character_sets),
+        series_number=_number(values.get(SERIES_NUMBER)),
+        series_description=decode_text(values.get(SERIES_DESCRIPTION, b""), character_sets),
+        requested_priority=priority,
+        calling_ae_title=received.calling_ae_title,
+        called_ae_title=received.called_ae_title,
+        note=note,
+    )
+
+
+def _check_pixel_data(contents: Contents, sop_class: StorageClass, syntax: TransferSyntax) -> str:
+    """Refuse pixel data that is less than its header says (PS3.3 C.7.6.3, PS3.5 8); return a note on what is more."""
+    values, lengths = contents.values, contents.native_lengths
+    if not lengths and contents.fragments is None:
+        if sop_class.kind == "image" or _unsigned(values.get(ROWS), syntax):
+            raise PixelDataTooShort("an image without pixel data")
+        return ""
+    rows, columns = _unsigned(values.get(ROWS), syntax), _unsigned(values.get(COLUMNS), syntax)
+    frames = _number(values.get(NUMBER_OF_FRAMES)) if _plain(values.get(NUMBER_OF_FRAMES)) else 1
+    if not rows or not columns or frames is None or frames < 1:
+        raise PixelDataTooShort("pixel data without valid Rows, Columns or Number of Frames")
+    if contents.fragments is not None:
+        least = 1 if syntax.pixels == "video" else frames  # a video is one stream in any number of fragments (PS3.5 8.2.5)
+        if contents.fragments < least:
+            raise PixelDataTooShort("encapsulated pixel data has too few fragments")
+        return ""
+    if syntax.pixels != "native" and PIXEL_DATA in lengths:
+        raise PixelDataTooShort("native pixel data in an encapsulated transfer syntax")
+    if PIXEL_DATA in lengths:
+        length, bits = lengths[PIXEL_DATA], _unsigned(values.get(BITS_ALLOCATED), syntax) * _samples(values, syntax)
+    else:
+        length, bits = (lengths[FLOAT_PIXEL_DATA], 32) if FLOAT_PIXEL_DATA in lengths else (lengths[DOUBLE_PIXEL_DATA], 64)
+    if not bits:
+        raise PixelDataTooShort("pixel data without Bits Allocated")
+    expected = int((rows * columns * frames * bits + 7) // 8)
+    if length < expected:
+        raise PixelDataTooShort("pixel data is shorter than its header says")
+    if length % 2:
+        return "pixel data has an odd length"
+    surplus = length - expected - expected % 2  # one byte makes the length even
+    return f"pixel data has {surplus} bytes more than its header says" if surplus > 0 else ""
+
+
+def _samples(values: dict[int, bytes], syntax: TransferSyntax) -> float:
+    """Stored samples per pixel: the chroma of 4:2:2 and 4:2:0 is subsampled (PS3.3 C.7.6.3.1.2)."""
+    photometric = _plain(values.get(PHOTOMETRIC_INTERPRETATION)).upper()
+    subsampled = {"YBR_FULL_422": 2.0, "YBR_PARTIAL_422": 2.0, "YBR_PARTIAL_420": 1.5}
+    return subsampled.get(photometric) or float(_unsigned(values.get(SAMPLES_PER_PIXEL), syntax) or 1)
+
+
+def _meta_element(element: int, vr: bytes, value: bytes) -> bytes:
+    """Encode one element of group 0002, always Explicit VR Little Endian (PS3.10 7.1)."""
+    value += (b"\x00" if vr in {b"UI", b"OB"} else b" ") * (len(value) % 2)
+    length = struct.pack("<HL", 0, len(value)) if vr == b"OB" else struct.pack("<H", len(value))
+    return struct.pack("<HH", 0x0002, element) + vr + length + value
+
+
+def _plain(value: bytes | None) -> str:
+    """A value of the default repertoire without padding; other bytes become U+FFFD."""
+    return (value or b"").decode("ascii", "replace").strip(" \x00")
+
+
+def _unsigned(value: bytes | None, syntax: TransferSyntax) -> int:
+    """The first US of a value, 0 if there is none."""
+    return int.from_bytes((value or b"")[:2], "little" if syntax.little_endian else "big")
+
+
+def _number(value: bytes | None) -> int | None:
+    """The first IS of a value; None if it is absent or no number of 32 bits (PS3.5 6.2)."""
+    text = _plain(value).split("\\")[0].strip()
+    number = int(text) if re.fullmatch(r"[+-]?[0-9]{1,10}", text, re.ASCII) else None
+    return number if number is not None and -(2**31) <= number < 2**31 else None

@@ -1,0 +1,174 @@
+"""The Storage SCU and Verification SCU: send stored objects to a peer exactly as they are stored.
+
+Must never re-encode a data set, and never try again by itself: outcomes say what happened, and the engine decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pynetdicom import AE, _config, evt
+from pynetdicom.presentation import build_context
+
+from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MAXIMUM_CONTEXTS, VERIFICATION
+from dicomnode.dimse.listener import send_without_delay
+from dicomnode.errors import PeerRefused, PeerUnavailable
+from storage.records import Peer
+
+SUCCESS = 0x0000
+WARNINGS = frozenset({0x0001, 0x0107, 0x0116, *range(0xB000, 0xC000)})  # PS3.7 C.4, PS3.4 B.2.3: stored, with a remark
+# PS3.4 B.2.3 Refused: Out of Resources; PS3.7 C.5 Processing failure and Resource limitation: later it can work.
+TRANSIENT = frozenset({*range(0xA700, 0xA800), 0x0110, 0x0213})
+_MAXIMUM_PDU_BYTES = 131072  # responses are small; what we send is cut to what the peer asks for
+
+Pair = tuple[str, str]  # SOP Class UID, Transfer Syntax UID
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outgoing:
+    """A stored Part 10 file to send; its data set's bytes go out unchanged."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendOutcome:
+    """What became of one object. "transient": sending again later can work. `error` also holds a warning of "sent"."""
+
+    sop_instance_uid: str
+    state: Literal["sent", "transient", "permanent"]
+    status: int | None  # DIMSE status, None if there was no response
+    error: str | None
+
+
+def send(
+    peer: Peer,
+    objects: Sequence[Outgoing],
+    *,
+    calling_ae_title: str,
+    timeout_seconds: float = 30,
+    progress: Callable[[int], None] | None = None,
+) -> list[SendOutcome]:
+    """Send `objects` to `peer` and return an outcome for each, in their order.
+
+    One association proposes exactly the pairs of SOP class and transfer syntax that it sends; there are more associations
+    only where there are more than 128 pairs. `progress` is called with the number of objects that have an outcome.
+    """
+    if peer.tls:
+        return [_outcome(item, "permanent", f"peer {peer.ae_title} demands TLS, which this node does not send with") for item in objects]
+    # pynetdicom sends a file's bytes as they are only under this process-wide switch; without it each data set is decoded and
+    # encoded again. It is set here, at the first sending, and stays: this function is the only sender of files.
+    _config.STORE_SEND_CHUNKED_DATASET = True
+    pairs = sorted({_pair(item) for item in objects})
+    outcomes: dict[str, SendOutcome] = {}
+    for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
+        proposed = pairs[first : first + MAXIMUM_CONTEXTS]
+        association, trouble = _associate(peer, proposed, calling_ae_title, timeout_seconds)
+        accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
+        for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
+            if trouble is not None:
+                outcome = _outcome(item, "transient", trouble)
+            elif _pair(item) not in accepted:
+                outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
+            else:
+                outcome, trouble = _store(association, item, number)
+            outcomes[item.sop_instance_uid] = outcome
+            if progress is not None:
+                progress(len(outcomes))
+        if association.is_established:
+            association.release()
+    return [outcomes[item.sop_instance_uid] for item in objects]
+
+
+def echo(peer: Peer, *, calling_ae_title: str, timeout_seconds: float = 10) -> None:
+    """Verify that `peer` answers C-ECHO (PS3.4 A).
+
+    Raises:
+        PeerUnavailable: no association, or no Success.
+        PeerRefused: the peer demands TLS.
+    """
+    if peer.tls:
+        raise PeerRefused(f"peer {peer.ae_title} demands TLS, which this node does not send with")
+    association, trouble = _associate(peer, [(VERIFICATION, "1.2.840.10008.1.2")], calling_ae_title, timeout_seconds)
+    if trouble is not None:
+        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {trouble}")
+    status = association.send_c_echo().get("Status") if association.accepted_contexts else None
+    if association.is_established:
+        association.release()
+    if status != SUCCESS:
+        answer = "nothing" if status is None else f"status 0x{status:04X}"
+        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port} answered C-ECHO with {answer}")
+
+
+def classify(status: int) -> Literal["sent", "transient", "permanent"]:
+    """Say what a C-STORE status means for the object (PS3.4 B.2.3, PS3.7 C)."""
+    if status == SUCCESS or status in WARNINGS:
+        return "sent"
+    return "transient" if status in TRANSIENT else "permanent"
+
+
+def _associate(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeout_seconds: float) -> tuple[Any, str | None]:
+    """Open an association; return it, and in words why nothing can be sent on it, or None.
+
+    A peer that accepts the association but none of its contexts is no trouble of the association: each object's context
+    was refused.
+    """
+    entity = AE(calling_ae_title)
+    entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+    entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = timeout_seconds
+    association = entity.associate(
+        peer.host,
+        peer.port,
+        contexts=[build_context(sop_class, syntax) for sop_class, syntax in pairs],
+        ae_title=peer.ae_title,
+        max_pdu=_MAXIMUM_PDU_BYTES,
+        evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay)],
+    )
+    if association.is_established or (association.rejected_contexts and not association.accepted_contexts):
+        return association, None
+    if association.is_rejected:
+        answer = association.acceptor.primitive
+        return association, f"the peer rejected the association: {answer.result_str}, {answer.reason_str}"
+    return association, "the peer cannot be reached, or broke off the association request"
+
+
+def _store(association: Any, item: Outgoing, number: int) -> tuple[SendOutcome, str | None]:
+    """Send one object; return its outcome, and why no more can be sent on the association, or None."""
+    broken = "the association broke before the peer had answered"
+    if not association.is_established:
+        return _outcome(item, "transient", broken), broken
+    try:
+        answer = association.send_c_store(item.path, msg_id=number % 65536)
+    except OSError as error:
+        return _outcome(item, "permanent", f"the stored file cannot be read: {error.strerror}"), None
+    except (
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what pynetdicom raises for a file unlike its Outgoing, or a broken association
+        if not association.is_established:
+            return _outcome(item, "transient", broken), broken
+        return _outcome(item, "permanent", f"the stored file cannot be sent: {error}"), None
+    if "Status" not in answer:
+        return _outcome(item, "transient", broken), broken
+    state, comment = classify(answer.Status), str(answer.get("ErrorComment", "")).strip()
+    words = f"status 0x{answer.Status:04X}" + (f": {comment}" if comment else "")
+    outcome = SendOutcome(
+        sop_instance_uid=item.sop_instance_uid, state=state, status=answer.Status, error=None if answer.Status == SUCCESS else words
+    )
+    return outcome, None
+
+
+def _pair(item: Outgoing) -> Pair:
+    return item.sop_class_uid, item.transfer_syntax_uid
+
+
+def _outcome(item: Outgoing, state: Literal["transient", "permanent"], error: str) -> SendOutcome:
+    return SendOutcome(sop_instance_uid=item.sop_instance_uid, state=state, status=None, error=error)
