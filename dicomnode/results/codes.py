@@ -1,0 +1,51 @@
+"""The coded concepts that results use beside those a package's manifest brings. One table, from PS3.16.
+
+Must hold values and meanings exactly as the standard prints them.
+"""
+
+from __future__ import annotations
+
+from dicomnode.findings import Code, Laterality
+
+VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")
+LONG_AXIS = Code(value="103339001", scheme="SCT", meaning="Long axis")
+CERTAINTY = Code(value="111012", scheme="DCM", meaning="Certainty of Finding")  # CID 6048
+QUALITATIVE_EVALUATIONS = Code(value="C0034375", scheme="UMLS", meaning="Qualitative Evaluations")  # TID 1500 row 12
+COMMENT = Code(value="121106", scheme="DCM", meaning="Comment")
+ARTIFICIAL_INTELLIGENCE = Code(value="123110", scheme="DCM", meaning="Artificial Intelligence")  # CID 7162
+
+MILLILITRE = Code(value="ml", scheme="UCUM", meaning="ml")
+MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
+PERCENT = Code(value="%", scheme="UCUM", meaning="Percent")
+
+SUMMARY = Code(value="111017", scheme="DCM", meaning="CAD Processing and Findings Summary")
+# CID 6047 CAD Processing and Findings Summary
+WITH_FINDINGS = Code(value="111242", scheme="DCM", meaning="All algorithms succeeded; with findings")
+WITHOUT_FINDINGS = Code(value="111241", scheme="DCM", meaning="All algorithms succeeded; without findings")
+NO_ALGORITHM_SUCCEEDED = Code(value="111245", scheme="DCM", meaning="No algorithms succeeded; without findings")
+
+LATERALITY: dict[Laterality, Code] = {
+    "left": Code(value="7771000", scheme="SCT", meaning="Left"),  # CID 244
+    "right": Code(value="24028007", scheme="SCT", meaning="Right"),
+}
+
+# CID 100 Quantitative Diagnostic Imaging Procedures: it names modalities; the part of the body stands in each finding's site.
+_PROCEDURES: dict[str, Code] = {
+    "CT": Code(value="25045-6", scheme="LN", meaning="CT unspecified body region"),
+    "MR": Code(value="25056-3", scheme="LN", meaning="MRI unspecified body region"),
+    "NM": Code(value="49118-3", scheme="LN", meaning="NM unspecified body region"),
+    "PT": Code(value="44136-0", scheme="LN", meaning="PET unspecified body region"),
+    "CR": Code(value="43468-8", scheme="LN", meaning="XR unspecified body region"),
+    "DX": Code(value="43468-8", scheme="LN", meaning="XR unspecified body region"),
+}
+_IMAGING = Code(value="363679005", scheme="SCT", meaning="Imaging procedure")  # CID 100
+
+
+def as_printed(code: Code) -> Code:
+    """Return the code with the meaning that PS3.16 prints, where this table knows it."""
+    return next((c for c in (VOLUME, LONG_AXIS) if (c.value, c.scheme) == (code.value, code.scheme)), code)
+
+
+def procedure_reported(modality: str) -> Code:
+    """Return the Procedure Reported (121058, DCM) of images of a Modality (0008,0060)."""
+    return _PROCEDURES.get(modality, _IMAGING)

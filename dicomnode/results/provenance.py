@@ -1,0 +1,186 @@
+"""What every result object has in common: whose study it belongs to, who made it and when, and that it is research.
+
+Must never read the clock: all dates come from the run. Texts of our own are ASCII, because they share the data set
+with the patient's name and so its Specific Character Set, which is copied as it is.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta, timezone, tzinfo
+from io import BytesIO
+
+import highdicom
+from pydicom import Dataset
+from pydicom.filewriter import dcmwrite
+from pydicom.sr.codedict import codes
+
+from dicomnode.findings import Findings, ResultObject, RunIdentity, Volume
+from dicomnode.version import VERSION
+
+RESEARCH = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
+
+# What a derived object says about the images it stands on: used to describe them, never to change them.
+_IMAGE_KEYWORDS = (
+    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns",
+    "FrameOfReferenceUID", "PositionReferenceIndicator", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "SliceThickness", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "Manufacturer",
+    "ManufacturerModelName", "AcquisitionDate", "AcquisitionTime", "BodyPartExamined",
+)  # fmt: skip
+# Type 1 and 2 of the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1), which the encoder wants to see present.
+_PATIENT_AND_STUDY_KEYWORDS = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
+    "ReferringPhysicianName",
+)  # fmt: skip
+
+
+def ascii_text(text: str, limit: int) -> str:
+    """Return `text` in ASCII without control characters or backslashes, at most `limit` characters long."""
+    for mark, plain in (("—", "-"), ("–", "-"), ("×", "x"), ("≤", "<="), ("≥", ">="), ("µ", "u"), ("°", " deg"), ("\\", "/")):
+        text = text.replace(mark, plain)
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii")
+    return " ".join("".join(c if c.isprintable() else " " for c in plain).split())[:limit].rstrip()
+
+
+def long_string(text: str, *, ending: str = "") -> str:
+    """Return `text` and `ending` as one value of VR LO (64 characters); the ending is never cut off."""
+    ending = f" {ending}" if ending else ""
+    return ascii_text(text, 64 - len(ending)) + ending
+
+
+def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
+    """Return one reduced header for each slice of the volume, in its order.
+
+    The position stays the image's own; orientation, spacing and frame of reference are those of the first slice for all, as
+    the volume was accepted with one orientation. Patient and study attributes are left empty (see `stamp`).
+    """
+    by_uid = {str(header.SOPInstanceUID): header for header in headers}
+    images = [reduced_header(by_uid[uid]) for uid in volume.sop_instance_uids]
+    first = images[0]
+    slice_mm = f"{volume.spacing_mm[0]:.10g}"
+    for image in images:
+        image.FrameOfReferenceUID = volume.frame_of_reference_uid
+        image.ImageOrientationPatient = first.ImageOrientationPatient
+        image.PixelSpacing = first.PixelSpacing
+        image.SpacingBetweenSlices = slice_mm
+        if not image.get("SliceThickness"):
+            image.SliceThickness = slice_mm
+    return images
+
+
+def reduced_header(header: Dataset) -> Dataset:
+    """Return what a result object needs of an image's header; patient and study attributes are present and empty."""
+    image = Dataset()
+    for keyword in _IMAGE_KEYWORDS:
+        if keyword in header:
+            image[keyword] = header[keyword]
+    for keyword in _PATIENT_AND_STUDY_KEYWORDS:
+        setattr(image, keyword, "")
+    return image
+
+
+def series_number(header: Dataset, modality: str) -> int:
+    """Return a Series Number that sorts after the images' own: theirs + 9001 for SEG, + 9002 for SR (IS, 31 bit)."""
+    try:
+        images = max(0, int(header.get("SeriesNumber") or 0))
+    except (TypeError, ValueError):  # not an integer string: the images sort as the viewer likes
+        images = 0
+    return min(images + {"SEG": 9001, "SR": 9002}[modality], 2**31 - 1)
+
+
+def software_versions(identity: RunIdentity) -> list[str]:
+    """Return node, package and weights digest as values of Software Versions (0018,1020), VR LO."""
+    return [f"dicomnode {VERSION}", long_string(f"{identity.package} {identity.version}"), identity.digest[:64]]
+
+
+def common_arguments(header: Dataset, identity: RunIdentity, modality: str, *, manufacturer: str, model: str) -> dict[str, object]:
+    """Return the keyword arguments that highdicom's SEG and SR constructors share."""
+    created = created_at(header, identity)
+    return {
+        "series_instance_uid": "",  # overridden by the caller
+        "series_number": series_number(header, modality),
+        "instance_number": 1,
+        "manufacturer": long_string(manufacturer),
+        "manufacturer_model_name": long_string(model),
+        "device_serial_number": identity.digest[:64],
+        "software_versions": software_versions(identity),
+        "series_description": long_string(f"{identity.package} {identity.version}", ending=f"{modality} RESEARCH"),
+        "content_qualification": "RESEARCH",
+        "content_date": created.date(),
+        "content_time": created.time(),
+        "series_date": created.date(),
+        "series_time": created.time(),
+        "specific_character_set": None,  # copied as it is by `stamp`
+    }
+
+
+def created_at(header: Dataset, identity: RunIdentity) -> datetime:
+    """Return the run's creation time in the study's own time zone where the study names one, else in the run's.
+
+    Seconds are whole: fractions add nothing and some peers dislike them.
+    """
+    return identity.created_at.astimezone(_study_zone(header) or identity.created_at.tzinfo).replace(microsecond=0)
+
+
+def stamp(result: Dataset, header: Dataset, identity: RunIdentity, *, manufacturer: str, model: str) -> None:
+    """Write patient, study, character set, dates, contributing equipment and labels into an object that highdicom built.
+
+    Patient and study attributes are copied from `header` unchanged, whatever they hold. highdicom's own clock readings are
+    replaced.
+    """
+    if "SpecificCharacterSet" in header:
+        result["SpecificCharacterSet"] = header["SpecificCharacterSet"]
+    result.copy_patient_and_study_information(header)
+    created = created_at(header, identity)
+    for keyword in ("InstanceCreationDate", "ContentDate", "SeriesDate"):
+        setattr(result, keyword, created.strftime("%Y%m%d"))
+    for keyword in ("InstanceCreationTime", "ContentTime", "SeriesTime"):
+        setattr(result, keyword, created.strftime("%H%M%S"))
+    if _study_zone(header) is not None:
+        result.TimezoneOffsetFromUTC = header.TimezoneOffsetFromUTC
+    node = highdicom.ContributingEquipment(
+        manufacturer=long_string(manufacturer),
+        purpose_of_reference=codes.DCM.ProcessingEquipment,
+        manufacturer_model_name=long_string(model),
+        software_versions=software_versions(identity),
+        device_serial_number=identity.digest[:64],
+        contribution_description=f"Analysis by {identity.package} {identity.version}, weights {identity.digest}. {RESEARCH}",
+    )
+    others = list(result.get("ContributingEquipmentSequence", []))
+    for item in others:
+        item.pop("ContributionDateTime", None)  # highdicom's clock
+    result.ContributingEquipmentSequence = [*others, node]
+    for item in (others[-1], node):
+        item.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
+
+
+def algorithm_parameters(identity: RunIdentity, findings: Findings | None) -> Mapping[str, str]:
+    """Return what identifies the algorithm beyond its name and version."""
+    parameters = {"weights": f"sha256:{identity.digest}", "use": RESEARCH}
+    if findings is not None and findings.device:
+        parameters["device"] = ascii_text(findings.device, 64)
+    return parameters
+
+
+def encode(result: Dataset) -> ResultObject:
+    """Return the Part 10 file of an object: the same data set gives the same bytes."""
+    buffer = BytesIO()
+    dcmwrite(buffer, result, enforce_file_format=True)
+    return ResultObject(
+        sop_instance_uid=str(result.SOPInstanceUID),
+        sop_class_uid=str(result.SOPClassUID),
+        transfer_syntax_uid=str(result.file_meta.TransferSyntaxUID),
+        series_instance_uid=str(result.SeriesInstanceUID),
+        modality=str(result.Modality),
+        data=buffer.getvalue(),
+    )
+
+
+def _study_zone(header: Dataset) -> tzinfo | None:
+    """The study's Timezone Offset From UTC (PS3.3 C.12.1.1.8), or None where it is absent or malformed."""
+    text = str(header.get("TimezoneOffsetFromUTC") or "")
+    if len(text) != 5 or text[0] not in "+-" or not text[1:].isdigit():
+        return None
+    offset = timedelta(hours=int(text[1:3]), minutes=int(text[3:]))
+    return timezone(-offset if text[0] == "-" else offset) if offset < timedelta(hours=24) else None
