@@ -173,16 +173,16 @@ class Index:
             return [_study(row) for row in connection.execute(statement)]
 
     def callers(self, study_instance_uid: str) -> list[tuple[str, str]]:
-        """Return the distinct (calling, called) AE titles of the images that no closed revision holds yet."""
+        """Return the distinct (calling, called) AE titles that brought the images of the study: a revision holds all of them."""
         statement = (
-            select(INSTANCE.c.calling_ae_title, INSTANCE.c.called_ae_title).distinct().join(STUDY).where(_is_new(study_instance_uid))
+            select(INSTANCE.c.calling_ae_title, INSTANCE.c.called_ae_title).distinct().join(STUDY).where(_images_of(study_instance_uid))
         )
         with self._database.reading() as connection:
             return sorted((calling, called) for calling, called in connection.execute(statement))
 
     def requested_priority(self, study_instance_uid: str) -> Priority:
-        """Return "stat" if an image that no closed revision holds yet asks for it, else "routine"."""
-        is_stat = and_(_is_new(study_instance_uid), INSTANCE.c.requested_priority == "stat")
+        """Return "stat" if an image of the study asks for it, else "routine"."""
+        is_stat = and_(_images_of(study_instance_uid), INSTANCE.c.requested_priority == "stat")
         statement = select(func.count()).select_from(INSTANCE).join(STUDY).where(is_stat)
         with self._database.reading() as connection:
             return "stat" if connection.execute(statement).scalar_one() else "routine"
@@ -334,8 +334,8 @@ def _counts() -> ColumnElement[bool]:
     return and_(INSTANCE.c.kind == "image", INSTANCE.c.made_here.is_(False))
 
 
-def _is_new(study_instance_uid: str) -> ColumnElement[bool]:
-    return and_(STUDY.c.study_instance_uid == study_instance_uid, _counts(), INSTANCE.c.id > STUDY.c.closed_image)
+def _images_of(study_instance_uid: str) -> ColumnElement[bool]:
+    return and_(STUDY.c.study_instance_uid == study_instance_uid, _counts())
 
 
 def _select_instances() -> Select[Any]:

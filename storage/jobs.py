@@ -126,6 +126,12 @@ class Jobs:
             _row(transaction, key)
             return False
 
+    def postpone(self, key: str, reason: str) -> None:
+        """Let a running job wait for its next try, with why; nothing happens if it has ended."""
+        with self._database.writing() as connection:
+            waiting = update(JOB).where(JOB.c.key == key, JOB.c.state == "running")
+            connection.execute(waiting.values(state="queued", reason_code="waiting", reason=reason))
+
     def set_priority(self, key: str, priority: Priority) -> None:
         """Change the priority of a job. Raises Conflict if there is no such job."""
         with self._database.writing() as connection:
