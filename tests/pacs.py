@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 from pydicom import Dataset, dcmread
 
+from dicomnode.dimse.scu import echo
+from dicomnode.errors import PeerUnavailable
 from storage.records import Peer
 
 LOOPBACK = "127.0.0.1"
@@ -198,9 +200,9 @@ def storescp(folder: Path, *, ae_title: str) -> Iterator[Peer]:
 
 def listens(peer: Peer) -> bool:
     """Whether the peer answers a C-ECHO from the scanner."""
-    from dicomnode.dimse.scu import echo
-    from dicomnode.errors import PeerUnavailable
-
+    with socket.socket() as probe:  # pynetdicom leaves a socket unclosed when nobody listens
+        if probe.connect_ex((peer.host, peer.port)) != 0:
+            return False
     try:
         echo(peer, calling_ae_title=SCANNER_AET)
     except PeerUnavailable:
