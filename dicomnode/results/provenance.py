@@ -90,8 +90,11 @@ def series_number(header: Dataset, modality: str) -> int:
 
 
 def software_versions(identity: RunIdentity) -> list[str]:
-    """Return node, package and weights digest as values of Software Versions (0018,1020), VR LO."""
-    return [f"dicomnode {VERSION}", long_string(f"{identity.package} {identity.version}"), identity.digest[:64]]
+    """Return package, weights digest and node as values of Software Versions (0018,1020), VR LO.
+
+    The digest has all 64 characters a value may have, so it isn't last: padding would make it 65 to some readers.
+    """
+    return [long_string(f"{identity.package} {identity.version}"), identity.digest[:64], f"dicomnode {VERSION}"]
 
 
 def common_arguments(header: Dataset, identity: RunIdentity, modality: str, *, manufacturer: str, model: str) -> dict[str, object]:
