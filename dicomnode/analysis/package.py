@@ -62,7 +62,10 @@ class InputSection(_Section):
     maximum_slices: int = Field(2000, ge=2)
     slice_spacing_mm: tuple[_Positive, _Positive] = Field(description="smallest and largest distance of neighbouring slices")
     pixel_spacing_mm: tuple[_Positive, _Positive] = Field(description="smallest and largest distance of rows and of columns")
-    exclude_image_types: tuple[_Short, ...] = Field(("LOCALIZER", "SECONDARY"), description="values of Image Type that refuse an image")
+    exclude_image_types: tuple[_Short, ...] = Field(
+        ("LOCALIZER", "DERIVED\\SECONDARY", "SCREEN SAVE", "DOSE_INFO"),  # SECONDARY alone also marks later reconstructions of raw data
+        description="an image whose Image Type has all values of an entry is left out",
+    )
     region: Literal["", "lung"] = Field("", description="anatomical region that limits where findings may lie")
 
     @model_validator(mode="after")
