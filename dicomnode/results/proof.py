@@ -103,7 +103,7 @@ def decode_segmentation(data: bytes, volume: Volume) -> list[DecodedSegment]:
     shared = seg.SharedFunctionalGroupsSequence[0]
     for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence):
         segment = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-        points, voxel_ml = _points(_frame_pixels(seg, number), frame, shared)
+        points, voxel_ml = _points(frame_pixels(seg, number), frame, shared)
         _expect(len(points) > 0, f"frame {number + 1} of the SEG is empty")
         exact = points @ to_index[:3, :3].T + to_index[:3, 3]
         voxels = np.rint(exact).astype(np.int64)
@@ -144,6 +144,15 @@ def decode_report(document: Dataset) -> Iterator[DecodedGroup]:
                 segment=_referenced_segment(content),
                 line=_line(content),
             )
+
+
+def frame_pixels(seg: Dataset, frame: int) -> NDArray[np.bool_]:
+    """One frame of BINARY pixel data: bits follow each other without padding between frames, lowest bit first (PS3.5 8.1.1)."""
+    size = int(seg.Rows) * int(seg.Columns)
+    first = frame * size
+    data = np.frombuffer(seg.PixelData, dtype=np.uint8, count=(first + size + 7) // 8 - first // 8, offset=first // 8)
+    bits = np.unpackbits(data, bitorder="little")[first % 8 : first % 8 + size]
+    return bits.reshape(int(seg.Rows), int(seg.Columns)).astype(np.bool_)
 
 
 def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
@@ -252,15 +261,6 @@ def _read(report: ResultObject) -> Dataset:
     _expect(str(document.get("ContentQualification")) == "RESEARCH", "the SR's Content Qualification isn't RESEARCH")
     _expect(str(document.SOPInstanceUID) == report.sop_instance_uid, "the SR's bytes hold another SOP Instance UID than was announced")
     return document
-
-
-def _frame_pixels(seg: Dataset, frame: int) -> NDArray[np.bool_]:
-    """One frame of BINARY pixel data: bits follow each other without padding between frames, lowest bit first (PS3.5 8.1.1)."""
-    size = int(seg.Rows) * int(seg.Columns)
-    first = frame * size
-    data = np.frombuffer(seg.PixelData, dtype=np.uint8, count=(first + size + 7) // 8 - first // 8, offset=first // 8)
-    bits = np.unpackbits(data, bitorder="little")[first % 8 : first % 8 + size]
-    return bits.reshape(int(seg.Rows), int(seg.Columns)).astype(np.bool_)
 
 
 def _points(pixels: NDArray[np.bool_], frame: Dataset, shared: Dataset) -> tuple[NDArray[np.float64], float]:
