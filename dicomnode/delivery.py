@@ -65,6 +65,7 @@ class Sender:
         reason = f"{len(failures)} object(s) not taken by {peer.ae_title}: {failures[0].error or 'no reason given'}"
         log.warning("not delivered", job=key, peer=peer.ae_title, status=failures[0].status, attempt=attempt)
         if wait is not None and any(outcome.state == "transient" for outcome in failures):
+            jobs.postpone(key, reason)
             return wait
         jobs.finish(key, "failed", reason_code="delivery-failed", reason=reason)
         return None

@@ -72,6 +72,7 @@ class Analyser:
             self._keep(job, outcome)
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
+            self._storage.jobs.postpone(key, str(error))
             return RETRY_SECONDS
         log.info("analysed", job=key, outcome=outcome.state, reason_code=outcome.reason_code)
         return None
@@ -125,24 +126,23 @@ class Analyser:
     def _keep(self, job: Job, outcome: Outcome) -> None:
         """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
         results = [_result(job, made, self._storage) for made in outcome.objects]
+        ended = {"reason_code": outcome.reason_code, "reason": outcome.reason, "detail": outcome.detail}
         with self._storage.database.writing() as transaction:
+            if not self._storage.jobs.finish(job.key, outcome.state, **ended, connection=transaction):
+                log.info("discarded", job=job.key, reason="the job has ended meanwhile, e.g. it was cancelled")
+                return
             self._storage.jobs.add_results(transaction, results)
             for peer in job.to_ae_titles if results else ():
-                key = f"deliver/{job.key.removeprefix('analyse/')}/{peer}"
-                self._storage.jobs.create(
-                    transaction, key=key, kind="deliver", study_instance_uid=job.study_instance_uid, revision=job.revision,
-                    package=job.package, version=job.version, digest=job.digest, run=job.run, peer=peer, priority=job.priority,
-                )  # fmt: skip
-                self._storage.jobs.add_deliveries(transaction, key, peer, [result.sop_instance_uid for result in results])
-                self._client.enqueue(transaction, key, "deliver", job.priority)
-            self._storage.jobs.finish(
-                job.key,
-                outcome.state,
-                reason_code=outcome.reason_code,
-                reason=outcome.reason,
-                detail=outcome.detail,
-                connection=transaction,
-            )
+                self._create_delivery(transaction, job, peer, [result.sop_instance_uid for result in results])
+
+    def _create_delivery(self, transaction: Any, job: Job, peer: str, sop_instance_uids: Sequence[str]) -> None:
+        key = f"deliver/{job.key.removeprefix('analyse/')}/{peer}"
+        self._storage.jobs.create(
+            transaction, key=key, kind="deliver", study_instance_uid=job.study_instance_uid, revision=job.revision,
+            package=job.package, version=job.version, digest=job.digest, run=job.run, peer=peer, priority=job.priority,
+        )  # fmt: skip
+        self._storage.jobs.add_deliveries(transaction, key, peer, sop_instance_uids)
+        self._client.enqueue(transaction, key, "deliver", job.priority)
 
 
 class _Clock:
