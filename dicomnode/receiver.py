@@ -37,7 +37,7 @@ class Receiver:
 
     @property
     def port(self) -> int:
-        """The TCP port that it listens on; only after start()."""
+        """The TCP port that it listens on, between start() and stop()."""
         return self._listener.port
 
     def start(self) -> None:

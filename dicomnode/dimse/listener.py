@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pydicom import config as pydicom_config
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
@@ -30,7 +31,7 @@ from dicomnode.dimse.contexts import (
     storage_class,
 )
 from dicomnode.dimse.scp import ReceivedInstance
-from dicomnode.errors import CannotUnderstand, ProcessingFailure, StoreRefused
+from dicomnode.errors import ProcessingFailure, StoreRefused
 from dicomnode.logs import get_logger
 
 SUCCESS = 0x0000
@@ -65,14 +66,19 @@ class Listener:
         self._released = released
         self._numbers = itertools.count(1)
         self._server: Any = None
+        self._validation_mode = pydicom_config.settings.reading_validation_mode
 
     @property
     def port(self) -> int:
-        """The TCP port that it listens on; only after start()."""
+        """The TCP port that it listens on, between start() and stop()."""
         return int(self._server.server_address[1])
 
     def start(self) -> None:
         """Bind and listen; returns at once. Raises OSError if the address can't be bound."""
+        # pynetdicom decodes command sets with pydicom, which would warn of a malformed UID and put it into the log. There is no
+        # narrower switch than this process-wide one; stop() sets it back. What was received is checked in scp.py.
+        self._validation_mode = pydicom_config.settings.reading_validation_mode
+        pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
         entity = AE(self._ae_title)
         entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
@@ -99,15 +105,17 @@ class Listener:
 
     def stop(self, drain_seconds: float) -> None:
         """Accept no more associations, wait up to `drain_seconds` for those that run, abort the rest, and return."""
-        if self._server is None:
+        server, self._server = self._server, None
+        if server is None:
             return
-        self._server.shutdown()
+        server.shutdown()
         deadline = time.monotonic() + drain_seconds
-        for association in self._server.active_associations:
+        for association in server.active_associations:
             association.join(max(0.0, deadline - time.monotonic()))
-        for association in self._server.active_associations:
+        for association in server.active_associations:
             association.abort()
             association.join(self._settings.acse_timeout_seconds)
+        pydicom_config.settings.reading_validation_mode = self._validation_mode
         _log.info("stopped listening", ae_title=self._ae_title)
 
     def _admit(self, event: Any) -> None:
@@ -139,8 +147,6 @@ class Listener:
         """Hand one C-STORE request over and return its status; the one place that turns an error into an answer."""
         calling, called = _titles(event.assoc)
         try:
-            if event.request.DataSet is None:
-                raise CannotUnderstand("the request has no data set")
             received = ReceivedInstance(
                 association=event.assoc.number,
                 calling_ae_title=calling,
@@ -149,7 +155,7 @@ class Listener:
                 sop_class_uid=str(event.request.AffectedSOPClassUID or ""),
                 sop_instance_uid=str(event.request.AffectedSOPInstanceUID or ""),
                 transfer_syntax_uid=str(event.context.transfer_syntax),
-                dataset=event.request.DataSet.getvalue(),
+                dataset=event.request.DataSet.getvalue() if event.request.DataSet else b"",
             )
             self._store(received)
         except StoreRefused as refusal:

@@ -151,6 +151,8 @@ def _checked_header(received: ReceivedInstance, contents: Contents) -> InstanceH
         raise CannotUnderstand("the transfer syntax is not supported")
     if not is_uid(received.sop_instance_uid):
         raise CannotUnderstand("the command's SOP Instance UID is malformed")
+    if not received.dataset:
+        raise CannotUnderstand("the request has no data set")
     walk(received.dataset, syntax, contents, wanted=_WANTED, nested=_NESTED)
     values = contents.values
     if _plain(values.get(SOP_CLASS_UID)) != received.sop_class_uid:

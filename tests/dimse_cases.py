@@ -1,0 +1,129 @@
+"""Data sets and DIMSE requests that the tests of the receiver and of the sender make."""
+
+from __future__ import annotations
+
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.uid import generate_uid
+from pynetdicom import AE
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.presentation import build_context
+
+from dicomnode.dimse.scp import ReceivedInstance
+
+IMPLICIT = "1.2.840.10008.1.2"
+EXPLICIT = "1.2.840.10008.1.2.1"
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
+JPEG_2000 = "1.2.840.10008.1.2.4.90"
+HEVC = "1.2.840.10008.1.2.4.107"
+CT = "1.2.840.10008.5.1.4.1.1.2"
+SEG = "1.2.840.10008.5.1.4.1.1.66.4"
+LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
+COMPREHENSIVE_3D_SR = "1.2.840.10008.5.1.4.1.1.88.34"
+
+SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def a_dataset(sop_class: str = CT, **attributes: Any) -> Dataset:
+    """A small CT image with 4 rows of 6 columns of 16 bits, changed by `attributes`; None takes an attribute away."""
+    dataset = Dataset()
+    dataset.SOPClassUID = sop_class
+    dataset.SOPInstanceUID = generate_uid()
+    dataset.StudyDate = "20260102"
+    dataset.AccessionNumber = "A1"
+    dataset.Modality = "CT"
+    dataset.PatientName = "Doe^Jane"
+    dataset.PatientID = "P1"
+    dataset.StudyInstanceUID = "1.2.3.4"
+    dataset.SeriesInstanceUID = "1.2.3.4.5"
+    dataset.SeriesNumber = 2
+    dataset.InstanceNumber = 7
+    dataset.SamplesPerPixel = 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.Rows = 4
+    dataset.Columns = 6
+    dataset.BitsAllocated = 16
+    dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.PixelRepresentation = 0
+    dataset.PixelData = bytes(48)
+    for keyword, value in attributes.items():
+        if value is None:
+            delattr(dataset, keyword)
+        else:
+            setattr(dataset, keyword, value)
+    if "PixelData" in dataset:
+        dataset["PixelData"].VR = "OW"
+    return dataset
+
+
+def encoded(dataset: Dataset, syntax: str = EXPLICIT) -> bytes:
+    """The data set's bytes in a transfer syntax, without file meta information."""
+    buffer = DicomBytesIO()
+    buffer.is_implicit_VR = syntax == IMPLICIT
+    buffer.is_little_endian = syntax != BIG_ENDIAN
+    write_dataset(buffer, dataset)
+    return buffer.getvalue()
+
+
+def encapsulated(*fragments: bytes, offset_table: bytes = b"", delimiter: bool = True) -> bytes:
+    """A Pixel Data element of undefined length in Explicit VR Little Endian (PS3.5 A.4)."""
+    items = b"".join(b"\xfe\xff\x00\xe0" + len(item).to_bytes(4, "little") + item for item in (offset_table, *fragments))
+    return b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff" + items + (b"\xfe\xff\xdd\xe0\x00\x00\x00\x00" if delimiter else b"")
+
+
+def received(data: bytes, *, uid: str, sop_class: str = CT, syntax: str = EXPLICIT, context: str | None = None) -> ReceivedInstance:
+    """A C-STORE request that declares this."""
+    return ReceivedInstance(
+        association=1,
+        calling_ae_title="SCANNER",
+        called_ae_title="DICOMNODE",
+        context_sop_class_uid=context or sop_class,
+        sop_class_uid=sop_class,
+        sop_instance_uid=uid,
+        transfer_syntax_uid=syntax,
+        dataset=data,
+    )
+
+
+def split_part10(content: bytes) -> tuple[bytes, bytes]:
+    """A Part 10 file as (up to the end of the file meta information, the data set)."""
+    assert content[128:132] == b"DICM"
+    end = 144 + int.from_bytes(content[140:144], "little")
+    return content[:end], content[end:]
+
+
+def associate(port: int, pairs: list[tuple[str, str]], *, calling: str = "SCANNER", called: str = "DICOMNODE") -> Any:
+    """An association of a simulated scanner."""
+    entity = AE(calling)
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
+    return entity.associate("127.0.0.1", port, contexts=[build_context(*pair) for pair in pairs], ae_title=called)
+
+
+def store(association: Any, data: bytes | None, *, uid: str, sop_class: str = CT, syntax: str = EXPLICIT) -> Dataset:
+    """Send bytes as the data set of a C-STORE request, whatever they are, and return the response's status."""
+    request = C_STORE()
+    request.MessageID = 1
+    request.Priority = 2
+    request.AffectedSOPClassUID = sop_class
+    request.AffectedSOPInstanceUID = uid
+    if data is not None:
+        request.DataSet = BytesIO(data)
+    context = next(c for c in association.accepted_contexts if c.transfer_syntax[0] == syntax)
+    association._reactor_checkpoint.clear()
+    while not association._is_paused:
+        time.sleep(0.0005)
+    association.dimse.send_msg(request, context.context_id)
+    _, response = association.dimse.get_msg(block=True)
+    association._reactor_checkpoint.set()
+    assert response is not None, "the receiver did not answer"
+    status = Dataset()
+    status.Status = response.Status
+    status.ErrorComment = response.ErrorComment or ""
+    return status

@@ -1,0 +1,479 @@
+"""Reception over a real network connection: contracts 1 to 5."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from dimse_cases import (
+    COMPREHENSIVE_3D_SR,
+    CT,
+    EXPLICIT,
+    IMPLICIT,
+    JPEG_2000,
+    LABEL_MAP,
+    SHARED_DATA,
+    a_dataset,
+    associate,
+    encapsulated,
+    encoded,
+    split_part10,
+    store,
+)
+from pynetdicom.dsutils import split_dataset
+
+from dicomnode.config import ListenerSection, NodeSection, Settings
+from dicomnode.dimse.contexts import TRANSFER_SYNTAXES, storage_class
+from dicomnode.receiver import Receiver
+from storage import Storage, open_storage, prepare_storage
+from storage.errors import OutOfSpace, StorageError, Unavailable
+from storage.records import Peer
+
+SCANNER = Peer(ae_title="SCANNER", host="127.0.0.1", port=104, sends=True, receives=False, tls=False, client_cert=None)
+PAIRS = [(CT, EXPLICIT), (CT, IMPLICIT), (CT, JPEG_2000)]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_network_library() -> Iterator[None]:
+    """pynetdicom logs refusals and broken connections as errors; here they are wanted."""
+    logger = logging.getLogger("pynetdicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    url = f"sqlite:///{tmp_path / 'node.sqlite'}"
+    prepare_storage(url, tmp_path)
+    storage = open_storage(url, tmp_path)
+    storage.registry.add_peer(SCANNER)
+    yield storage
+    storage.database.close()
+
+
+def settings_for(tmp_path: Path, **listener: Any) -> Settings:
+    return Settings(node=NodeSection(data=tmp_path), listener=ListenerSection(port=0, **listener))
+
+
+@pytest.fixture
+def receiver(tmp_path: Path, storage: Storage) -> Iterator[Receiver]:
+    receiver = Receiver(settings_for(tmp_path), storage)
+    receiver.start()
+    yield receiver
+    receiver.stop(drain_seconds=0)
+
+
+@pytest.fixture
+def scanner(receiver: Receiver) -> Iterator[Any]:
+    association = associate(receiver.port, PAIRS)
+    assert association.is_established
+    yield association
+    if association.is_established:
+        association.release()
+
+
+def object_files(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "objects").rglob("*") if path.is_file()]
+
+
+def stored_bytes(storage: Storage, uid: str) -> bytes:
+    instance = storage.index.find(uid)
+    assert instance is not None
+    return storage.objects.read(instance.stored.object_id)
+
+
+def send(scanner: Any, dataset: pydicom.Dataset, syntax: str = EXPLICIT) -> int:
+    return store(scanner, encoded(dataset, syntax), uid=dataset.SOPInstanceUID, sop_class=dataset.SOPClassUID, syntax=syntax).Status
+
+
+def test_an_acknowledged_image_is_stored_byte_for_byte_and_indexed(scanner, storage):
+    dataset = a_dataset()
+    assert send(scanner, dataset, IMPLICIT) == 0x0000
+    meta, data = split_part10(stored_bytes(storage, dataset.SOPInstanceUID))
+    assert data == encoded(dataset, IMPLICIT)
+    assert meta[:132] == bytes(128) + b"DICM"
+    instance = storage.index.find(dataset.SOPInstanceUID)
+    assert (instance.transfer_syntax_uid, instance.calling_ae_title, instance.called_ae_title) == (IMPLICIT, "SCANNER", "DICOMNODE")
+    assert storage.index.study("1.2.3.4").patient_name == "Doe^Jane"
+
+
+def test_success_is_said_only_after_the_file_and_the_row_are_safe(scanner, storage, monkeypatch):
+    order = []
+    put, add = storage.objects.put, storage.index.add_instance
+    monkeypatch.setattr(storage.objects, "put", lambda *chunks: (put(*chunks), order.append("file"))[0])
+    monkeypatch.setattr(storage.index, "add_instance", lambda *given: (add(*given), order.append("row"))[0])
+    status = send(scanner, a_dataset())
+    order.append("answer")
+    assert status == 0x0000
+    assert order == ["file", "row", "answer"]
+
+
+@pytest.mark.parametrize(
+    ("calling", "called", "peer"),
+    [
+        ("NOBODY", "DICOMNODE", SCANNER),
+        ("SCANNER", "OTHERNODE", SCANNER),
+        ("NOBODY", "OTHERNODE", SCANNER),
+        ("SCANNER", "DICOMNODE", replace(SCANNER, sends=False, receives=True)),
+        ("scanner", "DICOMNODE", SCANNER),
+    ],
+)
+def test_whoever_may_not_send_gets_one_and_the_same_rejection(receiver, storage, calling, called, peer):
+    storage.registry.add_peer(peer)
+    association = associate(receiver.port, PAIRS, calling=calling, called=called)
+    assert association.is_rejected
+    answer = association.acceptor.primitive
+    assert (answer.result, answer.result_source, answer.diagnostic) == (1, 1, 1)
+
+
+def test_the_registry_is_asked_at_every_association(receiver, storage):
+    storage.registry.remove_peer("SCANNER")
+    assert associate(receiver.port, PAIRS).is_rejected
+    storage.registry.add_peer(SCANNER)
+    association = associate(receiver.port, PAIRS)
+    assert association.is_established
+    association.release()
+    storage.registry.add_peer(replace(SCANNER, sends=False))
+    assert associate(receiver.port, PAIRS).is_rejected
+
+
+def test_a_registry_that_cannot_be_asked_lets_nobody_in(receiver, storage, monkeypatch):
+    def fail(_ae_title: str) -> None:
+        raise Unavailable("no database")
+
+    monkeypatch.setattr(storage.registry, "peer", fail)
+    assert associate(receiver.port, PAIRS).is_rejected
+
+
+def test_the_same_content_again_is_success_and_no_work(scanner, storage, tmp_path):
+    dataset = a_dataset()
+    assert [send(scanner, dataset) for _ in range(3)] == [0, 0, 0]
+    assert len(object_files(tmp_path)) == 1
+    assert storage.index.study("1.2.3.4").instances == 1
+    assert storage.index.quarantined() == []
+
+
+@pytest.mark.parametrize("change", [{"PatientID": "P2"}, {"PixelData": bytes([1]) + bytes(47)}, {}])
+def test_other_content_under_the_same_uid_is_quarantined_and_the_first_stays(scanner, storage, change):
+    first = a_dataset()
+    other = a_dataset(SOPInstanceUID=first.SOPInstanceUID, **change)
+    syntax = EXPLICIT if change else IMPLICIT  # the same image in another transfer syntax is other content too
+    assert send(scanner, first) == 0
+    answer = store(scanner, encoded(other, syntax), uid=first.SOPInstanceUID, syntax=syntax)
+    assert answer.Status == 0xC003
+    assert answer.ErrorComment == "this SOP Instance UID is stored with other content"
+    assert split_part10(stored_bytes(storage, first.SOPInstanceUID))[1] == encoded(first)
+    [kept] = storage.index.quarantined("1.2.3.4")
+    assert (kept.dimse_status, kept.sop_instance_uid, kept.calling_ae_title) == (0xC003, first.SOPInstanceUID, "SCANNER")
+    assert split_part10(storage.objects.read(kept.stored.object_id))[1] == encoded(other, syntax)
+
+
+def test_of_equal_conflicts_one_copy_is_kept(scanner, storage, tmp_path):
+    first = a_dataset()
+    other = a_dataset(SOPInstanceUID=first.SOPInstanceUID, PatientID="P2")
+    send(scanner, first)
+    assert [send(scanner, other) for _ in range(3)] == [0xC003] * 3
+    assert len(object_files(tmp_path)) == 2
+
+
+def test_two_associations_with_one_uid_at_once_store_it_once(receiver, storage, tmp_path):
+    dataset = a_dataset()
+    associations = [associate(receiver.port, PAIRS) for _ in range(4)]
+    statuses: list[int] = []
+    threads = [threading.Thread(target=lambda a=a: statuses.append(send(a, dataset))) for a in associations]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for association in associations:
+        association.release()
+    assert statuses == [0, 0, 0, 0]
+    assert len(object_files(tmp_path)) == 1
+
+
+REFUSALS = [
+    (lambda d: encoded(d)[:-10], {}, 0xC001),
+    (lambda d: encoded(d) + b"\x00", {}, 0xC001),
+    (lambda d: None, {}, 0xC001),
+    (encoded, {"uid": "1.2.3/../../../etc/passwd"}, 0xC001),
+    (encoded, {"uid": "1.2.3"}, 0xA900),
+    (encoded, {"sop_class": "1.2.840.10008.5.1.4.1.1.4"}, 0xA900),
+    (encoded, {"sop_class": "1.2.3.4.5.6"}, 0xA900),
+    (encoded, {"sop_class": "1.2.840.10008.1.1"}, 0xA900),
+    (lambda d: encoded(d, IMPLICIT), {}, 0xC001),
+]
+
+
+@pytest.mark.parametrize(("content", "declared", "status"), REFUSALS)
+def test_each_cause_has_its_status_and_leaves_a_row_but_no_file(scanner, storage, tmp_path, content, declared, status):
+    dataset = a_dataset()
+    answer = store(scanner, content(dataset), **{"uid": dataset.SOPInstanceUID, **declared})
+    assert answer.Status == status
+    assert 0 < len(answer.ErrorComment) <= 64
+    assert object_files(tmp_path) == []
+    [refusal] = storage.index.quarantined()
+    assert (refusal.dimse_status, refusal.reason, refusal.stored) == (status, answer.ErrorComment, None)
+    assert "/" not in refusal.sop_instance_uid
+    assert send(scanner, dataset) == 0, "the association goes on"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "syntax", "tail"),
+    [
+        (a_dataset(PixelData=bytes(46)), EXPLICIT, b""),
+        (a_dataset(PixelData=None), EXPLICIT, b""),
+        (a_dataset(PixelData=None, NumberOfFrames=2), JPEG_2000, encapsulated(bytes(10))),
+        (a_dataset(PixelData=None), JPEG_2000, encapsulated(bytes(10), delimiter=False)),
+    ],
+)
+def test_pixel_data_that_is_not_whole_is_refused_and_shown_with_its_study(scanner, storage, dataset, syntax, tail):
+    answer = store(scanner, encoded(dataset) + tail, uid=dataset.SOPInstanceUID, syntax=syntax)
+    assert answer.Status == 0xC002
+    assert [refusal.dimse_status for refusal in storage.index.quarantined("1.2.3.4")] == [0xC002]
+    assert storage.index.find(dataset.SOPInstanceUID) is None
+
+
+def test_trailing_padding_is_noted(scanner, storage):
+    dataset = a_dataset(PixelData=bytes(60))
+    assert send(scanner, dataset) == 0
+    assert storage.index.find(dataset.SOPInstanceUID).note == "pixel data has 12 bytes more than its header says"
+
+
+def test_a_full_disk_is_a_transient_refusal_and_keeps_nothing(tmp_path):
+    url = f"sqlite:///{tmp_path / 'node.sqlite'}"
+    prepare_storage(url, tmp_path)
+    full = open_storage(url, tmp_path, reserve_bytes=2**60)
+    full.registry.add_peer(SCANNER)
+    receiver = Receiver(settings_for(tmp_path), full)
+    receiver.start()
+    association = associate(receiver.port, PAIRS)
+    assert send(association, a_dataset()) == 0xA700
+    association.release()
+    receiver.stop()
+    assert object_files(tmp_path) == []
+    assert [refusal.dimse_status for refusal in full.index.quarantined("1.2.3.4")] == [0xA700]
+    full.database.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [(OutOfSpace("full"), 0xA700), (Unavailable("busy"), 0xA700), (StorageError("broken"), 0xC004), (RuntimeError("a bug"), 0xC004)],
+)
+def test_a_row_that_cannot_be_written_is_no_success_and_leaves_no_file(scanner, storage, tmp_path, monkeypatch, failure, status):
+    def fail(*_given: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.index, "add_instance", fail)
+        answer = store(scanner, encoded(dataset := a_dataset()), uid=dataset.SOPInstanceUID)
+    assert answer.Status == status
+    assert answer.ErrorComment.endswith("send again later")
+    assert object_files(tmp_path) == []
+    assert send(scanner, dataset) == 0
+
+
+def test_a_commit_whose_answer_was_lost_keeps_its_file(scanner, storage, monkeypatch):
+    add = storage.index.add_instance
+
+    def commit_and_fail(*given: Any) -> None:
+        add(*given)
+        raise StorageError("the connection was lost after the commit")
+
+    dataset = a_dataset()
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.index, "add_instance", commit_and_fail)
+        assert send(scanner, dataset) == 0xC004
+    assert split_part10(stored_bytes(storage, dataset.SOPInstanceUID))[1] == encoded(dataset)
+    assert send(scanner, dataset) == 0
+
+
+def p_data(association: Any, context_id: int, control: int, fragment: bytes) -> bytes:
+    value = bytes([context_id, control]) + fragment
+    return b"\x04\x00" + (len(value) + 4).to_bytes(4, "big") + len(value).to_bytes(4, "big") + value
+
+
+def test_a_connection_that_breaks_within_a_message_leaves_nothing_of_it(receiver, storage, tmp_path):
+    association = associate(receiver.port, PAIRS)
+    first, second = a_dataset(), a_dataset()
+    assert send(association, first) == 0
+    uid = second.SOPInstanceUID + "\0" * (len(second.SOPInstanceUID) % 2)
+    command = pydicom.Dataset()
+    command.AffectedSOPClassUID, command.CommandField, command.MessageID, command.Priority = CT, 1, 2, 2
+    command.CommandDataSetType, command.AffectedSOPInstanceUID = 1, uid.rstrip("\0")
+    context = next(c for c in association.accepted_contexts if c.transfer_syntax[0] == EXPLICIT).context_id
+    raw: socket.socket = association.dul.socket.socket
+    raw.sendall(p_data(association, context, 3, encoded(command, IMPLICIT)) + p_data(association, context, 0, encoded(second)[:200]))
+    raw.shutdown(socket.SHUT_RDWR)
+    association.join(10)
+    receiver.stop(drain_seconds=10)
+    assert storage.index.find(second.SOPInstanceUID) is None
+    assert len(object_files(tmp_path)) == 1
+    assert split_part10(stored_bytes(storage, first.SOPInstanceUID))[1] == encoded(first)
+    assert storage.index.study("1.2.3.4").released_at is not None
+
+
+@pytest.mark.parametrize("end", ["release", "abort"])
+def test_the_end_of_an_association_is_a_hint_that_its_studies_are_complete(receiver, storage, end):
+    association = associate(receiver.port, PAIRS)
+    send(association, a_dataset())
+    assert storage.index.study("1.2.3.4").released_at is None
+    getattr(association, end)()
+    receiver.stop(drain_seconds=10)
+    assert storage.index.study("1.2.3.4").released_at is not None
+
+
+def test_stopping_lets_a_running_association_end(tmp_path, storage):
+    receiver = Receiver(settings_for(tmp_path), storage)
+    receiver.start()
+    port = receiver.port
+    association = associate(port, PAIRS)
+    stopping = threading.Thread(target=receiver.stop, kwargs={"drain_seconds": 30})
+    stopping.start()
+    dataset = a_dataset()
+    assert send(association, dataset) == 0
+    association.release()
+    stopping.join(20)
+    assert not stopping.is_alive()
+    assert storage.index.find(dataset.SOPInstanceUID) is not None
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+
+
+def test_stopping_does_not_wait_for_ever(tmp_path, storage):
+    receiver = Receiver(settings_for(tmp_path), storage)
+    receiver.start()
+    association = associate(receiver.port, PAIRS)
+    receiver.stop(drain_seconds=0)
+    association.join(10)
+    assert not association.is_established
+
+
+def test_what_a_crash_left_behind_is_swept_at_start(tmp_path, storage, monkeypatch):
+    orphan = storage.objects.put(b"never indexed")
+    partial = tmp_path / "objects" / "incoming" / "0.part"
+    partial.write_bytes(b"half")
+    monkeypatch.setattr("dicomnode.receiver.SWEEP_AGE_SECONDS", -60.0)
+    receiver = Receiver(settings_for(tmp_path), storage)
+    receiver.start()
+    receiver.stop()
+    assert not storage.objects.path(orphan.object_id).exists()
+    assert not partial.exists()
+
+
+def test_every_kind_of_object_is_negotiated_in_every_accepted_syntax(receiver):
+    for sop_class in (CT, LABEL_MAP, COMPREHENSIVE_3D_SR, "1.2.840.10008.5.1.4.1.1.3", "1.2.840.10008.1.1"):
+        pairs = [(sop_class, row.uid) for row in TRANSFER_SYNTAXES]
+        association = associate(receiver.port, pairs)
+        accepted = {context.transfer_syntax[0] for context in association.accepted_contexts}
+        assert accepted >= {EXPLICIT, IMPLICIT}
+        if storage_class(sop_class):
+            assert accepted == {row.uid for row in TRANSFER_SYNTAXES}
+        association.release()
+
+
+def test_what_is_not_in_the_table_is_refused_as_a_context(receiver):
+    association = associate(receiver.port, [(CT, "1.2.840.10008.1.2.1.99"), ("1.2.3.4.5", EXPLICIT), (CT, EXPLICIT)])
+    assert [(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts] == [(CT, EXPLICIT)]
+    association.release()
+
+
+def test_verification_is_answered(receiver):
+    association = associate(receiver.port, [("1.2.840.10008.1.1", IMPLICIT)])
+    assert association.send_c_echo().Status == 0x0000
+    association.release()
+
+
+def test_more_associations_than_allowed_are_put_off(tmp_path, storage):
+    receiver = Receiver(settings_for(tmp_path, maximum_associations=1), storage)
+    receiver.start()
+    first, second = associate(receiver.port, PAIRS), associate(receiver.port, PAIRS)
+    assert first.is_established
+    assert (second.acceptor.primitive.result, second.is_rejected) == (2, True)
+    first.release()
+    receiver.stop()
+
+
+@pytest.mark.system
+@pytest.mark.realdata
+@pytest.mark.parametrize("option", ["-xe", "-xi"])
+def test_storescu_sends_a_real_study(receiver, storage, option):
+    if shutil.which("storescu") is None:
+        pytest.skip("storescu is not installed (apt-get install dcmtk)")
+    folder = SHARED_DATA / "ct_chest_lidc" / "LIDC-IDRI-0001"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    command = ["storescu", "-aet", "SCANNER", "-aec", "DICOMNODE", option, "127.0.0.1", str(receiver.port), "+sd", str(folder)]
+    subprocess.run(command, check=True, timeout=60)
+    files = sorted(folder.glob("*.dcm"))
+    sent = [(pydicom.dcmread(file, stop_before_pixels=True), file.read_bytes()) for file in files]
+    study = storage.index.study(sent[0][0].StudyInstanceUID)
+    assert study.instances == len(files) == 16
+    for header, content in sent:
+        stored = pydicom.dcmread(storage.objects.path(storage.index.find(header.SOPInstanceUID).stored.object_id))
+        assert stored.PixelData == content[-len(stored.PixelData) :]
+    if option == "-xe":  # the files' own transfer syntax
+        assert stored.file_meta.TransferSyntaxUID == EXPLICIT
+
+
+@pytest.mark.realdata
+def test_real_images_are_stored_byte_for_byte_and_their_truncations_refused(receiver, storage):
+    folder = SHARED_DATA / "ct_chest_lidc" / "LIDC-IDRI-0002"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    association = associate(receiver.port, PAIRS)
+    for file in sorted(folder.glob("*.dcm"))[:4]:
+        meta, offset = split_dataset(file)
+        data, uid = file.read_bytes()[offset:], str(meta.MediaStorageSOPInstanceUID)
+        for keep in (len(data) - 2, len(data) // 2, 1000, 301):
+            assert store(association, data[:keep], uid=uid).Status in {0xC001, 0xC002}
+        assert storage.index.find(uid) is None
+        assert store(association, data, uid=uid).Status == 0
+        assert split_part10(stored_bytes(storage, uid))[1] == data
+    association.release()
+
+
+@pytest.mark.realdata
+def test_odd_files_get_a_documented_status_and_never_an_abort(receiver, storage):
+    folder = SHARED_DATA / "odd_files"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    documented = {0x0000, 0xA700, 0xA900, 0xC001, 0xC002, 0xC003}
+    accepted = {row.uid for row in TRANSFER_SYNTAXES}
+    statuses: dict[str, int] = {}
+    for file in sorted(folder.rglob("*.dcm")):
+        content = file.read_bytes()
+        sop_class, uid, syntax, offset = _guess(file)
+        if syntax not in accepted or storage_class(sop_class) is None:
+            sop_class, syntax = CT, EXPLICIT  # a sender that lies about what it has
+        association = associate(receiver.port, [(sop_class, syntax)])
+        status = store(association, content[offset:], uid=uid or "1.2.3", sop_class=sop_class, syntax=syntax).Status
+        assert status in documented, f"{file.name}: {status:04X}"
+        assert association.is_established, file.name
+        if status == 0:
+            assert split_part10(stored_bytes(storage, uid))[1] == content[offset:]
+        statuses[file.name] = status
+        association.release()
+    assert statuses["CT_small.dcm"] == statuses["liver_rle.dcm"] == statuses["CT1_JLSL.dcm"] == 0
+    assert statuses["MR_truncated.dcm"] == statuses["rtplan_truncated.dcm"] == 0xC001
+
+
+def _guess(file: Path) -> tuple[str, str, str, int]:
+    """SOP class, SOP Instance UID, transfer syntax and where the data set begins, as far as the file meta information says."""
+    content = file.read_bytes()
+    if content[128:132] != b"DICM" or content[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
+        return "", "", "", 0
+    meta, offset = split_dataset(file)
+    names = ("MediaStorageSOPClassUID", "MediaStorageSOPInstanceUID", "TransferSyntaxUID")
+    sop_class, uid, syntax = (str(meta.get(name) or "") for name in names)
+    return sop_class, uid, syntax, offset
