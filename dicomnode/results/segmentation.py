@@ -20,9 +20,7 @@ from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentit
 from dicomnode.results import codes, identity as uids, provenance
 
 
-def encode_segmentation(
-    findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity
-) -> ResultObject | None:
+def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity) -> ResultObject | None:
     """Return the SEG of all findings, or None where there are none: a study without a finding gets no SEG.
 
     Args:
