@@ -23,6 +23,7 @@ from dicomnode.engine import EngineClient
 from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
 from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity
 from dicomnode.logs import get_logger
+from dicomnode.results.identity import tracking_uid
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
@@ -105,7 +106,9 @@ class Analyser:
         prove(segmentation, report, findings, volume)
         clock.lap("results")
         objects = (report,) if segmentation is None else (segmentation, report)
-        return Outcome(state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selected, findings, clock.seconds))
+        return Outcome(
+            state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selected, findings, identity, clock.seconds)
+        )
 
     def _without_result(
         self, job: Job, headers: Sequence[tuple[Path, Dataset]], state: JobState, code: str, reason: str, *, report: bool
@@ -113,8 +116,16 @@ class Analyser:
         log.warning("not analysed", job=job.key, outcome=state, reason_code=code)
         objects: tuple[ResultObject, ...] = ()
         if report and headers:
-            objects = (encode_refusal(code, reason, [header for _, header in headers], _identity(job)),)
+            objects = (encode_refusal(code, reason, [header for _, header in headers], _identity(job), **self._made_by(job)),)
         return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})
+
+    def _made_by(self, job: Job) -> dict[str, str]:
+        """Who signs a report without findings: the package as its manifest says, or by its name if the manifest can't be read."""
+        try:
+            manifest = load_package(self._storage.registry.package_folder(job.package, job.version)).manifest
+        except PackageError:
+            return {"manufacturer": "dicomnode", "algorithm_name": job.package}
+        return {"manufacturer": manifest.manufacturer, "algorithm_name": manifest.algorithm_name}
 
     def _model(self, folder: Path, digest: str) -> Model:
         if self._warm is None or self._warm[0] != digest:
@@ -126,9 +137,16 @@ class Analyser:
     def _keep(self, job: Job, outcome: Outcome) -> None:
         """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
         results = [_result(job, made, self._storage) for made in outcome.objects]
-        ended = {"reason_code": outcome.reason_code, "reason": outcome.reason, "detail": outcome.detail}
         with self._storage.database.writing() as transaction:
-            if not self._storage.jobs.finish(job.key, outcome.state, **ended, connection=transaction):
+            ended = self._storage.jobs.finish(
+                job.key,
+                outcome.state,
+                reason_code=outcome.reason_code,
+                reason=outcome.reason,
+                detail=outcome.detail,
+                connection=transaction,
+            )
+            if not ended:
                 log.info("discarded", job=job.key, reason="the job has ended meanwhile, e.g. it was cancelled")
                 return
             self._storage.jobs.add_results(transaction, results)
@@ -171,21 +189,21 @@ def _result(job: Job, made: ResultObject, storage: Storage) -> Result:
     )  # fmt: skip
 
 
-def _detail(selected: SelectedSeries, findings: Findings, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _detail(selected: SelectedSeries, findings: Findings, identity: RunIdentity, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What the job's row keeps of an analysis: no patient data, the numbers a list or a summary shows."""
     return {
         "series_instance_uid": selected.series_instance_uid,
         "why": selected.why,
         "device": findings.device,
         "omitted": findings.omitted,
-        "findings": [_finding(finding) for finding in findings.findings],
+        "findings": [_finding(finding, identity) for finding in findings.findings],
         "seconds": dict(seconds),
     }
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: Finding, identity: RunIdentity) -> dict[str, Any]:
     return {
-        "tracking_uid": finding.tracking_uid,
+        "tracking_uid": tracking_uid(identity, finding.number),
         "label": finding.label,
         "probability": round(finding.probability, 4),
         "volume_ml": round(finding.volume_ml, 4),

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs, get_logger
 from storage import Storage, prepare_storage
+from storage.records import Peer
 
 DRAIN_SECONDS = 30.0
 SENDER_CONCURRENCY = 4
@@ -28,8 +30,12 @@ log = get_logger(__name__)
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
-    for name, command in [("init", init), ("serve", serve), ("run", run), ("check", check), ("conformance", conformance), ("demo", demo)]:
-        app.command(name)(command)
+    app.command("init")(init)
+    app.command("serve")(serve)
+    app.command("run")(run)
+    app.command("check")(check)
+    app.command("conformance")(conformance)
+    app.command("demo")(demo)
 
 
 def init(folder: Annotated[Path, typer.Argument()] = Path()) -> None:
@@ -105,17 +111,18 @@ def check(config: ConfigOption = None, json: JsonOption = False) -> None:
                 raise NodeError("the files have changed since the package was added: its digest is wrong")
             return digest
 
+        def answers(peer: Peer) -> str:
+            echo(peer, calling_ae_title=settings.node.ae_title)
+            return "answers C-ECHO"
+
         item("configuration", lambda: f"AE title {settings.node.ae_title}, port {settings.listener.port}")
         item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
         item("disk", disk)
         for known in storage.registry.packages():
-            item(
-                f"package {known.name}@{known.version} ({known.state})",
-                lambda known=known: package(known.name, known.version, known.digest),
-            )
+            item(f"package {known.name}@{known.version} ({known.state})", partial(package, known.name, known.version, known.digest))
         for peer in storage.registry.peers():
             if peer.receives:
-                item(f"peer {peer.ae_title}", lambda peer=peer: echo(peer, calling_ae_title=settings.node.ae_title) or "answers C-ECHO")
+                item(f"peer {peer.ae_title}", partial(answers, peer))
         show(rows, ["what", "ok", "detail"], as_json=json)
     if not all(row["ok"] for row in rows):
         raise typer.Exit(1)

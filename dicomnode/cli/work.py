@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -43,7 +43,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
         refused = storage.index.quarantined(uid)
         if found is None and not refused:
             raise UsageError(f"there is no study {uid!r}")
-        tables = {
+        tables: dict[str, tuple[Sequence[Any], list[str]]] = {
             "study": (
                 [found] if found else [],
                 ["patient_id", "patient_name", "study_date", "study_description", "instances", "revision", "state"],
