@@ -1,0 +1,128 @@
+"""The outline is around the finding, on the finding's image, and what it surrounds stays visible."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from dicomnode.results.keyimage import draw_outline, draw_plain, draw_result
+from dicomnode.results.segmentation import encode_segmentation
+from results_cases import LIDC, Case, lidc, sphere, synthetic
+
+YELLOW = (255, 210, 0)
+FACTOR = 16  # 50 x 60 pixels become 800 x 960
+
+
+def pixels(png: bytes) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+
+
+def outline(png: bytes, rows: int) -> NDArray[np.bool_]:
+    """Where the picture has the outline's colour, above the caption."""
+    return np.asarray((pixels(png)[:rows] == YELLOW).all(axis=-1))
+
+
+def as_files(case: Case, folder: Path) -> list[Path]:
+    """Write a case as CT files whose pixels count up with the slice."""
+    files = []
+    for k, header in enumerate(case.headers):
+        header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+        header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 1
+        header.RescaleIntercept, header.RescaleSlope = -1024, 1
+        header.PixelData = np.full((50, 60), 100 * k, dtype=np.int16).tobytes()
+        files.append(folder / f"{len(case.headers) - k}.dcm")
+        header.save_as(files[-1], enforce_file_format=True)
+    return files
+
+
+def test_the_outline_surrounds_the_mask_and_leaves_its_inside_alone() -> None:
+    image = np.full((50, 60), -600, dtype=np.float32)
+    mask = np.zeros((50, 60), dtype=np.bool_)
+    mask[10:20, 30:35] = True
+    drawn = outline(draw_outline(image, mask, caption="c"), 800)
+    large = mask.repeat(FACTOR, axis=0).repeat(FACTOR, axis=1)
+    assert not (drawn & large).any()
+    rows, columns = np.nonzero(drawn)
+    assert (rows.min(), rows.max()) == (10 * FACTOR - 2, 20 * FACTOR + 1)
+    assert (columns.min(), columns.max()) == (30 * FACTOR - 2, 35 * FACTOR + 1)
+
+
+def test_a_mask_at_the_border_is_outlined_without_wrapping_around() -> None:
+    mask = np.zeros((50, 60), dtype=np.bool_)
+    mask[:5, :5] = True
+    drawn = outline(draw_outline(np.zeros((50, 60), dtype=np.float32), mask, caption="c"), 800)
+    assert drawn.any()
+    assert not drawn[10 * FACTOR :].any()
+    assert not drawn[:, 10 * FACTOR :].any()
+
+
+def test_the_window_maps_its_ends_to_black_and_white() -> None:
+    image = np.repeat(np.array([[-1350.0, 150.0]], dtype=np.float32), 2, axis=0).repeat(30, axis=0).repeat(30, axis=1)
+    picture = pixels(draw_outline(image, np.zeros(image.shape, dtype=np.bool_), caption="c"))
+    assert tuple(picture[5, 5]) == (0, 0, 0)
+    assert tuple(picture[5, picture.shape[1] - 5]) == (255, 255, 255)
+
+
+def test_each_segment_is_drawn_on_the_image_it_names(tmp_path: Path) -> None:
+    case = synthetic()
+    found = [sphere(case, (0, -10, 110), 9), sphere(case, (10, -20, 120), 7, side="right")]
+    seg = encode_segmentation(case.findings(*found), case.volume, case.headers, case.identity)
+    assert seg is not None
+    (tmp_path / "seg").write_bytes(seg.data)
+    pictures = draw_result(as_files(case, tmp_path), tmp_path / "seg")
+    assert len(pictures) == 2
+    for picture, finding in zip(pictures, found, strict=True):
+        areas = finding.segment.mask.sum(axis=(1, 2))
+        slice_index = finding.segment.origin[0] + int(areas.argmax())
+        grey = int(np.median(pixels(picture)[:800]))
+        assert abs(grey - (100 * slice_index - 1024 + 1350) / 1500 * 255) < 2
+        rows, columns = np.nonzero(outline(picture, 800))
+        centre = np.linalg.inv(case.volume.affine) @ [*finding.centre_lps_mm, 1]
+        near = (np.abs(rows / FACTOR - centre[1]) < 8) & (np.abs(columns / FACTOR - centre[2]) < 8)
+        assert near.sum() > 100
+
+
+def test_the_inset_never_covers_the_finding(tmp_path: Path) -> None:
+    image = np.full((512, 512), -600, dtype=np.float32)
+    for corner in ((10, 10), (10, 480), (480, 10), (480, 480), (250, 250)):
+        mask = np.zeros((512, 512), dtype=np.bool_)
+        mask[corner[0] : corner[0] + 20, corner[1] : corner[1] + 20] = True
+        plain = outline(draw_outline(image, mask, caption="c"), 1024)
+        with_inset = outline(draw_outline(image, mask, caption="c", inset=True), 1024)
+        assert (with_inset & plain).sum() == plain.sum()
+        assert with_inset.sum() > 2 * plain.sum()
+
+
+def test_without_a_finding_the_middle_image_is_drawn_plain(tmp_path: Path) -> None:
+    case = synthetic()
+    picture = draw_plain(as_files(case, tmp_path), "no finding")
+    assert not outline(picture, 800).any()
+    assert abs(int(np.median(pixels(picture)[:800])) - (600 - 1024 + 1350) / 1500 * 255) < 2
+
+
+def test_a_source_image_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    case = synthetic()
+    seg = encode_segmentation(case.findings(sphere(case, (0, -10, 110), 9)), case.volume, case.headers, case.identity)
+    assert seg is not None
+    (tmp_path / "seg").write_bytes(seg.data)
+    with pytest.raises(KeyError):
+        draw_result([], tmp_path / "seg")
+    with pytest.raises(ValueError, match="no image"):
+        draw_plain([])
+
+
+@pytest.mark.realdata
+def test_the_readers_nodule_of_a_real_ct_is_outlined_where_it_is_bright(tmp_path: Path) -> None:
+    if not LIDC.is_dir():
+        pytest.skip("../shared/data/ct_chest_lidc is absent")
+    case, files, nodule = lidc()
+    seg = encode_segmentation(case.findings(nodule), case.volume, case.headers, case.identity)
+    assert seg is not None
+    (tmp_path / "seg").write_bytes(seg.data)
+    (picture,) = draw_result(files, tmp_path / "seg")
+    rows, columns = np.nonzero(outline(picture, 1024)[400:])
+    inside = pixels(picture)[400 + int(rows.mean()), int(columns.mean())]
+    assert inside.min() > 200
