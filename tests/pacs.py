@@ -61,13 +61,13 @@ def program(name: str, package: str) -> str:
     return path
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float, what: str, log: Path | None = None) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float, what: str, log: Path | None = None, every: float = 0.1) -> None:
     """Poll until `condition` holds, or fail with `what` was awaited and the end of `log`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s in vain for {what}\n{tail(log)}")
-        time.sleep(0.1)
+        time.sleep(every)
 
 
 def tail(log: Path | None, lines: int = 40) -> str:
