@@ -22,14 +22,14 @@ class Protocol:
     grain_px: float = 0.6  # correlation of the noise in the slice
 
 
-def averaging(fine_z: NDArray[np.float64], slice_z: NDArray[np.float64], thickness_mm: float) -> Floats:
+def averaging(fine_z: NDArray[np.floating], slice_z: NDArray[np.floating], thickness_mm: float) -> Floats:
     """Matrix (slices, fine) that averages fine slices over a rectangular slice profile."""
     step = float(fine_z[1] - fine_z[0])
     overlap = np.clip(thickness_mm / 2 + step / 2 - np.abs(slice_z[:, None] - fine_z[None, :]), 0, min(step, thickness_mm))
     return np.asarray(overlap / overlap.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def interpolating(from_z: NDArray[np.float64], to_z: NDArray[np.float64]) -> Floats:
+def interpolating(from_z: NDArray[np.floating], to_z: NDArray[np.floating]) -> Floats:
     """Matrix (to, from) of linear interpolation between ascending positions, held constant beyond the ends."""
     place = np.interp(to_z, from_z, np.arange(len(from_z)))
     low = np.minimum(place.astype(int), len(from_z) - 2)
@@ -69,7 +69,7 @@ def random_protocol(rng: np.random.Generator) -> Protocol:
     )
 
 
-def scan(scene: ChestScene, grid: Grid, protocol: Protocol, *, slab: int = 8) -> Floats:
+def scan(scene: ChestScene, grid: Grid, protocol: Protocol, *, slab: int = 4) -> Floats:
     """Scan a scene: float32 HU (slices, rows, columns) on `grid`, rounded to whole HU. The noise follows from the scene's seed.
 
     Works through slabs of `slab` slices, so memory stays small.

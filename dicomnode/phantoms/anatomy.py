@@ -59,6 +59,11 @@ class Anatomy:
     hazes: tuple[Ellipsoid, ...]  # ground glass, never a nodule
     bands: tuple[Ellipsoid, ...]  # scars, plate atelectasis, pleural plaques
 
+    @property
+    def body_radii(self) -> tuple[float, float]:
+        """Half of the body's width and depth below the shoulders, mm."""
+        return self.cage.radii[0] + self.wall_mm[0], self.cage.radii[1] + self.wall_mm[1]
+
     def lung_distance(self, axes: Axes, *, wavy: bool = True) -> Floats:
         """Signed distance to the surface of the lungs in mm, negative inside: of vessels and nodules it knows nothing."""
         cage = self.cage.distance(axes)
@@ -183,7 +188,8 @@ def _with_contents(anatomy: Anatomy, rng: np.random.Generator, hila: list[NDArra
 
 
 def _lung_point(rng: np.random.Generator, anatomy: Anatomy) -> NDArray[np.float64]:
-    return points_in_lung(anatomy, rng, count=1, depth_mm=(0.0, INFINITE))[0]
+    point: NDArray[np.float64] = points_in_lung(anatomy, rng, count=1, depth_mm=(0.0, INFINITE))[0]
+    return point
 
 
 def points_in_lung(

@@ -15,6 +15,8 @@ from dicomnode.phantoms.nodules import Nodule, draw_nodule, random_nodule
 from dicomnode.phantoms.shapes import Axes, Ellipsoid, Floats, Grid, inside
 
 AIR = -1000.0
+FAR_MM = 50.0  # stands for any larger distance from the lungs
+LUNG_MARGIN_MM = 12.0  # lung distances are exact this far outside the cage
 EDGE_MM = 0.75  # half the width of an organ's border: the resolution of the scanner
 
 
@@ -79,27 +81,57 @@ def scatter_nodules(scene: ChestScene, rng: np.random.Generator, diameters_mm: N
 
 
 def render(scene: ChestScene, grid: Grid) -> Rendering:
-    """Render a box of the scene, noiseless, in HU. Time and memory: about 60 passes over the voxels."""
-    anatomy, axes = scene.anatomy, grid.axes
-    lung_distance = anatomy.lung_distance(axes)
-    tissue = anatomy.tissue(axes)
-    hu = _outside_lungs(anatomy, axes, tissue)
-    if lung_distance.min() < 2 * EDGE_MM:
-        lung = inside(lung_distance, EDGE_MM)
-        hu += lung * (_parenchyma(anatomy, axes, grid) - hu)
-        _draw_trees(hu, anatomy, grid)
-        for band in anatomy.bands:
-            _draw_ellipsoid(hu, band, grid, value=-50.0, limit=lung)
-        for nodule in scene.nodules:
-            draw_nodule(hu, lung_distance, nodule, grid, EDGE_MM)
-    else:
-        _draw_trees(hu, anatomy, grid)
+    """Render a box of the scene, noiseless, in HU. Outside the body only the table is drawn."""
+    anatomy = scene.anatomy
+    hu = np.full(grid.shape, AIR, dtype=np.float32)
+    lung_distance = np.full(grid.shape, FAR_MM, dtype=np.float32)
+    _draw_table(hu, anatomy, grid)
+    reach_x, reach_y = anatomy.body_radii
+    body = grid.box((-1.3 * reach_x - 3, -reach_y - 3, -np.inf), (1.3 * reach_x + 3, reach_y + 3, np.inf))
+    if body is None:
+        return Rendering(grid=grid, hu=hu, lung_distance=lung_distance)
+    inner = grid.part(body)
+    hu[body] = _outside_lungs(anatomy, inner, hu[body])
+    cage = grid.box(
+        (-anatomy.cage.radii[0] - LUNG_MARGIN_MM, -anatomy.cage.radii[1] - LUNG_MARGIN_MM, -np.inf),
+        (anatomy.cage.radii[0] + LUNG_MARGIN_MM, anatomy.cage.radii[1] + LUNG_MARGIN_MM, np.inf),
+    )
+    lung = None
+    if cage is not None:
+        lung_distance[cage] = anatomy.lung_distance(grid.part(cage).axes)
+        lung = inside(lung_distance[cage], EDGE_MM)
+        if lung.any():
+            hu[cage] += lung * (_parenchyma(anatomy, grid.part(cage)) - hu[cage])
+    hu[body] += anatomy.great_vessels.coverage(inner, EDGE_MM) * (anatomy.densities.blood - hu[body])
+    if cage is not None and lung is not None:
+        _draw_chest_contents(hu[cage], lung_distance[cage], lung, scene, grid.part(cage))
     return Rendering(grid=grid, hu=hu, lung_distance=lung_distance)
 
 
-def _outside_lungs(anatomy: Anatomy, axes: Axes, tissue: Floats) -> Floats:
-    z, y, x = axes
+def _draw_chest_contents(hu: Floats, lung_distance: Floats, lung: Floats, scene: ChestScene, grid: Grid) -> None:
+    _draw_trees(hu, scene.anatomy, grid)
+    if lung.any():
+        for band in scene.anatomy.bands:
+            _draw_ellipsoid(hu, band, grid, value=-50.0, limit=lung)
+        for nodule in scene.nodules:
+            draw_nodule(hu, lung_distance, nodule, grid, EDGE_MM)
+
+
+def _draw_table(hu: Floats, anatomy: Anatomy, grid: Grid) -> None:
+    back = anatomy.body_radii[1] + 12
+    box = grid.box((-np.inf, back - 40, -np.inf), (np.inf, back + 10, np.inf))
+    if box is None:
+        return
+    _, y, x = grid.part(box).axes
+    table = np.maximum(np.abs(y - (back - 0.0006 * x * x)) - 2.5, np.abs(x) - 210)
+    hu[box] += inside(table, EDGE_MM) * (-350 - AIR)
+
+
+def _outside_lungs(anatomy: Anatomy, grid: Grid, surroundings: Floats) -> Floats:
+    """The body but for what fills the cage's lungs: wall, ribs, mediastinum, abdomen, spine; around it the `surroundings`."""
+    z, y, x = axes = grid.axes
     d = anatomy.densities
+    tissue = anatomy.tissue(axes)
     cage = anatomy.cage.distance(axes)
     soft = d.soft + 6 * tissue
     fat = d.fat + 8 * tissue
@@ -117,23 +149,31 @@ def _outside_lungs(anatomy: Anatomy, axes: Axes, tissue: Floats) -> Floats:
     within = inside(cage, EDGE_MM)
     mixed = fat + np.clip(0.75 + 0.8 * tissue, 0, 1) * (soft - fat)
     hu += within * (mixed - hu)
-    heart = anatomy.heart.distance(axes)
-    hu += inside(heart + 3.0, 2.0) * (d.blood + 5 * tissue - hu)
-    below = np.minimum(anatomy.domes[0].distance(axes), anatomy.domes[1].distance(axes)) + anatomy.borders[2](axes)
-    hu += within * inside(below + 2.0, EDGE_MM) * (d.liver + 5 * tissue - hu)
-    if anatomy.stomach is not None:
-        hu += inside(anatomy.stomach.distance(axes), EDGE_MM) * (-970 - hu)
-    _draw_spine(hu, anatomy, axes, tissue)
+    _draw_inner_organs(hu, anatomy, grid, tissue, within)
+    middle = grid.box((-42, -np.inf, -np.inf), (42, np.inf, np.inf))
+    if middle is not None:
+        _draw_spine(hu[middle], anatomy, grid.part(middle).axes, tissue[middle])
     # the body's surface, wider at the shoulders
     shoulders = 1 + 0.3 * np.clip((z - anatomy.apex_z + 70) / 70, 0, 1)
-    skin = Ellipsoid(
-        centre=(0, 0, 0),
-        radii=(anatomy.cage.radii[0] + anatomy.wall_mm[0], anatomy.cage.radii[1] + anatomy.wall_mm[1], float("inf")),
-    ).distance((z, y, (x / shoulders).astype(np.float32)))
-    hu += inside(-skin, EDGE_MM) * (AIR - hu)
-    table = np.abs(y - (anatomy.cage.radii[1] + anatomy.wall_mm[1] + 12 - 0.0006 * x * x)) - 2.5
-    hu += inside(np.maximum(table, np.abs(x) - 210), EDGE_MM) * (-350 - hu)
+    skin = Ellipsoid(centre=(0, 0, 0), radii=(*anatomy.body_radii, np.inf)).distance((z, y, (x / shoulders).astype(np.float32)))
+    hu += inside(-skin, EDGE_MM) * (surroundings - hu)
     return np.asarray(hu, dtype=np.float32)
+
+
+def _draw_inner_organs(hu: Floats, anatomy: Anatomy, grid: Grid, tissue: Floats, within: Floats) -> None:
+    d = anatomy.densities
+    box = grid.box(*anatomy.heart.bounds(2.0))
+    if box is not None:
+        heart = anatomy.heart.distance(grid.part(box).axes)
+        hu[box] += inside(heart + 3.0, 2.0) * (d.blood + 5 * tissue[box] - hu[box])
+    box = grid.box((-np.inf, -np.inf, -np.inf), (np.inf, np.inf, 15.0))
+    if box is None:
+        return
+    axes = grid.part(box).axes
+    below = np.minimum(anatomy.domes[0].distance(axes), anatomy.domes[1].distance(axes)) + anatomy.borders[2](axes)
+    hu[box] += within[box] * inside(below + 2.0, EDGE_MM) * (d.liver + 5 * tissue[box] - hu[box])
+    if anatomy.stomach is not None:
+        _draw_ellipsoid(hu, anatomy.stomach, grid, value=-970.0, darker=True)
 
 
 def _draw_spine(hu: Floats, anatomy: Anatomy, axes: Axes, tissue: Floats) -> None:
@@ -161,35 +201,39 @@ def _draw_spine(hu: Floats, anatomy: Anatomy, axes: Axes, tissue: Floats) -> Non
     hu += inside(sternum + 1.8, EDGE_MM) * (d.marrow - hu)
 
 
-def _parenchyma(anatomy: Anatomy, axes: Axes, grid: Grid) -> Floats:
-    z, y, x = axes
+def _parenchyma(anatomy: Anatomy, grid: Grid) -> Floats:
+    z, y, x = axes = grid.axes
     d = anatomy.densities
-    hu = d.lung + d.lung_gradient * y + anatomy.coarse(axes) + anatomy.fine(axes)
+    coarse = anatomy.coarse(axes)
+    hu = d.lung + d.lung_gradient * y + coarse + anatomy.fine(axes)
     if anatomy.holes is not None:
         hu += np.clip((anatomy.holes(axes) - 1.0) * 3, 0, 1) * (-975 - hu)
     right_oblique, left_oblique, horizontal = anatomy.fissures
-    ripple = 0.03 * anatomy.coarse(axes) * 3
+    ripple = 0.09 * coarse
     for (start, by_y, by_x), side in ((right_oblique, x < 0), (left_oblique, x >= 0), (horizontal, (x < 0) & (y < 10))):
         distance = (z - start - by_y * y - by_x * np.abs(x) + ripple) / np.sqrt(1 + by_y**2 + by_x**2)
         hu += side * np.clip(1 - np.abs(distance) / 1.2, 0, 1) * (-700 - hu) * 0.55
     for haze in anatomy.hazes:
-        _draw_ellipsoid(hu, haze, grid, value=-560.0, limit=None, edge_mm=6.0)
-    return np.maximum(hu, -1000).astype(np.float32)
+        _draw_ellipsoid(hu, haze, grid, value=-560.0, edge_mm=6.0)
+    return np.asarray(np.maximum(hu, -1000), dtype=np.float32)
 
 
-def _draw_ellipsoid(hu: Floats, body: Ellipsoid, grid: Grid, *, value: float, limit: Floats | None, edge_mm: float = EDGE_MM) -> None:
+def _draw_ellipsoid(
+    hu: Floats, body: Ellipsoid, grid: Grid, *, value: float, limit: Floats | None = None, darker: bool = False, edge_mm: float = EDGE_MM
+) -> None:
+    """Blend `value` in where it is brighter than what is there, or with `darker` everywhere."""
     box = grid.box(*body.bounds(2 * edge_mm))
     if box is None:
         return
     fill = inside(body.distance(grid.part(box).axes), edge_mm)
     if limit is not None:
         fill *= limit[box]
-    hu[box] += fill * np.maximum(value - hu[box], 0)
+    change = value - hu[box]
+    hu[box] += fill * (change if darker else np.maximum(change, 0))
 
 
 def _draw_trees(hu: Floats, anatomy: Anatomy, grid: Grid) -> None:
     d = anatomy.densities
-    hu += anatomy.great_vessels.coverage(grid, EDGE_MM) * (d.blood - hu)
     hu += anatomy.vessels.coverage(grid, EDGE_MM) * np.maximum(min(d.blood, 220) - hu, 0)
     walls = anatomy.airways.coverage(grid, EDGE_MM, widen_mm=1.0)
     hu += walls * np.maximum(-20 - hu, 0)

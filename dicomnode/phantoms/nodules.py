@@ -62,7 +62,9 @@ def random_nodule(rng: np.random.Generator, centre_lps_mm: tuple[float, float, f
     if diameter_mm < 10 and kind in ("cavitary", "part-solid"):
         kind = "solid"
     roughness = diameter_mm * rng.uniform(0.0, 0.06)
-    surface = random_waves(rng, count=24, wavelengths_mm=(0.35 * diameter_mm, 1.3 * diameter_mm), deviation=roughness) if rng.random() < 0.8 else None
+    surface = None
+    if rng.random() < 0.8:
+        surface = random_waves(rng, count=24, wavelengths_mm=(0.35 * diameter_mm, 1.3 * diameter_mm), deviation=roughness)
     spicules = None
     if rng.random() < 0.3 and diameter_mm > 8:
         spicules = _spicules(rng, np.asarray(centre_lps_mm), diameter_mm / 2)

@@ -64,8 +64,8 @@ class Grid:
         for low, high, start, step, count in zip(
             low_lps_mm[::-1], high_lps_mm[::-1], self.origin_lps_mm[::-1], self.spacing_mm, self.shape, strict=True
         ):
-            first = max(0, math.ceil((low - start) / step))
-            last = min(count, math.floor((high - start) / step) + 1)
+            first = max(0, math.ceil(max((low - start) / step, -1.0)))
+            last = min(count, math.floor(min((high - start) / step, count)) + 1)
             if first >= last:
                 return None
             slices.append(slice(first, last))
@@ -81,25 +81,28 @@ class Waves:
     amplitude: float
 
     def __call__(self, axes: Axes) -> Floats:
-        """The field at `axes`. On a grid each wave is a product of one-dimensional ones, so the sum is one matrix product."""
+        """The field at `axes`. At points (1-D axes) it is summed wave by wave."""
         z, y, x = axes
         kz, ky, kx = self.vectors.T
         if z.ndim == 1:
             angle = np.outer(z, kz) + np.outer(y, ky) + np.outer(x, kx) + self.phases
             return np.asarray(self.amplitude * np.cos(angle).sum(axis=1), dtype=np.float32)
+        # cos(a + b + c) is the real part of a product of three exponentials: a matrix product per slice sums all waves
         along_z = np.exp(1j * (np.outer(z.ravel(), kz) + self.phases))
-        in_slice = np.exp(1j * np.outer(ky, y.ravel()))[:, :, None] * np.exp(1j * np.outer(kx, x.ravel()))[:, None, :]
-        in_slice = in_slice.reshape(len(kz), -1)
-        left = np.concatenate([along_z.real, -along_z.imag], axis=1).astype(np.float32)
-        right = np.concatenate([in_slice.real, in_slice.imag], axis=0).astype(np.float32)
-        return np.asarray(self.amplitude * (left @ right), dtype=np.float32).reshape(z.size, y.size, x.size)
+        along_y = np.exp(1j * np.outer(y.ravel(), ky))
+        along_x = np.exp(1j * np.outer(kx, x.ravel()))
+        both = (self.amplitude * along_z[:, None, :]) * along_y[None, :, :]
+        left = np.concatenate([both.real, -both.imag], axis=2).astype(np.float32)
+        right = np.concatenate([along_x.real, along_x.imag], axis=0).astype(np.float32)
+        return (left.reshape(-1, left.shape[2]) @ right).reshape(z.size, y.size, x.size)
 
 
 def random_waves(rng: np.random.Generator, *, count: int, wavelengths_mm: tuple[float, float], deviation: float) -> Waves:
     """Isotropic waves with log-uniform wavelengths whose sum has the given standard deviation."""
     directions = rng.normal(size=(count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    lengths = np.exp(rng.uniform(*np.log(wavelengths_mm), size=(count, 1)))
+    shortest, longest = wavelengths_mm
+    lengths = np.exp(rng.uniform(math.log(shortest), math.log(longest), size=(count, 1)))
     return Waves(
         vectors=directions * 2 * np.pi / lengths, phases=rng.uniform(0, 2 * np.pi, count), amplitude=deviation * math.sqrt(2.0 / count)
     )
@@ -174,15 +177,15 @@ class Tubes:
         return filled
 
 
-def inside(distance: Floats, edge_mm: float) -> Floats:
+def inside(distance: NDArray[np.floating], edge_mm: float) -> Floats:
     """Coverage 0..1 from a signed distance, with an edge of 2 x `edge_mm`."""
-    return np.clip(0.5 - distance / np.float32(2 * edge_mm), 0, 1)
+    return np.asarray(np.clip(0.5 - distance / np.float32(2 * edge_mm), 0, 1), dtype=np.float32)
 
 
 def join(first: Floats, second: Floats, blend_mm: float) -> Floats:
     """Union of two signed distances with a fillet of about `blend_mm`."""
     near = np.maximum(blend_mm - np.abs(first - second), 0) / blend_mm
-    return np.minimum(first, second) - near * near * np.float32(blend_mm / 4)
+    return np.asarray(np.minimum(first, second) - near * near * np.float32(blend_mm / 4), dtype=np.float32)
 
 
 def random_rotation(rng: np.random.Generator) -> NDArray[np.float64]:

@@ -68,7 +68,7 @@ def _likely_mistake(scene: ChestScene, rng: np.random.Generator) -> NDArray[np.f
         hilum = anatomy.mediastinum[-1 if rng.random() < 0.5 else -2]
         return np.asarray(hilum.centre) + rng.uniform(-1, 1, 3) * (25, 20, 18)
     if kind < 0.35:
-        x, y, z = anatomy.cage.centre
+        x, y, _ = anatomy.cage.centre
         return np.array([x + rng.choice([-1, 1]) * rng.uniform(35, 80), y + rng.uniform(-60, 40), anatomy.apex_z - rng.uniform(0, 40)])
     if kind < 0.55:
         dome = anatomy.domes[int(rng.integers(2))]

@@ -1,0 +1,136 @@
+"""The built-in studies with known truth: what the demo sends, and what a package check looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dicomnode.findings import Volume
+from dicomnode.phantoms.acquisition import Protocol, scan
+from dicomnode.phantoms.anatomy import points_in_lung
+from dicomnode.phantoms.chest import ChestScene, chest_scene
+from dicomnode.phantoms.dicom import MR, SeriesHeader, uid_from, write_ct_series
+from dicomnode.phantoms.nodules import Nodule, sphere
+from dicomnode.phantoms.shapes import Grid
+
+DEMO_PROTOCOL = Protocol(thickness_mm=3.0, blur_px=0.2, noise_hu=14.0, grain_px=0.7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrueNodule:
+    """A nodule that is there."""
+
+    centre_lps_mm: tuple[float, float, float]
+    volume_ml: float
+    diameter_mm: float
+    side: str  # "right" or "left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrueStudy:
+    """A written study and the truth about it."""
+
+    folder: Path
+    study_instance_uid: str
+    series_instance_uid: str
+    instances: int
+    nodules: tuple[TrueNodule, ...]
+    refused: bool  # no chest model may accept it
+
+
+def true_nodule(nodule: Nodule) -> TrueNodule:
+    """The truth about a nodule with a smooth surface."""
+    return TrueNodule(
+        centre_lps_mm=nodule.centre_lps_mm, volume_ml=nodule.volume_ml, diameter_mm=nodule.diameter_mm,
+        side="right" if nodule.centre_lps_mm[0] < 0 else "left",
+    )  # fmt: skip
+
+
+def chest_grid(scene: ChestScene, *, pixel_mm: float, slice_mm: float, pixels: int, slices: int | None = None) -> Grid:
+    """A grid over the whole chest of `scene`, from below the diaphragm domes to above the apices; or of so many slices in its middle."""
+    low, high = scene.anatomy.bottom_z * 0.8, scene.anatomy.apex_z + 15
+    count = int((high - low) / slice_mm) + 1
+    if slices is not None:
+        low += (count - slices) // 2 * slice_mm
+        count = slices
+    half = pixel_mm * (pixels - 1) / 2
+    return Grid(origin_lps_mm=(-half, -half + 5, low), spacing_mm=(slice_mm, pixel_mm, pixel_mm), shape=(count, pixels, pixels))
+
+
+def ball_in_lung(scene: ChestScene, *, diameter_mm: float, right: bool, seed: int) -> Nodule:
+    """A smooth solid nodule wholly inside the lung of one side, clear of its border and of large vessels."""
+    rng = np.random.default_rng([scene.seed, seed, 5])
+    vessels = scene.anatomy.vessels
+    wide = np.concatenate([vessels.starts[vessels.start_radii > 2.0], vessels.ends[vessels.start_radii > 2.0]])
+    points = points_in_lung(scene.anatomy, rng, count=4000, depth_mm=(diameter_mm / 2 + 6, np.inf))
+    middle = (scene.anatomy.bottom_z * 0.5 + scene.anatomy.apex_z) / 2
+    points = points[(points[:, 0] < -45 if right else points[:, 0] > 45) & (np.abs(points[:, 2] - middle) < 60)]
+    clearance = np.linalg.norm(points[:, None] - wide[None], axis=2).min(axis=1)
+    x, y, z = points[int(np.argmax(clearance))].round(1)
+    return sphere((float(x), float(y), float(z)), diameter_mm)
+
+
+def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
+    """Write three studies into folders of `folder`: a chest with one nodule, one without, and an MR series of three images.
+
+    Takes about ten seconds on one core.
+    """
+    scene = chest_scene(40)
+    nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
+    with_nodule = _write_chest(folder / "chest-nodule", scene.with_nodules((nodule,)), 1)
+    without = _write_chest(folder / "chest-clear", chest_scene(41), 2, slices=56)
+    return with_nodule, without, _write_mr(folder / "mr-three-images")
+
+
+def check_volume(*, seed: int = 42) -> Volume:
+    """A small chest CT with one nodule, for a first run of a package: 40 slices of 3 mm, 192 x 192."""
+    scene = chest_scene(seed)
+    nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
+    scene = scene.with_nodules((nodule,))
+    whole = chest_grid(scene, pixel_mm=1.9, slice_mm=3.0, pixels=192)
+    first = int((nodule.centre_lps_mm[2] - whole.origin_lps_mm[2]) / 3.0) - 20
+    x, y, z = whole.origin_lps_mm
+    grid = Grid(origin_lps_mm=(x, y, z + 3.0 * first), spacing_mm=whole.spacing_mm, shape=(40, 192, 192))
+    return volume_of(scan(scene, grid, DEMO_PROTOCOL), grid, f"check {seed}")
+
+
+def volume_of(voxels: np.ndarray[tuple[int, ...], np.dtype[np.float32]], grid: Grid, seed: str) -> Volume:
+    """A volume as if read from a series written with `seed`."""
+    return Volume(
+        voxels=voxels, affine=grid.affine, sop_instance_uids=tuple(uid_from(seed, "2", str(k)) for k in range(len(voxels))),
+        series_instance_uid=uid_from(seed, "2"), study_instance_uid=uid_from(seed, "study"),
+        frame_of_reference_uid=uid_from(seed, "frame of reference"), modality="CT",
+    )  # fmt: skip
+
+
+def _write_chest(folder: Path, scene: ChestScene, number: int, *, slices: int | None = None) -> TrueStudy:
+    grid = chest_grid(scene, pixel_mm=1.2, slice_mm=3.0, pixels=320, slices=slices)
+    header = SeriesHeader(
+        seed=f"demo chest {number}", patient_name=f"PHANTOM^CHEST {number}", patient_id=f"PHANTOM-{number}",
+        accession_number=f"PHANTOM-{number}", thickness_mm=DEMO_PROTOCOL.thickness_mm, descending=True,
+    )  # fmt: skip
+    files = write_ct_series(folder, scan(scene, grid, DEMO_PROTOCOL), grid.affine, header)
+    return TrueStudy(
+        folder=folder, study_instance_uid=uid_from(header.seed, "study"), series_instance_uid=uid_from(header.seed, "2"),
+        instances=len(files), nodules=tuple(true_nodule(nodule) for nodule in scene.nodules), refused=False,
+    )  # fmt: skip
+
+
+def _write_mr(folder: Path) -> TrueStudy:
+    """Three MR images of a water bottle: nothing that a model of chest CT may look at."""
+    grid = Grid(origin_lps_mm=(-63.5, -63.5, 0), spacing_mm=(6.0, 1.0, 1.0), shape=(3, 128, 128))
+    _, y, x = grid.axes
+    noise = np.random.default_rng(7).rayleigh(12.0, grid.shape)
+    voxels = (np.where(np.hypot(x, y) < 45, 700.0, 0.0) + noise).astype(np.float32)
+    header = SeriesHeader(
+        seed="demo mr 3", patient_name="PHANTOM^BOTTLE 3", patient_id="PHANTOM-3", accession_number="PHANTOM-3",
+        study_description="Synthetic bottle", series_description="Synthetic MR", body_part="HEAD", sop_class_uid=MR,
+        thickness_mm=6.0, image_type=("ORIGINAL", "PRIMARY", "OTHER"),
+    )  # fmt: skip
+    files = write_ct_series(folder, voxels, grid.affine, header)
+    return TrueStudy(
+        folder=folder, study_instance_uid=uid_from(header.seed, "study"), series_instance_uid=uid_from(header.seed, "2"),
+        instances=len(files), nodules=(), refused=True,
+    )  # fmt: skip
