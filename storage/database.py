@@ -18,8 +18,7 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import Connection, Engine, Table, event
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, StatementError, TimeoutError as PoolTimeout
 
 from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
 
@@ -87,13 +86,12 @@ class Database:
         time = connection.execute(sqlalchemy.select(sqlalchemy.func.clock_timestamp())).scalar_one()
         return time.astimezone(UTC)  # type: ignore[no-any-return]  # func.clock_timestamp is untyped
 
-    def insert_new(self, connection: Connection, table: Table, values: dict[str, Any]) -> int | None:
-        """Insert a row unless a unique constraint says it is there already; return its `id` (1 without such a column) or None."""
+    def insert_new(self, connection: Connection, table: Table, values: dict[str, Any]) -> Any | None:
+        """Insert a row unless a unique constraint says it is there already; return the first column of its key, or None."""
         dialect = sqlite if self.is_sqlite else postgresql
-        statement = dialect.insert(table).values(values).on_conflict_do_nothing()
-        if "id" not in table.c:
-            return 1 if connection.execute(statement).rowcount else None
-        return connection.execute(statement.returning(table.c.id)).scalar_one_or_none()
+        key = next(iter(table.primary_key.columns))
+        statement = dialect.insert(table).values(values).on_conflict_do_nothing().returning(key)
+        return connection.execute(statement).scalar_one_or_none()
 
     def lock(self, connection: Connection, name: str) -> None:
         """Let one transaction at a time pass for `name`, until it ends. On SQLite every write transaction is alone anyway."""
@@ -140,3 +138,5 @@ def _own_errors() -> Iterator[None]:
         if isinstance(error, OperationalError | InterfaceError):
             raise Unavailable(f"the database cannot be used now: {cause}") from error
         raise StorageError(f"the database failed: {cause}") from error
+    except StatementError as error:  # a value that its column does not take
+        raise StorageError(f"the value cannot be stored: {error.orig}") from error

@@ -50,7 +50,7 @@ class Registry:
             "client_cert": peer.client_cert,
         }
         with self._database.writing() as connection:
-            if not self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}):
+            if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
                 connection.execute(update(PEER).where(PEER.c.ae_title == peer.ae_title).values(**values))
 
     def remove_peer(self, ae_title: str) -> None:
@@ -88,7 +88,7 @@ class Registry:
             unknown = [ae_title for ae_title in route.to_ae_titles if ae_title not in peers]
             if unknown:
                 raise Conflict(f"route {route.name} sends to {', '.join(unknown)}, which is no peer")
-            if not self._database.insert_new(connection, ROUTE, {"name": route.name, **values}):
+            if self._database.insert_new(connection, ROUTE, {"name": route.name, **values}) is None:
                 connection.execute(update(ROUTE).where(ROUTE.c.name == route.name).values(**values))
                 connection.execute(delete(ROUTE_DESTINATION).where(ROUTE_DESTINATION.c.route == route.name))
             for position, ae_title in enumerate(dict.fromkeys(route.to_ae_titles)):
@@ -127,7 +127,7 @@ class Registry:
         self.package_folder(name, version)
         with self._database.writing() as connection:
             fresh = {"digest": digest, "state": "added", "check": None, "added_at": self._database.now(connection)}
-            if not self._database.insert_new(connection, PACKAGE, {"name": name, "version": version, **fresh}):
+            if self._database.insert_new(connection, PACKAGE, {"name": name, "version": version, **fresh}) is None:
                 connection.execute(update(PACKAGE).where(_is(name, version), PACKAGE.c.digest != digest).values(**fresh))
 
     def set_check(self, name: str, version: str, digest: str, report: dict[str, Any], *, passed: bool) -> None:
