@@ -200,9 +200,10 @@ def storescp(folder: Path, *, ae_title: str) -> Iterator[Peer]:
 
 def listens(peer: Peer) -> bool:
     """Whether the peer answers a C-ECHO from the scanner."""
-    with socket.socket() as probe:  # pynetdicom leaves a socket unclosed when nobody listens
-        if probe.connect_ex((peer.host, peer.port)) != 0:
-            return False
+    # A connection that is refused leaves pynetdicom with an unclosed socket, and one that says nothing keeps a listener waiting.
+    sockets = [line.split() for table in ("tcp", "tcp6") for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()]
+    if not any(words[1].endswith(f":{peer.port:04X}") and words[3] == "0A" for words in sockets):
+        return False
     try:
         echo(peer, calling_ae_title=SCANNER_AET)
     except PeerUnavailable:
