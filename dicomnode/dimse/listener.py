@@ -203,12 +203,14 @@ class _Association(Association):  # type: ignore[misc]  # pynetdicom is untyped 
     """An association that says when its thread ends, and serves every class of the table as storage."""
 
     number: int | None = None
+    connection: socket.socket
 
     def run(self) -> None:
-        """Run the association to its end, then say so."""
+        """Run the association to its end, then close its socket, which pynetdicom leaves open if shutting it down fails, and say so."""
         try:
             super().run()
         finally:
+            self.connection.close()
             self._server.ended(self)
 
     def _serve_request(self, msg: Any, context_id: int) -> None:
@@ -235,6 +237,7 @@ class _RequestHandler(RequestHandler):  # type: ignore[misc]  # pynetdicom is un
     def _create_association(self) -> Any:
         association = super()._create_association()
         association.__class__ = _Association
+        association.connection = self.request
         return association
 
 

@@ -5,7 +5,9 @@ Must never re-encode a data set, and never try again by itself: outcomes say wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,20 +71,19 @@ def send(
     outcomes: dict[str, SendOutcome] = {}
     for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
         proposed = pairs[first : first + MAXIMUM_CONTEXTS]
-        association, trouble = _associate(peer, proposed, calling_ae_title, timeout_seconds)
-        accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
-        for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
-            if trouble is not None:
-                outcome = _outcome(item, "transient", trouble)
-            elif _pair(item) not in accepted:
-                outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
-            else:
-                outcome, trouble = _store(association, item, number)
-            outcomes[item.sop_instance_uid] = outcome
-            if progress is not None:
-                progress(len(outcomes))
-        if association.is_established:
-            association.release()
+        with _association(peer, proposed, calling_ae_title, timeout_seconds) as (association, no_association):
+            trouble = no_association
+            accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
+            for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
+                if trouble is not None:
+                    outcome = _outcome(item, "transient", trouble)
+                elif _pair(item) not in accepted:
+                    outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
+                else:
+                    outcome, trouble = _store(association, item, number)
+                outcomes[item.sop_instance_uid] = outcome
+                if progress is not None:
+                    progress(len(outcomes))
     return [outcomes[item.sop_instance_uid] for item in objects]
 
 
@@ -95,12 +96,10 @@ def echo(peer: Peer, *, calling_ae_title: str, timeout_seconds: float = 10) -> N
     """
     if peer.tls:
         raise PeerRefused(f"peer {peer.ae_title} demands TLS, which this node does not send with")
-    association, trouble = _associate(peer, [(VERIFICATION, "1.2.840.10008.1.2")], calling_ae_title, timeout_seconds)
-    if trouble is not None:
-        raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {trouble}")
-    status = association.send_c_echo().get("Status") if association.accepted_contexts else None
-    if association.is_established:
-        association.release()
+    with _association(peer, [(VERIFICATION, "1.2.840.10008.1.2")], calling_ae_title, timeout_seconds) as (association, trouble):
+        if trouble is not None:
+            raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {trouble}")
+        status = association.send_c_echo().get("Status") if association.accepted_contexts else None
     if status != SUCCESS:
         answer = "nothing" if status is None else f"status 0x{status:04X}"
         raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port} answered C-ECHO with {answer}")
@@ -113,30 +112,55 @@ def classify(status: int) -> Literal["sent", "transient", "permanent"]:
     return "transient" if status in TRANSIENT else "permanent"
 
 
-def _associate(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeout_seconds: float) -> tuple[Any, str | None]:
-    """Open an association; return it, and in words why nothing can be sent on it, or None.
+@contextmanager
+def _association(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeout_seconds: float) -> Iterator[tuple[Any, str | None]]:
+    """Open an association; give it, and in words why nothing can be sent on it, or None; release it at the end.
 
     A peer that accepts the association but none of its contexts is no trouble of the association: each object's context
     was refused.
     """
-    entity = AE(calling_ae_title)
+    entity = _Entity(calling_ae_title)
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = timeout_seconds
-    association = entity.associate(
-        peer.host,
-        peer.port,
-        contexts=[build_context(sop_class, syntax) for sop_class, syntax in pairs],
-        ae_title=peer.ae_title,
-        max_pdu=_MAXIMUM_PDU_BYTES,
-        evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay)],
-    )
+    try:
+        association = entity.associate(
+            peer.host,
+            peer.port,
+            contexts=[build_context(sop_class, syntax) for sop_class, syntax in pairs],
+            ae_title=peer.ae_title,
+            max_pdu=_MAXIMUM_PDU_BYTES,
+            evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay)],
+        )
+        yield association, _trouble(association)
+        if association.is_established:
+            association.release()
+    finally:
+        for connection in entity.connections:
+            connection.close()
+
+
+def _trouble(association: Any) -> str | None:
+    """Why an association can't be used, or None."""
     if association.is_established or (association.rejected_contexts and not association.accepted_contexts):
-        return association, None
+        return None
     if association.is_rejected:
         answer = association.acceptor.primitive
-        return association, f"the peer rejected the association: {answer.result_str}, {answer.reason_str}"
-    return association, "the peer cannot be reached, or broke off the association request"
+        return f"the peer rejected the association: {answer.result_str}, {answer.reason_str}"
+    return "the peer cannot be reached, or broke off the association request"
+
+
+class _Entity(AE):  # type: ignore[misc]  # pynetdicom is untyped here
+    """An AE that keeps its sockets: pynetdicom forgets one open where its shutdown fails, e.g. if the peer is down."""
+
+    def __init__(self, ae_title: str) -> None:
+        super().__init__(ae_title)
+        self.connections: list[socket.socket] = []
+
+    def _create_socket(self, *arguments: Any) -> Any:
+        wrapper = super()._create_socket(*arguments)
+        self.connections.append(wrapper.socket)
+        return wrapper
 
 
 def _store(association: Any, item: Outgoing, number: int) -> tuple[SendOutcome, str | None]:
