@@ -235,3 +235,10 @@ def insert_peer(storage: Storage) -> Callable[[], str | None]:
 def test_inserting_what_is_there_changes_nothing(insert_peer: Callable[[], str | None]) -> None:
     assert insert_peer() == "A"
     assert insert_peer() is None
+
+
+def test_the_readme_names_every_table_and_module() -> None:
+    folder = Path(__file__).parents[3] / "storage"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    modules = {path.name for path in folder.glob("*.py")} - {"__init__.py", "errors.py"}
+    assert [name for name in (*METADATA.tables, *sorted(modules)) if f"`{name}`" not in text] == []
