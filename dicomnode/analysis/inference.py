@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import pickle  # only for the name of the error that torch's weights_only loader raises
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.grid import Grid, Triple, grid_over
-from dicomnode.analysis.package import NETWORK_CONFIG, WEIGHTS, Manifest, digest_of_contents, package_files, parse_manifest
+from dicomnode.analysis.package import NETWORK_CONFIG, WEIGHTS, Manifest, digest_of, digest_of_contents, package_files, parse_manifest
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Findings, Volume
 
@@ -168,6 +169,37 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
             if parameter.dim() == 5:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     return Model(manifest=manifest, digest=digest, network=network, device=place)
+
+
+def check_package(folder: Path, volume: Volume, *, digest: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Run the package once on `volume` in this process and report digest, device, findings, seconds and peak memory.
+
+    For people and for the registry; `check.check_in_child` wraps it in a process without network, under limits.
+
+    Raises:
+        PackageError, AnalysisFailed, NotEligible: as `load_model` and `Model` do.
+    """
+    started = time.perf_counter()
+    model = load_model(folder, digest=digest or digest_of(folder), device=device)
+    loaded = time.perf_counter()
+    result = model(volume)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return {
+        "package": result.package,
+        "version": result.version,
+        "digest": result.digest,
+        "device": result.device,
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "findings": [
+            {"label": f.label, "probability": f.probability, "volume_ml": f.volume_ml, "centre_lps_mm": f.centre_lps_mm}
+            for f in result.findings
+        ],
+        "omitted": result.omitted,
+        "seconds": {"load": loaded - started, **result.seconds},
+        "peak_memory_bytes": memory,
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0,
+        "torch": torch.__version__,
+    }
 
 
 def build_network(config: bytes, name: str) -> torch.nn.Module:
