@@ -168,7 +168,7 @@ def finding_of(case: Case, segment: Segment, *, side: Laterality | None = "left"
             Measurement(name=Code(value="118565006", scheme="SCT", meaning="Volume"), value=len(index) * volume.voxel_ml, unit=millilitre),
             Measurement(name=Code(value="103339001", scheme="SCT", meaning="Long axis"), value=length, unit=millimetre),
         ),
-        colour_cielab=(65.0, 60.0, 40.0),
+        colour_cielab=(70.0, 30.0, 50.0),
     )
 
 

@@ -53,6 +53,7 @@ def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Da
         **arguments,
     )
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
+    result.ContentCreatorName = ""  # type 2: no person made this
     _reference_whole_series(result, images)
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
