@@ -42,7 +42,7 @@ class Database:
         self.engine: Engine = sqlalchemy.create_engine(
             parsed,
             pool_size=8,
-            max_overflow=56,
+            max_overflow=56 if self.is_sqlite else 8,  # a server has 100 for every process; transactions are short, threads wait
             pool_timeout=BUSY_SECONDS,
             pool_pre_ping=not self.is_sqlite,
             json_serializer=partial(json.dumps, allow_nan=False),  # NaN is no JSON, and PostgreSQL says so
