@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import generate_uid
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.presentation import build_context
 
@@ -28,6 +31,8 @@ LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 COMPREHENSIVE_3D_SR = "1.2.840.10008.5.1.4.1.1.88.34"
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+_CONNECTIONS: list[socket.socket] = []
 
 
 def a_dataset(sop_class: str = CT, **attributes: Any) -> Dataset:
@@ -99,11 +104,25 @@ def split_part10(content: bytes) -> tuple[bytes, bytes]:
     return content[:end], content[end:]
 
 
+@contextmanager
+def closing_connections() -> Iterator[None]:
+    """Close the sockets of `keep_connection` at the end: pynetdicom forgets one open if the other side was faster."""
+    yield
+    while _CONNECTIONS:
+        _CONNECTIONS.pop().close()
+
+
+def keep_connection(event: Any) -> None:
+    """Handle EVT_CONN_OPEN of a simulated scanner or PACS."""
+    _CONNECTIONS.append(event.assoc.dul.socket.socket)
+
+
 def associate(port: int, pairs: list[tuple[str, str]], *, calling: str = "SCANNER", called: str = "DICOMNODE") -> Any:
     """An association of a simulated scanner."""
+    handlers = [(evt.EVT_CONN_OPEN, keep_connection)]
     entity = AE(calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
-    return entity.associate("127.0.0.1", port, contexts=[build_context(*pair) for pair in pairs], ae_title=called)
+    return entity.associate("127.0.0.1", port, contexts=[build_context(*pair) for pair in pairs], ae_title=called, evt_handlers=handlers)
 
 
 def store(association: Any, data: bytes | None, *, uid: str, sop_class: str = CT, syntax: str = EXPLICIT) -> Dataset:

@@ -24,6 +24,7 @@ from dimse_cases import (
     SHARED_DATA,
     a_dataset,
     associate,
+    closing_connections,
     encapsulated,
     encoded,
     split_part10,
@@ -43,12 +44,13 @@ PAIRS = [(CT, EXPLICIT), (CT, IMPLICIT), (CT, JPEG_2000)]
 
 
 @pytest.fixture(autouse=True)
-def _quiet_network_library() -> Iterator[None]:
-    """pynetdicom logs refusals and broken connections as errors; here they are wanted."""
+def _calm_network_library() -> Iterator[None]:
+    """pynetdicom logs refusals and broken connections as errors and leaves sockets open after them; here they are wanted."""
     logger = logging.getLogger("pynetdicom")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    yield
+    with closing_connections():
+        yield
     logger.setLevel(level)
 
 

@@ -6,6 +6,7 @@ import logging
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,13 +24,16 @@ from dimse_cases import (
     SEG,
     SHARED_DATA,
     a_dataset,
+    closing_connections,
     encoded,
+    keep_connection,
     received,
     split_part10,
 )
 from pynetdicom import AE, evt
 from pynetdicom.dsutils import split_dataset
 from pynetdicom.sop_class import _STORAGE_CLASSES
+from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.dimse.contexts import STORAGE_CLASSES
 from dicomnode.dimse.scp import part10_prefix
@@ -39,12 +43,13 @@ from storage.records import Peer
 
 
 @pytest.fixture(autouse=True)
-def _quiet_network_library() -> Iterator[None]:
-    """pynetdicom logs refusals and broken connections as errors; here they are wanted."""
+def _calm_network_library() -> Iterator[None]:
+    """pynetdicom logs refusals and broken connections as errors and leaves sockets open after them; here they are wanted."""
     logger = logging.getLogger("pynetdicom")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    yield
+    with closing_connections():
+        yield
     logger.setLevel(level)
 
 
@@ -63,11 +68,14 @@ class Pacs:
         for sop_class, syntax in pairs:
             self.entity.add_supported_context(sop_class, syntax)
         handlers = [
+            (evt.EVT_CONN_OPEN, keep_connection),
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_REQUESTED, self._requested),
             (evt.EVT_C_ECHO, self._echo),
         ]
-        self.server = self.entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
+        self.server = self.entity.make_server(("127.0.0.1", 0), evt_handlers=handlers, server_class=ThreadedAssociationServer)
+        self.entity._servers.append(self.server)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return a_peer(self.server.server_address[1])
 
     def _store(self, event: Any) -> Any:
