@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
 from storage import Storage
 from storage.records import Job, PackageRecord, Priority, Revision, Route, Study
 
 LEASE = "completion"
-LEASE_SECONDS = 15.0
 QUIET_SECONDS_WITHOUT_ROUTE = 60.0
 # While the association that brings a study is still open, more images are likely: wait this many quiet periods.
 OPEN_ASSOCIATION_FACTOR = 5
@@ -29,10 +29,10 @@ log = get_logger(__name__)
 class Completion:
     """A thread that closes studies that have become quiet."""
 
-    def __init__(self, storage: Storage, client: EngineClient, *, poll_seconds: float) -> None:
+    def __init__(self, storage: Storage, client: EngineClient, settings: EngineSection) -> None:
         self._storage = storage
         self._client = client
-        self._poll_seconds = poll_seconds
+        self._settings = settings
         self._owner = uuid.uuid4().hex
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="completion", daemon=True)
@@ -48,9 +48,9 @@ class Completion:
         self._storage.leases.release(LEASE, self._owner)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._poll_seconds):
+        while not self._stopping.wait(self._settings.poll_seconds):
             try:
-                if self._storage.leases.hold(LEASE, self._owner, LEASE_SECONDS):
+                if self._storage.leases.hold(LEASE, self._owner, self._settings.lease_seconds):
                     close_complete_studies(self._storage, self._client, datetime.now(UTC))
             except Exception:  # the database may be away for a while; the next round tries again
                 log.exception("completion failed")

@@ -174,7 +174,7 @@ def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) 
     from dicomnode.receiver import Receiver
 
     receiver = Receiver(settings, storage)
-    completion = Completion(storage, client, poll_seconds=settings.engine.poll_seconds)
+    completion = Completion(storage, client, settings.engine)
     receiver.start()
     completion.start()
 
@@ -192,7 +192,7 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
     analyser = Analyser(settings, storage, client)
     queues = (Queue(kind="analyse", work=analyser.analyse, concurrency=1),)
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
-    completion = Completion(storage, client, poll_seconds=settings.engine.poll_seconds)
+    completion = Completion(storage, client, settings.engine)
     worker.start()
     completion.start()
 
