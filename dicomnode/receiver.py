@@ -14,7 +14,7 @@ from dicomnode.dimse.scp import ReceivedInstance, is_uid, part10_prefix, read_he
 from dicomnode.errors import ContentConflict, OutOfResources, ProcessingFailure, StoreRefused
 from dicomnode.logs import get_logger
 from storage import Storage
-from storage.errors import OutOfSpace, StorageError, Unavailable
+from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
 from storage.records import InstanceHeader, StoredObject
 
 # What is younger may be in the hands of another receiver on the same folder: between its file and its row lie at most the
@@ -108,7 +108,7 @@ class Receiver:
         except (OutOfSpace, Unavailable) as error:
             raise _about(header, OutOfResources("disk or database take nothing now; send again later")) from error
         except StorageError as error:
-            _log.exception("storage failed", sop_instance_uid=header.sop_instance_uid)
+            _log.error("storage failed", sop_instance_uid=header.sop_instance_uid, reason=_tellable(error))
             raise _about(header, ProcessingFailure("storage failed; send again later")) from error
 
     def _index(self, header: InstanceHeader, stored: StoredObject) -> str:
@@ -142,8 +142,8 @@ class Receiver:
                 reason=str(refusal),
                 stored=stored,
             )
-        except StorageError:
-            _log.exception("the refusal could not be written down", sop_instance_uid=uid)
+        except StorageError as error:
+            _log.error("the refusal could not be written down", sop_instance_uid=uid, reason=_tellable(error))
             return False
 
     def _released(self, association: int) -> None:
@@ -156,3 +156,8 @@ class Receiver:
 def _about(header: InstanceHeader, refusal: StoreRefused) -> StoreRefused:
     refusal.study_instance_uid = header.study_instance_uid
     return refusal
+
+
+def _tellable(error: StorageError) -> str:
+    """What the log may say of a failure: its chain would show the statement's parameters, a conflict the row's values."""
+    return type(error).__name__ if isinstance(error, Conflict) else f"{type(error).__name__}: {error}"

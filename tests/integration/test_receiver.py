@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import socket
@@ -9,11 +10,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
+import structlog
 from dimse_cases import (
     COMPREHENSIVE_3D_SR,
     CT,
@@ -34,10 +37,11 @@ from pynetdicom.dsutils import split_dataset
 
 from dicomnode.config import ListenerSection, NodeSection, Settings
 from dicomnode.dimse.contexts import TRANSFER_SYNTAXES, storage_class
+from dicomnode.logs import configure_logs
 from dicomnode.receiver import Receiver
 from storage import Storage, open_storage, prepare_storage
-from storage.errors import OutOfSpace, StorageError, Unavailable
-from storage.records import Peer
+from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
+from storage.records import InstanceHeader, Peer, StoredObject
 
 SCANNER = Peer(ae_title="SCANNER", host="127.0.0.1", port=104, sends=True, receives=False, tls=False, client_cert=None)
 PAIRS = [(CT, EXPLICIT), (CT, IMPLICIT), (CT, JPEG_2000)]
@@ -108,6 +112,59 @@ def test_an_acknowledged_image_is_stored_byte_for_byte_and_indexed(scanner, stor
     instance = storage.index.find(dataset.SOPInstanceUID)
     assert (instance.transfer_syntax_uid, instance.calling_ae_title, instance.called_ae_title) == (IMPLICIT, "SCANNER", "DICOMNODE")
     assert storage.index.study("1.2.3.4").patient_name == "Doe^Jane"
+
+
+def test_reception_works_on_either_database(tmp_path, database_url):
+    prepare_storage(database_url, tmp_path)
+    storage = open_storage(database_url, tmp_path)
+    storage.registry.add_peer(SCANNER)
+    receiver = Receiver(settings_for(tmp_path), storage)
+    receiver.start()
+    association = associate(receiver.port, PAIRS)
+    odd_name = a_dataset(PatientName="a\x07b\ufffd", SpecificCharacterSet="ISO_IR 192")
+    other = a_dataset(SOPInstanceUID=odd_name.SOPInstanceUID)
+    assert [send(association, dataset) for dataset in (odd_name, odd_name, other)] == [0, 0, 0xC003]
+    association.release()
+    receiver.stop()
+    study = storage.index.study("1.2.3.4")
+    assert (study.instances, study.patient_name) == (1, "a b\ufffd")
+    assert study.released_at is not None
+    storage.database.close()
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
+    """What the node logs as it is configured in production, from debug on."""
+    text = StringIO()
+    monkeypatch.setattr("sys.stderr", text)
+    monkeypatch.setattr("logging.basicConfig", lambda **_given: None)  # pytest's own handlers stay
+    configure_logs("debug", json_lines=True)
+    yield text
+    structlog.reset_defaults()
+
+
+def test_no_log_line_tells_of_the_patient(log, scanner, storage, monkeypatch):
+    def fail_with_values(header: InstanceHeader, stored: StoredObject) -> None:
+        try:
+            raise ValueError(f"[parameters: {header.patient_name}]")
+        except ValueError as error:
+            raise Conflict(f"Key (patient_name)=({header.patient_name}) exists") from error
+
+    dataset = a_dataset(PatientName="Secret^Name", PatientID="Secret1")
+    assert send(scanner, dataset) == 0
+    assert send(scanner, a_dataset(PatientName="Secret^Name", SOPInstanceUID=dataset.SOPInstanceUID)) == 0xC003
+    assert store(scanner, encoded(dataset)[:-4], uid=dataset.SOPInstanceUID).Status == 0xC001
+    assert store(scanner, encoded(dataset), uid="Secret/3").Status == 0xC001
+    with monkeypatch.context() as patched:
+        patched.setattr(storage.index, "add_instance", fail_with_values)
+        assert send(scanner, a_dataset(PatientName="Secret^Name")) == 0xC004
+        patched.setattr(storage.index, "add_instance", lambda header, stored: 1 / 0)
+        assert send(scanner, a_dataset(PatientName="Secret^Name")) == 0xC004
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "instance refused"] == ["0xC003", "0xC001", "0xC001", "0xC004"]
+    assert "ZeroDivisionError" in log.getvalue()
+    assert "Secret" not in log.getvalue()
+    assert not any("dropped" in line for line in lines)
 
 
 def test_success_is_said_only_after_the_file_and_the_row_are_safe(scanner, storage, monkeypatch):
