@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dicomnode.analysis.package import Manifest
 from dicomnode.errors import ConfigError
 
 
@@ -60,7 +61,7 @@ class Recipe(_Section):
     data: DataSection
     network: NetworkSection
     training: TrainingSection
-    package: dict[str, Any] = Field(description="the manifest of the package that export writes")
+    package: Manifest = Field(description="the manifest of the package that export writes")
 
 
 def load_recipe(file: Path) -> Recipe:

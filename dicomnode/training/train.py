@@ -117,7 +117,9 @@ class Trainer:
     @torch.no_grad()
     def _follow(self) -> None:
         decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
-        for mean, value in zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True):
+        pairs = [*zip(self.average.parameters(), self.network.parameters(), strict=True)]  # each once, however often it is named
+        pairs += [*zip(self.average.buffers(), self.network.buffers(), strict=True)]
+        for mean, value in pairs:
             if mean.dtype.is_floating_point:
                 mean.lerp_(value, 1 - decay)
             else:

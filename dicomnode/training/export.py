@@ -1,0 +1,178 @@
+"""Write a trained network as a model package: a MONAI Bundle, the manifest, and a card that says what it is.
+
+Must never put code into a bundle: the network is a MONAI class by name with plain arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from dicomnode.analysis.package import Package, load_package
+from dicomnode.errors import UsageError
+from dicomnode.training.recipe import Recipe
+
+
+def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: Path) -> Package:
+    """Write the package of `recipe` with these weights into `folder`, over an earlier export, and load it again.
+
+    Writes manifest.toml, bundle/configs/{metadata,inference}.json, bundle/models/model.safetensors and MODEL_CARD.md.
+
+    Raises:
+        UsageError: the folder holds something that is no package.
+        PackageError: what was written is not a sound package.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / "manifest.toml").exists():
+        raise UsageError(f"{folder} holds something that is no model package; take an empty folder")
+    (folder / "bundle" / "configs").mkdir(parents=True, exist_ok=True)
+    (folder / "bundle" / "models").mkdir(parents=True, exist_ok=True)
+    entries = recipe.package.model_dump(mode="json", by_alias=True, exclude_none=True)
+    (folder / "manifest.toml").write_text(toml_of(entries), encoding="utf-8")
+    network = {"_target_": f"monai.networks.nets.{recipe.network.name}", **recipe.network.arguments}
+    _write_json(folder / "bundle" / "configs" / "inference.json", {"network_def": network})
+    _write_json(folder / "bundle" / "configs" / "metadata.json", _metadata(recipe))
+    # half precision: a few MB; copies, because MONAI's DynUNet names each of its tensors twice
+    halved = {name: (value.half() if value.is_floating_point() else value).cpu().clone() for name, value in weights.items()}
+    file = folder / "bundle" / "models" / "model.safetensors"
+    save_file(halved, file)
+    file.chmod(0o644)  # safetensors writes it for its owner alone
+    write_model_card(folder)
+    return load_package(folder)
+
+
+def write_model_card(folder: Path) -> None:
+    """Write MODEL_CARD.md from the manifest and, where there is one, evaluation.json."""
+    manifest = load_package(folder).manifest
+    file = folder / "evaluation.json"
+    evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    lines = [
+        f"# {manifest.title}: {manifest.name} {manifest.version}", "",
+        f"**{manifest.intended_use}**", "",
+        f"- Licence: {manifest.licence}",
+        f"- Trained on: {manifest.training_data}",
+        f"- Input: {manifest.input.modality}, slices every {_range(manifest.input.slice_spacing_mm)} mm, pixels of"
+        f" {_range(manifest.input.pixel_spacing_mm)} mm, {manifest.input.minimum_slices} slices or more",
+        f"- A voxel counts above {manifest.outputs[0].threshold}; a finding has {manifest.outputs[0].minimum_ml} ml or more and a score"
+        f" (mean of its most certain quarter) of {manifest.outputs[0].minimum_score} or more", "",
+        "## Measured", "",
+    ]  # fmt: skip
+    lines += _phantom_lines(evaluation["phantoms"]) if "phantoms" in evaluation else ["Not evaluated yet.", ""]
+    lines += _case_lines(evaluation["cases"]) if "cases" in evaluation else []
+    lines += [
+        "## Limits", "",
+        "- Synthetic training: what the phantoms lack (pneumonia, effusion, fibrosis, surgery, metal, motion, children) it has never seen.",
+        "- Figures on phantoms say nothing about patients; the few real cases are examples, no performance claim.",
+        "- A mass that fills much of a lung may lie outside the lung region and be missed or marked in part.",
+        "- The score is no probability of disease.", "",
+    ]  # fmt: skip
+    (folder / "MODEL_CARD.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def toml_of(entries: Mapping[str, Any]) -> str:
+    """Write nested tables as TOML: plain values first, then tables, then arrays of tables; tables inside those stand inline."""
+    lines = [f"{key} = {_toml_value(value)}" for key, value in entries.items() if not _is_section(value)]
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{key}]", *(f"{name} = {_toml_value(inner)}" for name, inner in value.items())]
+    for key, value in entries.items():
+        if _is_section(value) and not isinstance(value, Mapping):
+            for row in value:
+                lines += ["", f"[[{key}]]", *(f"{name} = {_toml_value(inner)}" for name, inner in row.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and bool(value) and isinstance(value[0], Mapping))
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
+
+
+def _metadata(recipe: Recipe) -> dict[str, Any]:
+    """metadata.json as MONAI's schema has it."""
+    manifest, data = recipe.package, recipe.data
+    patch = list(manifest.inference.window)
+    return {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
+        "version": manifest.version,
+        "changelog": {manifest.version: "trained on synthetic chests"},
+        "monai_version": str(monai.__version__),
+        "pytorch_version": str(torch.__version__),
+        "numpy_version": str(np.__version__),
+        "required_packages_version": {},
+        "task": manifest.title,
+        "description": manifest.title,
+        "authors": manifest.manufacturer,
+        "copyright": f"Copyright {manifest.manufacturer} contributors",
+        "data_source": manifest.training_data,
+        "data_type": "DICOM",
+        "image_classes": f"one channel, HU {data.window_hu[0]:g} to {data.window_hu[1]:g} scaled to 0..1",
+        "label_classes": "; ".join(f"channel {output.channel}: {output.label}" for output in manifest.outputs),
+        "intended_use": manifest.intended_use,
+        "network_data_format": {
+            "inputs": {
+                "image": {
+                    "type": "image", "format": "hounsfield", "modality": "CT", "num_channels": 1, "spatial_shape": patch,
+                    "dtype": "float32", "value_range": [0, 1], "is_patch_data": True, "channel_def": {"0": "image"},
+                }
+            },
+            "outputs": {
+                "pred": {
+                    "type": "image", "format": "segmentation", "num_channels": len(manifest.outputs), "spatial_shape": patch,
+                    "dtype": "float32", "value_range": [0, 1], "is_patch_data": True,
+                    "channel_def": {str(output.channel): output.label for output in manifest.outputs},
+                }
+            },
+        },
+    }  # fmt: skip
+
+
+def _phantom_lines(phantoms: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{phantoms['scans']} synthetic chests never used before (seeds from {phantoms['first_seed']}), of which"
+        f" {phantoms['clear_scans']} without nodules: {phantoms['false_findings_per_scan']} false findings a scan.", "",
+        "| diameter (mm) | nodules | found |", "|---|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {row['diameter_mm'][0]:g} to {row['diameter_mm'][1]:g} | {row['nodules']} | {row['found']} |" for row in phantoms["by_size"]]
+    lines += [
+        "",
+        f"Of those found: median Dice {phantoms['median_dice']}, median error of the volume {phantoms['median_volume_error_percent']} %.",
+        "",
+    ]
+    return lines
+
+
+def _case_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["Real cases, one by one (never trained on):", ""]
+    for case in cases:
+        if case.get("refused"):
+            lines.append(f"- {case['case']}: not analysed ({case['refused']})")
+            continue
+        known = [
+            f"the known nodule of {n['diameter_mm']:g} mm was {'found' if n['found'] else 'MISSED'}"
+            + (f" ({n['distance_mm']:g} mm from its centre, {n['volume_ml']:g} ml)" if n["found"] else "")
+            for n in case["known"]
+        ]
+        text = "; ".join(known) if known else "no nodule is known"
+        lines.append(f"- {case['case']}: {text}; other findings: {case['other_findings']}")
+    return [*lines, ""]
+
+
+def _range(values: tuple[float, float]) -> str:
+    return f"{values[0]:g} to {values[1]:g}"
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
