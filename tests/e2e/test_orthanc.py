@@ -16,7 +16,7 @@ from pacs import LOOPBACK, ORTHANC_AET, SCANNER_AET, Node, Orthanc, free_port, s
 from validators import complaints
 
 PACKAGE = "lung-nodule-ct"
-PACKAGE_FOLDER = Path(__file__).parents[2] / "dicomnode" / "packages" / PACKAGE
+PACKAGES = Path(__file__).parents[2] / "dicomnode" / "packages"
 ANALYSIS_SECONDS = 240  # a generous limit for a busy machine; nothing is measured here
 
 pytestmark = pytest.mark.system
@@ -65,7 +65,7 @@ def set_up(node: Node, orthanc: Orthanc) -> None:
     """Tell the node of its peers, its package and its route."""
     node.cli("peer", "add", SCANNER_AET, LOOPBACK, free_port(), "--sends")
     node.cli("peer", "add", ORTHANC_AET, LOOPBACK, orthanc.dicom_port, "--sends", "--receives")
-    node.cli("package", "add", PACKAGE_FOLDER)
+    node.cli("package", "add", max((PACKAGES / PACKAGE).iterdir()))
     node.cli("package", "check", PACKAGE)
     node.cli("package", "enable", PACKAGE)
     node.cli("route", "add", "chest", "--from", ORTHANC_AET, "--package", PACKAGE, "--to", ORTHANC_AET, "--quiet", 1)
