@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dicomnode.analysis.package import digest_of
 from dicomnode.analysis.select import NotEligible
 from dicomnode.errors import NodeError, PackageError
 from dicomnode.findings import Volume
@@ -53,6 +54,8 @@ def check_in_child(
         PackageError: the package is refused, fails, or passes a limit; one sentence says which.
     """
     name = folder.name
+    if digest is not None and digest_of(folder) != digest:
+        raise PackageError(f"The package {name} is not the one with the digest {digest}: it is not run.")
     with tempfile.TemporaryDirectory(prefix="dicomnode-check-") as scratch:
         place = Path(scratch)
         _save(place / "volume.npz", volume)

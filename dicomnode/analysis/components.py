@@ -46,12 +46,14 @@ def find(output: OutputSection, probability: ProbabilityMap, volume: Volume) -> 
 
     Volume, extent and centre are those of the segment's voxels on the volume's own grid.
     """
-    found: list[Finding] = []
-    for segment, score, side in _segments(output, probability):
-        if score >= output.minimum_score and segment.voxel_count * volume.voxel_ml >= output.minimum_ml:
-            found.append(_measured(output, segment, score, side, volume))
-    found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm))
-    return found[: output.maximum_findings], max(0, len(found) - output.maximum_findings)
+    found = [
+        (segment, score, side)
+        for segment, score, side in _segments(output, probability)
+        if score >= output.minimum_score and segment.voxel_count * volume.voxel_ml >= output.minimum_ml
+    ]
+    found.sort(key=lambda entry: (-entry[1], -entry[0].voxel_count, entry[0].origin))
+    kept = found[: output.maximum_findings]  # only these are measured
+    return [_measured(output, segment, score, side, volume) for segment, score, side in kept], len(found) - len(kept)
 
 
 def long_axis_of(segment: Segment, volume: Volume) -> LongAxis:

@@ -18,7 +18,8 @@ from small_bundle import HALF, IDENTITY, MANIFEST, affine_of, spheres, volume_of
 
 from dicomnode.analysis.inference import Model, build_network, load_model
 from dicomnode.analysis.package import digest_of
-from dicomnode.analysis.select import NotEligible
+from dicomnode.analysis.select import NotEligible, read_headers, select_series
+from dicomnode.analysis.volume import read_volume
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Findings, Volume
 
@@ -127,6 +128,20 @@ def test_the_same_volume_gives_the_same_findings_twice(tmp_path: Path) -> None:
         return [(f.probability, f.centre_lps_mm, f.volume_ml, f.long_axis) for f in findings.findings]
 
     assert gist(model(volume)) == gist(model(volume))
+
+
+@pytest.mark.realdata
+def test_the_nodule_of_a_real_chest_ct_is_cut_out_of_the_lung_by_its_density_alone(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[3].parent / "shared" / "data" / "ct_chest_lidc" / "LIDC-IDRI-0001"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    text = MANIFEST.replace("minimum_slices", 'region = "lung"\nminimum_slices').replace("minimum_ml = 0.03", "minimum_ml = 1.0")
+    model = loaded(tmp_path / "p", manifest=text)
+    volume = read_volume(select_series(model.manifest, read_headers(list(folder.glob("*.dcm")))))
+    nodule = np.array([56.2, 86.3, -115.9])  # readers' centre; their sphere of 23.4 mm holds 6.7 ml
+    near = [f for f in model(volume).findings if np.linalg.norm(np.array(f.centre_lps_mm) - nodule) < 3]
+    assert [f.side for f in near] == ["left"]
+    assert 4 < near[0].volume_ml < 8
 
 
 def region_module(monkeypatch: pytest.MonkeyPatch) -> None:
