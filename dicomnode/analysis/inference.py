@@ -131,10 +131,8 @@ class Model:
 
     def _logits(self, windows: torch.Tensor) -> torch.Tensor:
         name = self.manifest.name
-        if self.device.type == "cuda":
-            windows = windows.contiguous(memory_format=torch.channels_last_3d)
         try:
-            logits = self.network(windows)
+            logits = self.network(windows.contiguous(memory_format=torch.channels_last_3d))
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # what layers raise on shapes and memory
             raise AnalysisFailed(f"The network of the package {name} failed: {_first_line(error)}.") from error
         channels = 1 + max(output.channel for output in self.manifest.outputs)
@@ -164,10 +162,9 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
     _load_weights(network, contents, manifest.name)
     network.eval().requires_grad_(requires_grad=False)
     network.to(place)
-    if place.type == "cuda":
-        for parameter in network.parameters():
-            if parameter.dim() == 5:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    for parameter in network.parameters():
+        if parameter.dim() == 5:  # weights of 3D convolutions: a fifth faster so on the CPU too, measured with a U-Net of 8 to 96 channels
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     return Model(manifest=manifest, digest=digest, network=network, device=place)
 
 
