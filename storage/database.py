@@ -41,6 +41,7 @@ class Database:
         arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
         self.engine: Engine = sqlalchemy.create_engine(
             parsed,
+            hide_parameters=True,  # an error's text may reach a log, and parameters are patients' names
             pool_size=8,
             max_overflow=56 if self.is_sqlite else 8,  # a server has 100 for every process; transactions are short, threads wait
             pool_timeout=BUSY_SECONDS,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from dicomnode.cli import node, peers, training, work
@@ -41,16 +40,13 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; what goes wrong is one sentence on standard error."""
     try:
         code = app(arguments, standalone_mode=False, prog_name="dicomnode")
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        return 2
-    except click.ClickException as error:
-        return _complain(error.format_message(), 2)
+    except typer.TyperException as error:
+        return _complain(str(error), 2)
     except UsageError as error:
         return _complain(str(error), 2)
     except (NodeError, StorageError) as error:
         return _complain(str(error), 1)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", 1)
     return int(code or 0)
 

@@ -12,9 +12,6 @@ from dicomnode.errors import PackageError, UsageError
 from storage import Storage
 from storage.records import PackageRecord, Peer, Route
 
-CHECK_MEMORY_BYTES = 8 * 1024**3
-CHECK_SECONDS = 600.0
-
 peer = typer.Typer(no_args_is_help=True, help="Remote application entities: who may send here, who gets results.")
 route = typer.Typer(no_args_is_help=True, help="Which studies go to which package, and whose results go to which peers.")
 package = typer.Typer(no_args_is_help=True, help="Model packages: add, check (your consent to run it once), enable.")
@@ -214,15 +211,12 @@ def add_package(storage: Storage, folder: Path) -> PackageRecord:
 
 def check_package(storage: Storage, record: PackageRecord) -> PackageRecord:
     """Run the package once in a child process and keep what came of it."""
-    from dicomnode.analysis.inference import check_in_child
+    from dicomnode.analysis.check import check_in_child
     from dicomnode.phantoms.studies import check_volume
 
     folder = storage.registry.package_folder(record.name, record.version)
     try:
-        report, passed = (
-            check_in_child(folder, check_volume(), digest=record.digest, memory_bytes=CHECK_MEMORY_BYTES, seconds=CHECK_SECONDS),
-            True,
-        )
+        report, passed = check_in_child(folder, check_volume(), digest=record.digest), True
     except PackageError as error:
         report, passed = {"error": str(error)}, False
     storage.registry.set_check(record.name, record.version, record.digest, report, passed=passed)

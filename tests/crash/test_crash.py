@@ -194,6 +194,8 @@ def prepare(settings: Settings, pacs: Pacs) -> Storage:
     folder = registry.package_folder("stub", "1")
     (folder / "bundle" / "configs").mkdir(parents=True)
     (folder / "bundle" / "configs" / "inference.json").write_text("{}", encoding="utf-8")
+    (folder / "bundle" / "models").mkdir()
+    (folder / "bundle" / "models" / "model.safetensors").write_bytes(b"never read: the model is a stub")
     (folder / "manifest.toml").write_text(MANIFEST, encoding="utf-8")
     registry.add_package("stub", "1", "d" * 64)
     registry.set_check("stub", "1", "d" * 64, {}, passed=True)
