@@ -86,7 +86,7 @@ def decode_segmentation(data: bytes, volume: Volume) -> list[DecodedSegment]:
     """Read a BINARY SEG from its bytes alone; the volume says only which image and plane a frame must lie on.
 
     Raises:
-        ProofFailed: a frame lies on no plane of the volume, names another image, or the frame of reference differs.
+        ProofFailed: a frame lies elsewhere than the image it names, names none of the volume's, or the frame of reference differs.
     """
     seg = pydicom.dcmread(BytesIO(data))
     _expect(str(seg.get("SegmentationType")) == "BINARY", "the SEG isn't BINARY")
@@ -102,23 +102,19 @@ def decode_segmentation(data: bytes, volume: Volume) -> list[DecodedSegment]:
     voxel_ml = 0.0
     shared = seg.SharedFunctionalGroupsSequence[0]
     for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence):
+        name = f"frame {number + 1} of the SEG"
         segment = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-        points, voxel_ml = _points(frame_pixels(seg, number), frame, shared)
-        _expect(len(points) > 0, f"frame {number + 1} of the SEG is empty")
-        exact = points @ to_index[:3, :3].T + to_index[:3, 3]
-        voxels = np.rint(exact).astype(np.int64)
-        off = float(np.abs(exact - voxels).max())
-        _expect(off < 0.1, f"frame {number + 1} of the SEG lies {off:.2f} voxels beside the volume's grid")
-        plane = int(voxels[0, 0])
+        _expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
+        sources = [str(s.ReferencedSOPInstanceUID) for d in frame.DerivationImageSequence for s in d.SourceImageSequence]
         _expect(
-            bool((voxels >= 0).all() and (voxels < volume.voxels.shape).all()), f"frame {number + 1} of the SEG lies outside of the volume"
+            len(sources) == 1 and sources[0] in volume.sop_instance_uids, f"{name} names {sources} as its source, no image of the volume"
         )
-        _expect(segment in found, f"frame {number + 1} of the SEG belongs to segment {segment}, which isn't described")
-        named = {str(s.ReferencedSOPInstanceUID) for d in frame.DerivationImageSequence for s in d.SourceImageSequence}
-        _expect(
-            named == {volume.sop_instance_uids[plane]},
-            f"frame {number + 1} of the SEG lies on slice {plane} of the volume and names another image as its source",
-        )
+        pixels = np.argwhere(frame_pixels(seg, number))
+        _expect(len(pixels) > 0, f"{name} is empty")
+        voxels = np.column_stack([np.full(len(pixels), volume.sop_instance_uids.index(sources[0])), pixels])
+        points, voxel_ml = _points(pixels, frame, shared)
+        off = float(np.abs(points @ to_index[:3, :3].T + to_index[:3, 3] - voxels).max())
+        _expect(off <= _HALF + 1e-6, f"{name} lies {off:.2f} voxels away from its place on the image it names")
         found[segment].append((voxels, points))
     return [_joined(item, found[int(item.SegmentNumber)], voxel_ml) for item in seg.SegmentSequence]
 
@@ -263,14 +259,19 @@ def _read(report: ResultObject) -> Dataset:
     return document
 
 
-def _points(pixels: NDArray[np.bool_], frame: Dataset, shared: Dataset) -> tuple[NDArray[np.float64], float]:
-    """LPS mm of a frame's set pixels by PS3.3 C.7.6.2.1.1, and the millilitres of one."""
+def _points(pixels: NDArray[np.int64], frame: Dataset, shared: Dataset) -> tuple[NDArray[np.float64], float]:
+    """LPS mm of a frame's set pixels (n, 2) by PS3.3 C.7.6.2.1.1, and the millilitres of one.
+
+    Cosines are made orthogonal and of length one, since scanners round them.
+    """
     position = np.array(_group(frame, shared, "PlanePositionSequence").ImagePositionPatient, dtype=np.float64)
     cosines = np.array(_group(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=np.float64)
     measures = _group(frame, shared, "PixelMeasuresSequence")
     row_mm, column_mm = map(float, measures.PixelSpacing)
-    rows, columns = np.nonzero(pixels)
-    points = position + np.outer(columns * column_mm, cosines[:3]) + np.outer(rows * row_mm, cosines[3:])
+    along_row = cosines[:3] / np.linalg.norm(cosines[:3])
+    along_column = cosines[3:] - along_row * (along_row @ cosines[3:])
+    along_column /= np.linalg.norm(along_column)
+    points = position + np.outer(pixels[:, 1] * column_mm, along_row) + np.outer(pixels[:, 0] * row_mm, along_column)
     return points, row_mm * column_mm * float(measures.SpacingBetweenSlices) / 1000.0
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from io import BytesIO
 
 import highdicom
+import numpy as np
 from pydicom import Dataset
 from pydicom.filewriter import dcmwrite
 from pydicom.sr.codedict import codes
@@ -52,12 +53,12 @@ def long_string(text: str, *, ending: str = "") -> str:
 def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
     """Return one reduced header for each slice of the volume, in its order.
 
-    The position stays the image's own; orientation, spacing and frame of reference are those of the first slice for all, as
-    the volume was accepted with one orientation. Patient and study attributes are left empty (see `stamp`).
+    The position stays the image's own. Orientation and pixel spacing are for all those of the image that the volume's axes
+    follow: images of one series may differ in the last digits. Patient and study attributes are left empty (see `stamp`).
     """
     by_uid = {str(header.SOPInstanceUID): header for header in headers}
     images = [reduced_header(by_uid[uid]) for uid in volume.sop_instance_uids]
-    first = images[0]
+    first = min(images, key=lambda image: _distance(image, volume))
     slice_mm = f"{volume.spacing_mm[0]:.10g}"
     for image in images:
         image.FrameOfReferenceUID = volume.frame_of_reference_uid
@@ -178,6 +179,14 @@ def encode(result: Dataset) -> ResultObject:
         modality=str(result.Modality),
         data=buffer.getvalue(),
     )
+
+
+def _distance(image: Dataset, volume: Volume) -> float:
+    """How far an image's orientation and pixel spacing are from the volume's axes."""
+    spacing = np.array(image.PixelSpacing, dtype=np.float64)
+    cosines = np.array(image.ImageOrientationPatient, dtype=np.float64)
+    axes = [cosines[3:] * spacing[0] - volume.affine[:3, 1], cosines[:3] * spacing[1] - volume.affine[:3, 2]]
+    return float(np.abs(axes).max())
 
 
 def _study_zone(header: Dataset) -> tzinfo | None:
