@@ -41,14 +41,6 @@ class Rendering:
     hu: Floats  # (slices, rows, columns)
     lung_distance: Floats  # mm, negative inside the lungs
 
-    def truth(self, nodule: Nodule) -> NDArray[np.bool_]:
-        """The voxels whose centre lies in the nodule's body and in the lung."""
-        mask = np.zeros(self.grid.shape, dtype=np.bool_)
-        box = self.grid.box(*nodule.body.bounds(0.3 * nodule.diameter_mm))
-        if box is not None:
-            mask[box] = (nodule.distance(self.grid.part(box)) < 0) & (self.lung_distance[box] < 1.0)
-        return mask
-
 
 def chest_scene(seed: int, *, nodules: tuple[Nodule, ...] = ()) -> ChestScene:
     """Draw a chest from `seed`; the same seed gives the same chest for ever within a version."""
@@ -78,6 +70,15 @@ def scatter_nodules(scene: ChestScene, rng: np.random.Generator, diameters_mm: N
                 placed.append(random_nodule(rng, (float(point[0]), float(point[1]), float(point[2])), float(diameter)))
                 break
     return scene.with_nodules(tuple(placed))
+
+
+def true_mask(scene: ChestScene, nodule: Nodule, grid: Grid) -> tuple[NDArray[np.bool_], tuple[slice, slice, slice]] | None:
+    """The voxels whose centre lies in the nodule's body and in the lung: a mask and its box in `grid`; None outside the grid."""
+    box = grid.box(*nodule.body.bounds(0.3 * nodule.diameter_mm))
+    if box is None:
+        return None
+    near = grid.part(box)
+    return (nodule.distance(near) < 0) & (scene.anatomy.lung_distance(near.axes) < 1.0), box
 
 
 def render(scene: ChestScene, grid: Grid) -> Rendering:

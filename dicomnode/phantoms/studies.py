@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from dicomnode.findings import Volume
 from dicomnode.phantoms.acquisition import Protocol, scan
@@ -67,7 +68,7 @@ def ball_in_lung(scene: ChestScene, *, diameter_mm: float, right: bool, seed: in
     points = points_in_lung(scene.anatomy, rng, count=4000, depth_mm=(diameter_mm / 2 + 6, np.inf))
     middle = (scene.anatomy.bottom_z * 0.5 + scene.anatomy.apex_z) / 2
     points = points[(points[:, 0] < -45 if right else points[:, 0] > 45) & (np.abs(points[:, 2] - middle) < 60)]
-    clearance = np.linalg.norm(points[:, None] - wide[None], axis=2).min(axis=1)
+    clearance, _ = cKDTree(wide).query(points)
     x, y, z = points[int(np.argmax(clearance))].round(1)
     return sphere((float(x), float(y), float(z)), diameter_mm)
 
@@ -79,20 +80,20 @@ def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
     """
     scene = chest_scene(40)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
-    with_nodule = _write_chest(folder / "chest-nodule", scene.with_nodules((nodule,)), 1)
-    without = _write_chest(folder / "chest-clear", chest_scene(41), 2, slices=56)
-    return with_nodule, without, _write_mr(folder / "mr-three-images")
+    with_nodule = _write_chest(folder / "chest-nodule", scene.with_nodules((nodule,)), 1, slices=72)
+    without = _write_chest(folder / "chest-clear", chest_scene(41), 2, slices=48)
+    return with_nodule, without, write_mr_bottle(folder / "mr-three-images")
 
 
 def check_volume(*, seed: int = 42) -> Volume:
-    """A small chest CT with one nodule, for a first run of a package: 40 slices of 3 mm, 192 x 192."""
+    """A small part of a chest CT with one nodule in its middle slices, for a first run of a package: 20 slices of 3 mm, 160 x 160."""
     scene = chest_scene(seed)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
     scene = scene.with_nodules((nodule,))
-    whole = chest_grid(scene, pixel_mm=1.9, slice_mm=3.0, pixels=192)
-    first = int((nodule.centre_lps_mm[2] - whole.origin_lps_mm[2]) / 3.0) - 20
+    whole = chest_grid(scene, pixel_mm=2.2, slice_mm=3.0, pixels=160)
+    first = int((nodule.centre_lps_mm[2] - whole.origin_lps_mm[2]) / 3.0) - 10
     x, y, z = whole.origin_lps_mm
-    grid = Grid(origin_lps_mm=(x, y, z + 3.0 * first), spacing_mm=whole.spacing_mm, shape=(40, 192, 192))
+    grid = Grid(origin_lps_mm=(x, y, z + 3.0 * first), spacing_mm=whole.spacing_mm, shape=(20, 160, 160))
     return volume_of(scan(scene, grid, DEMO_PROTOCOL), grid, f"check {seed}")
 
 
@@ -105,7 +106,7 @@ def volume_of(voxels: np.ndarray[tuple[int, ...], np.dtype[np.float32]], grid: G
     )  # fmt: skip
 
 
-def _write_chest(folder: Path, scene: ChestScene, number: int, *, slices: int | None = None) -> TrueStudy:
+def _write_chest(folder: Path, scene: ChestScene, number: int, *, slices: int) -> TrueStudy:
     grid = chest_grid(scene, pixel_mm=1.2, slice_mm=3.0, pixels=320, slices=slices)
     header = SeriesHeader(
         seed=f"demo chest {number}", patient_name=f"PHANTOM^CHEST {number}", patient_id=f"PHANTOM-{number}",
@@ -118,7 +119,7 @@ def _write_chest(folder: Path, scene: ChestScene, number: int, *, slices: int | 
     )  # fmt: skip
 
 
-def _write_mr(folder: Path) -> TrueStudy:
+def write_mr_bottle(folder: Path) -> TrueStudy:
     """Three MR images of a water bottle: nothing that a model of chest CT may look at."""
     grid = Grid(origin_lps_mm=(-63.5, -63.5, 0), spacing_mm=(6.0, 1.0, 1.0), shape=(3, 128, 128))
     _, y, x = grid.axes

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dicomnode.phantoms.acquisition import apply_matrix, averaging, develop, interpolating, random_protocol
 from dicomnode.phantoms.anatomy import points_in_lung
-from dicomnode.phantoms.chest import ChestScene, Rendering, chest_scene, render, scatter_nodules
+from dicomnode.phantoms.chest import ChestScene, chest_scene, render, scatter_nodules, true_mask
 from dicomnode.phantoms.shapes import Grid
 from dicomnode.training.recipe import DataSection
 
@@ -100,10 +100,10 @@ def _patch(scene: ChestScene, centre: NDArray[np.float64], data: DataSection, rn
     low, high = data.window_hu
     image = np.clip((hu - low) / (high - low), 0, 1).astype(np.float32)
     distance = scene.anatomy.lung_distance(target.axes)
-    seen = Rendering(grid=target, hu=hu, lung_distance=distance)
     truth = np.zeros(target.shape, dtype=np.bool_)
     for nodule in scene.nodules:
-        truth |= seen.truth(nodule)
+        if (found := true_mask(scene, nodule, target)) is not None:
+            truth[found[1]] |= found[0]
     region = (distance < data.region_margin_mm) | truth
     if rng.random() < 0.5:
         image, truth, region = image[:, :, ::-1], truth[:, :, ::-1], region[:, :, ::-1]

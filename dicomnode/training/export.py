@@ -52,15 +52,16 @@ def write_model_card(folder: Path) -> None:
     manifest = load_package(folder).manifest
     file = folder / "evaluation.json"
     evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    output, accepts = manifest.outputs[0], manifest.input
     lines = [
         f"# {manifest.title}: {manifest.name} {manifest.version}", "",
         f"**{manifest.intended_use}**", "",
         f"- Licence: {manifest.licence}",
         f"- Trained on: {manifest.training_data}",
-        f"- Input: {manifest.input.modality}, slices every {_range(manifest.input.slice_spacing_mm)} mm, pixels of"
-        f" {_range(manifest.input.pixel_spacing_mm)} mm, {manifest.input.minimum_slices} slices or more",
-        f"- A voxel counts above {manifest.outputs[0].threshold}; a finding has {manifest.outputs[0].minimum_ml} ml or more and a score"
-        f" (mean of its most certain quarter) of {manifest.outputs[0].minimum_score} or more", "",
+        (f"- Input: {accepts.modality}, {accepts.minimum_slices} slices or more, {_range(accepts.slice_spacing_mm)} mm apart;"
+         f" pixels of {_range(accepts.pixel_spacing_mm)} mm"),
+        (f"- A voxel counts above {output.threshold}; a finding has {output.minimum_ml} ml or more and a score"
+         f" (mean of its most certain quarter) of {output.minimum_score} or more"), "",
         "## Measured", "",
     ]  # fmt: skip
     lines += _phantom_lines(evaluation["phantoms"]) if "phantoms" in evaluation else ["Not evaluated yet.", ""]
@@ -140,37 +141,35 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
 
 
 def _phantom_lines(phantoms: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"{phantoms['scans']} synthetic chests never used before (seeds from {phantoms['first_seed']}), of which"
-        f" {phantoms['clear_scans']} without nodules: {phantoms['false_findings_per_scan']} false findings a scan.", "",
-        "| diameter (mm) | nodules | found |", "|---|---|---|",
+    rows = [f"| {_range(row['diameter_mm'])} | {row['nodules']} | {row['found']} |" for row in phantoms["by_size"]]
+    return [
+        (f"On {phantoms['scans']} synthetic chests never used before, {phantoms['clear_scans']} without nodules:"
+         f" {phantoms['found']} of {phantoms['nodules']} nodules found, {phantoms['false_findings_per_scan']} false findings a scan."), "",
+        "| diameter (mm) | nodules | found |", "|---|---|---|", *rows, "",
+        (f"Of those found: median Dice {phantoms['median_dice']}, median error of the volume {phantoms['median_volume_error_percent']} %"
+         f" (absolute {phantoms['median_absolute_volume_error_percent']} %)."), "",
     ]  # fmt: skip
-    lines += [f"| {row['diameter_mm'][0]:g} to {row['diameter_mm'][1]:g} | {row['nodules']} | {row['found']} |" for row in phantoms["by_size"]]
-    lines += [
-        "",
-        f"Of those found: median Dice {phantoms['median_dice']}, median error of the volume {phantoms['median_volume_error_percent']} %.",
-        "",
-    ]
-    return lines
 
 
 def _case_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["Real cases, one by one (never trained on):", ""]
+    lines = ["On real cases, one by one (never trained on, and no threshold was chosen on them):", ""]
     for case in cases:
-        if case.get("refused"):
+        if "refused" in case:
             lines.append(f"- {case['case']}: not analysed ({case['refused']})")
             continue
-        known = [
-            f"the known nodule of {n['diameter_mm']:g} mm was {'found' if n['found'] else 'MISSED'}"
-            + (f" ({n['distance_mm']:g} mm from its centre, {n['volume_ml']:g} ml)" if n["found"] else "")
-            for n in case["known"]
-        ]
-        text = "; ".join(known) if known else "no nodule is known"
-        lines.append(f"- {case['case']}: {text}; other findings: {case['other_findings']}")
+        known = "; ".join(_known_text(nodule) for nodule in case["known"]) or "no nodule is known"
+        lines.append(f"- {case['case']}: {known}; other findings: {case['other_findings']}")
     return [*lines, ""]
 
 
-def _range(values: tuple[float, float]) -> str:
+def _known_text(nodule: Mapping[str, Any]) -> str:
+    found, nodule_text = nodule["found"], f"the known nodule of {nodule['diameter_mm']:g} mm"
+    if found is None:
+        return f"{nodule_text} was missed"
+    return f"{nodule_text} was found {found['distance_mm']:g} mm from its centre, {found['volume_ml']:g} ml"
+
+
+def _range(values: Sequence[float]) -> str:
     return f"{values[0]:g} to {values[1]:g}"
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset
 
 from dicomnode.errors import ConfigError, UsageError
 from dicomnode.training.datasets import PhantomPatches
+from dicomnode.training.export import write_package
 from dicomnode.training.recipe import NetworkSection, Recipe, TrainingSection, load_recipe
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -91,7 +92,8 @@ class Trainer:
         section = self._section
         if self.step < section.warm_up_steps:
             return section.learning_rate * (self.step + 1) / section.warm_up_steps
-        share = (self.step - section.warm_up_steps) / max(1, section.steps - section.warm_up_steps)
+        length = (section.schedule_steps or section.steps) - section.warm_up_steps
+        share = min(1.0, (self.step - section.warm_up_steps) / max(1, length))
         return section.learning_rate * (0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * share))))
 
     def learn(self, batch: Batch) -> float | None:
@@ -117,9 +119,10 @@ class Trainer:
     @torch.no_grad()
     def _follow(self) -> None:
         decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
-        pairs = [*zip(self.average.parameters(), self.network.parameters(), strict=True)]  # each once, however often it is named
-        pairs += [*zip(self.average.buffers(), self.network.buffers(), strict=True)]
-        for mean, value in pairs:
+        # parameters() and buffers() give each tensor once, however often a network names it
+        means = (*self.average.parameters(), *self.average.buffers())
+        values = (*self.network.parameters(), *self.network.buffers())
+        for mean, value in zip(means, values, strict=True):
             if mean.dtype.is_floating_point:
                 mean.lerp_(value, 1 - decay)
             else:
@@ -154,8 +157,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def train(config_path: Path, out_folder: Path, *, device: str = "auto", stop_after: int | None = None, quiet: bool = False) -> Training:
     """Train what the recipe says, into `out_folder`; an interrupted run goes on from its last checkpoint.
 
-    Writes `recipe.toml`, `log.jsonl` (a line per 25 steps) and `checkpoints/<step>.pt`. `stop_after` ends this call
-    after so many steps of its own, with a checkpoint.
+    Writes `recipe.toml`, `log.jsonl` (a line per 25 steps), `checkpoints/<step>.pt` and, at the end, the model package in
+    `package`. `stop_after` ends this call after so many steps of its own, with a checkpoint.
 
     Raises:
         ConfigError: the recipe has mistakes.
@@ -168,9 +171,9 @@ def train(config_path: Path, out_folder: Path, *, device: str = "auto", stop_aft
     torch.set_num_threads(section.threads)
     (out_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     kept_recipe = out_folder / "recipe.toml"
-    if kept_recipe.exists() and load_recipe(kept_recipe) != recipe:
+    if kept_recipe.exists() and not _same_training(load_recipe(kept_recipe), recipe):
         raise UsageError(f"{out_folder} holds a training run of another recipe; take an empty folder")
-    if not kept_recipe.exists():
+    if config_path.resolve() != kept_recipe.resolve():
         shutil.copyfile(config_path, kept_recipe)
     trainer = Trainer(recipe, chosen)
     if existing := checkpoints(out_folder):
@@ -196,10 +199,18 @@ def train(config_path: Path, out_folder: Path, *, device: str = "auto", stop_aft
                 log.flush()
             if trainer.step % section.checkpoint_every == 0 or trainer.step == last:
                 trainer.save(out_folder / "checkpoints" / f"{trainer.step:06d}.pt")
+    finished = trainer.step >= section.steps
+    if finished:
+        write_package(recipe, trainer.average.state_dict(), out_folder / "package")
     return Training(
         folder=out_folder, last_checkpoint=checkpoints(out_folder)[-1], steps=trainer.step, skipped_steps=trainer.skipped,
-        seconds=time.monotonic() - started, finished=trainer.step >= section.steps,
+        seconds=time.monotonic() - started, finished=finished,
     )  # fmt: skip
+
+
+def _same_training(first: Recipe, second: Recipe) -> bool:
+    """Whether two recipes train the same network; what the package says may differ."""
+    return (first.data, first.network, first.training) == (second.data, second.network, second.training)
 
 
 def _batches(recipe: Recipe, *, first: int, last: int) -> Iterator[Batch]:
