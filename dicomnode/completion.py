@@ -110,13 +110,11 @@ def cancel(storage: Storage, client: EngineClient, job: Job) -> None:
 
 
 def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Priority) -> None:
-    """Give a job another priority; a waiting one moves in its queue."""
+    """Give a job another priority; one that waits moves in its queue, and one that waits for its next try is tried at once."""
     storage.jobs.set_priority(job.key, priority)
     changed = storage.jobs.job(job.key)
     if changed is not None and changed.state == "queued":
-        client.withdraw(job.key)
-        with storage.database.writing() as transaction:
-            client.restart(transaction, changed)
+        retry(storage, client, changed)
 
 
 def _close(storage: Storage, client: EngineClient, study: Study, routes: Sequence[Route], evidence: str) -> Revision | None:

@@ -51,6 +51,11 @@ def configure_logs(level: str, *, json_lines: bool) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", force=True)
 
 
+def printable(text: str) -> str:
+    """Return `text` as a terminal may show it: control characters, of which escape sequences are made, become U+FFFD."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 def get_logger(name: str) -> Any:  # structlog's BoundLogger is typed per configuration, so Any is what it offers
     """Return a logger; its keywords must be in ALLOWED_KEYS."""
     return structlog.get_logger(module=name)  # "logger" is the name of a parameter of structlog

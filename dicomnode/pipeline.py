@@ -56,13 +56,14 @@ class Analyser:
         self._client = client
         self._warm: tuple[str, Model] | None = None
 
-    def analyse(self, key: str, _attempt: int) -> float | None:
-        """Do the analyse job `key`; return None when its row says how it ended, or seconds until the next try."""
+    def analyse(self, key: str, attempt: int) -> float | None:
+        """Do the analyse job `key` on its n-th try; return None when its row says how it ended, or seconds until the next try."""
         job = self._storage.jobs.start(key)
         if job.state != "running":
             return None
-        if job.attempts > self._settings.engine.analyse_attempts:
-            reason = f"the analysis ended its worker {job.attempts - 1} times: dead-lettered"
+        crashes = job.attempts - 1 - attempt  # tries that didn't end by asking for another
+        if crashes >= self._settings.engine.analyse_attempts:
+            reason = f"the analysis ended its worker {crashes} times: dead-lettered"
             self._storage.jobs.finish(key, "failed", reason_code="dead-letter", reason=reason)
             log.error("dead letter", job=key, attempt=job.attempts)
             return None
@@ -95,7 +96,10 @@ class Analyser:
     def _analyse(self, job: Job, headers: Sequence[tuple[Path, Dataset]]) -> Outcome:
         clock = _Clock()
         folder = self._storage.registry.package_folder(job.package, job.version)
-        selected = select_series(load_package(folder).manifest, headers)
+        package = load_package(folder)
+        if package.digest != job.digest:
+            raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
+        selected = select_series(package.manifest, headers)
         volume = read_volume(selected)
         clock.lap("volume")
         findings = self._model(folder, job.digest)(volume)

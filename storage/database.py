@@ -31,7 +31,10 @@ class Database:
     """The engine and its two kinds of transaction. Any number of threads may use one."""
 
     def __init__(self, url: str):
-        parsed = sqlalchemy.make_url(url)
+        try:
+            parsed = sqlalchemy.make_url(url)
+        except (sqlalchemy.exc.ArgumentError, ValueError) as error:  # its text may hold the password
+            raise StorageError("the URL of the database is malformed; it is like postgresql+psycopg://USER:PASSWORD@HOST/NAME") from error
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         if not self.is_sqlite and parsed.get_backend_name() != "postgresql":
             raise StorageError(f"{parsed.get_backend_name()} is neither sqlite nor postgresql")
@@ -39,16 +42,19 @@ class Database:
             raise StorageError("the SQLite database must be a file")
         self.file = Path(str(parsed.database)) if self.is_sqlite else None
         arguments: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if self.is_sqlite else {"isolation_level": "READ COMMITTED"}
-        self.engine: Engine = sqlalchemy.create_engine(
-            parsed,
-            hide_parameters=True,  # an error's text may reach a log, and parameters are patients' names
-            pool_size=8,
-            max_overflow=56 if self.is_sqlite else 8,  # a server has 100 for every process; transactions are short, threads wait
-            pool_timeout=BUSY_SECONDS,
-            pool_pre_ping=not self.is_sqlite,
-            json_serializer=partial(json.dumps, allow_nan=False),  # NaN is no JSON, and PostgreSQL says so
-            **arguments,
-        )
+        try:
+            self.engine: Engine = sqlalchemy.create_engine(
+                parsed,
+                hide_parameters=True,  # an error's text may reach a log, and parameters are patients' names
+                pool_size=8,
+                max_overflow=56 if self.is_sqlite else 8,  # a server has 100 for every process; transactions are short, threads wait
+                pool_timeout=BUSY_SECONDS,
+                pool_pre_ping=not self.is_sqlite,
+                json_serializer=partial(json.dumps, allow_nan=False),  # NaN is no JSON, and PostgreSQL says so
+                **arguments,
+            )
+        except (ImportError, sqlalchemy.exc.ArgumentError) as error:
+            raise StorageError(f"there is no driver for {parsed.drivername}; the node comes with postgresql+psycopg and sqlite") from error
         self._writer = threading.Lock()  # SQLite has one writer: our threads queue here instead of polling for its lock
         event.listen(self.engine, "connect", _set_up_sqlite if self.is_sqlite else _set_up_postgresql)
         if self.is_sqlite:

@@ -110,6 +110,7 @@ class Jobs:
     ) -> bool:
         """End a queued or running job. False, and nothing changed, if it had ended: the first end stands.
 
+        What a failed or cancelled one had still to deliver has failed with it; `requeue` lets it wait again.
         With `connection` this is part of the caller's write transaction.
 
         Raises:
@@ -122,6 +123,9 @@ class Jobs:
             values["ended_at"] = self._database.now(transaction)
             ended = update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED)).values(**values)
             if transaction.execute(ended).rowcount:
+                if state in {"failed", "cancelled"}:  # nothing waits for a job that has given up
+                    waiting = update(DELIVERY).where(DELIVERY.c.job_key == key, DELIVERY.c.state == "waiting")
+                    transaction.execute(waiting.values(state="failed", error=func.coalesce(DELIVERY.c.error, reason), next_at=None))
                 return True
             _row(transaction, key)
             return False

@@ -40,14 +40,17 @@ def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; what goes wrong is one sentence on standard error."""
     try:
         code = app(arguments, standalone_mode=False, prog_name="dicomnode")
-    except typer.TyperException as error:
-        return _complain(str(error), 2)
+    except typer.TyperException as error:  # empty if no command was given: its help has been printed
+        message = error.format_message().replace("Value error, ", "")
+        return _complain(message, 2) if message else 2
     except UsageError as error:
         return _complain(str(error), 2)
     except (NodeError, StorageError) as error:
         return _complain(str(error), 1)
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted", 1)
+    except OSError as error:  # what the system refuses a command, e.g. to write a file or to bind a port
+        return _complain(": ".join(str(word) for word in (error.filename, error.strerror or error) if word), 1)
     return int(code or 0)
 
 

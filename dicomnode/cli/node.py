@@ -20,7 +20,7 @@ from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs, get_logger
 from storage import Storage, prepare_storage
-from storage.records import Peer
+from storage.records import Peer, Route
 
 DRAIN_SECONDS = 30.0
 SENDER_CONCURRENCY = 4
@@ -43,8 +43,11 @@ def init(folder: Annotated[Path, typer.Argument()] = Path()) -> None:
     target = folder / "dicomnode.toml"
     if target.exists():
         raise UsageError(f"{target} exists already and is left as it is")
-    folder.mkdir(parents=True, exist_ok=True)
-    target.write_text(commented_toml(), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        target.write_text(commented_toml(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from error
     typer.echo(f"wrote {target}; next: dicomnode peer add, package add, route add, serve")
 
 
@@ -86,7 +89,7 @@ def run(
 
 
 def check(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Check the configuration, the database, the disk, the packages' digests, and send each receiving peer a C-ECHO."""
+    """Check the configuration, the database, the disk, the packages' digests and the routes, and send each receiving peer a C-ECHO."""
     from dicomnode.analysis.package import digest_of
     from dicomnode.dimse.scu import echo
 
@@ -111,6 +114,16 @@ def check(config: ConfigOption = None, json: JsonOption = False) -> None:
                 raise NodeError("the files have changed since the package was added: its digest is wrong")
             return digest
 
+        def leads_on(route: Route) -> str:
+            package = storage.registry.package(route.package, route.version)
+            if package is None or package.state != "enabled":
+                raise NodeError(f"package {route.package} is not enabled: its studies are not analysed")
+            receiving = {peer.ae_title for peer in storage.registry.peers() if peer.receives}
+            deaf = [title for title in route.to_ae_titles if title not in receiving]
+            if deaf:
+                raise NodeError(f"{', '.join(deaf)} is no peer that receives: results cannot be delivered")
+            return f"{package.name}@{package.version} to {', '.join(route.to_ae_titles)}"
+
         def answers(peer: Peer) -> str:
             echo(peer, calling_ae_title=settings.node.ae_title)
             return "answers C-ECHO"
@@ -120,6 +133,8 @@ def check(config: ConfigOption = None, json: JsonOption = False) -> None:
         item("disk", disk)
         for known in storage.registry.packages():
             item(f"package {known.name}@{known.version} ({known.state})", partial(package, known.name, known.version, known.digest))
+        for route in storage.registry.routes():
+            item(f"route {route.name}", partial(leads_on, route))
         for peer in storage.registry.peers():
             if peer.receives:
                 item(f"peer {peer.ae_title}", partial(answers, peer))
@@ -175,7 +190,11 @@ def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) 
 
     receiver = Receiver(settings, storage)
     completion = Completion(storage, client, settings.engine)
-    receiver.start()
+    try:
+        receiver.start()
+    except OSError as error:
+        listener = settings.listener
+        raise NodeError(f"cannot listen on {listener.host}:{listener.port}: {error.strerror or error}") from error
     completion.start()
 
     def stop() -> None:

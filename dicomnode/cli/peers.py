@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,8 +37,13 @@ def peer_add(
     """Add a peer, or change the one with this AE title."""
     if not (sends or receives):
         raise UsageError("a peer needs --sends, --receives or both")
+    if not host or any(not 0x20 < ord(character) < 0x7F for character in host):
+        raise UsageError(f"{host!r} is no host name or address")
     added = Peer(ae_title=ae_title(aet), host=host, port=port, sends=sends, receives=receives, tls=False, client_cert=None)
     with opened(config) as (_, storage):
+        used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
+        if used and not receives:
+            raise UsageError(f"route {', '.join(used)} sends results to {added.ae_title}: change or remove the route first")
         storage.registry.add_peer(added)
 
 
@@ -191,7 +197,7 @@ def builtin_packages() -> dict[str, Path]:
 
 
 def add_package(storage: Storage, folder: Path) -> PackageRecord:
-    """Copy the package in `folder` into the node; adding the same content again changes nothing.
+    """Copy the package in `folder` into the node; adding the same content again repairs the copy and changes nothing else.
 
     Raises:
         PackageError: it is malformed, or this version is known with another content.
@@ -203,8 +209,10 @@ def add_package(storage: Storage, folder: Path) -> PackageRecord:
     known = {(p.name, p.version): p for p in storage.registry.packages()}.get((name, version))
     if known is not None and known.digest != found.digest:
         raise PackageError(f"{name}@{version} is already here with other content: give the new one a new version")
-    if known is None:
-        copy_package(folder, storage.registry.package_folder(name, version))
+    copy = storage.registry.package_folder(name, version)
+    if known is None or not _is_intact(copy, found.digest):
+        shutil.rmtree(copy, ignore_errors=True)  # left behind when an earlier copying was cut off, or changed since
+        copy_package(folder, copy)
         storage.registry.add_package(name, version, found.digest)
     return _known_package(storage, f"{name}@{version}")
 
@@ -232,6 +240,15 @@ def enable_package(storage: Storage, record: PackageRecord) -> None:
     if digest_of(storage.registry.package_folder(record.name, record.version)) != record.digest:
         raise PackageError(f"the files of {record.name}@{record.version} have changed since it was added: its digest is wrong")
     storage.registry.enable(record.name, record.version)
+
+
+def _is_intact(folder: Path, digest: str) -> bool:
+    from dicomnode.analysis.package import digest_of
+
+    try:
+        return digest_of(folder) == digest
+    except PackageError:  # a file that must be there is gone
+        return False
 
 
 def _known_peer(storage: Storage, aet: str) -> Peer:

@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dicomnode.config import Settings, check_ae_title, load_settings
 from dicomnode.errors import UsageError
+from dicomnode.logs import printable
 from storage import Storage, open_storage, prepare_storage
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="dicomnode.toml; else $DICOMNODE_CONFIG, else ./dicomnode.toml")]
@@ -42,7 +44,7 @@ def show(records: Sequence[Any], columns: Sequence[str], *, as_json: bool) -> No
         return
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(*(Text(_cell(row[column])) for column in columns))  # Text: words from the wire are no markup
     Console(width=None if Console().is_terminal else 200).print(table)
 
 
@@ -73,5 +75,4 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(_cell, value))
-    # Text from the wire: control characters and Rich markup must not reach the terminal.
-    return "".join(c if c.isprintable() else "�" for c in str(value)).replace("[", "\\[")
+    return printable(str(value))

@@ -127,7 +127,10 @@ def job_priority(key: str, priority: Literal["stat", "routine"], config: ConfigO
     from dicomnode.completion import prioritise
 
     with _with_engine(config) as (storage, client):
-        prioritise(storage, client, _known_job(storage, key), priority)
+        found = _known_job(storage, key)
+        if found.state not in {"queued", "running"}:
+            raise UsageError(f"the job is {found.state}, it has nothing to wait for")
+        prioritise(storage, client, found, priority)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def run_demo(
         config = _configure(work)
         say("checking the built-in packages")
         node, storage = _node(work, config, pacs.port, enable_packages)
-        with _running(config, work / "node.log"):
+        with _running(config, out / "node.log"):
             _wait_until_up(node, deadline)
             for study in studies:
                 say(f"sending study {study.study_instance_uid[-12:]} ({len(study.outgoing)} instances)")
@@ -79,8 +79,8 @@ def run_demo(
         write_summary(summary, out)
         storage.database.close()
         pacs.stop()
-        if not finished or summary["exit"]:
-            (out / "node.log").write_bytes((work / "node.log").read_bytes())
+        if not summary["exit"]:
+            (out / "node.log").unlink()
     show_summary(summary, out, console)
     return int(summary["exit"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 
 from dicomnode.dimse.contexts import STORAGE_CLASSES
+from dicomnode.dimse.scp import is_uid
 from dicomnode.dimse.scu import Outgoing, send
 from dicomnode.errors import UsageError
 from storage.records import Peer
@@ -73,14 +75,18 @@ def scan_folder(folder: Path) -> tuple[list[ScannedStudy], list[dict[str, str]]]
             )
             series, modality = str(header.SeriesInstanceUID), str(header.get("Modality", ""))
         except InvalidDicomError:
-            not_sent.append({"file": str(path.relative_to(folder)), "reason": "not a DICOM file"})
-        except (AttributeError, ValueError, OSError, EOFError, KeyError, NotImplementedError) as error:
-            not_sent.append({"file": str(path.relative_to(folder)), "reason": f"not readable as DICOM: {type(error).__name__}"})
-        else:
+            not_sent.append({"file": _name(path, folder), "reason": "not a DICOM file"})
+            continue
+        except (AttributeError, ValueError, TypeError, OSError, EOFError, KeyError, NotImplementedError) as error:
+            not_sent.append({"file": _name(path, folder), "reason": f"not readable as DICOM: {type(error).__name__}"})
+            continue
+        if all(map(is_uid, (study, series, item.sop_class_uid, item.sop_instance_uid, item.transfer_syntax_uid))):
             found = studies.setdefault(study, ScannedStudy(study_instance_uid=study, folder=folder))
             found.outgoing.append(item)
             found.series[series] = modality
             found.series_of[item.sop_instance_uid] = series
+        else:
+            not_sent.append({"file": _name(path, folder), "reason": "a UID is malformed"})
     if not studies:
         raise UsageError(f"there is no DICOM file in {folder}")
     return list(studies.values()), not_sent
@@ -96,9 +102,14 @@ def send_study(study: ScannedStudy, node: Peer, *, calling_ae_title: str) -> lis
     study.sent = {outcome.sop_instance_uid for outcome in outcomes if outcome.state == "sent"}
     return [
         {
-            "file": str(paths[outcome.sop_instance_uid].relative_to(study.folder)),
+            "file": _name(paths[outcome.sop_instance_uid], study.folder),
             "reason": f"0x{outcome.status or 0:04X} {outcome.error or ''}".strip(),
         }
         for outcome in outcomes
         if outcome.state != "sent"
     ]
+
+
+def _name(path: Path, folder: Path) -> str:
+    """The path relative to the folder, also if it is no UTF-8."""
+    return os.fsencode(path.relative_to(folder)).decode("utf-8", "replace")

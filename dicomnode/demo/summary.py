@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dicomnode.demo.scanner import ScannedStudy
+from dicomnode.logs import printable
 from dicomnode.results.keyimage import draw_plain, draw_result
 from storage import Storage
 from storage.records import Job
@@ -52,7 +54,7 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
     """Print the summary as a table."""
     table = Table("study", "series", "outcome", "packages", "findings", "objects at the PACS", "seconds")
     for study in summary["studies"]:
-        table.add_row(
+        cells = (
             f"…{study['study_instance_uid'][-12:]} rev {study['revision']}",
             "\n".join(f"{series['modality']} {series['instances']} images" for series in study["series"]),
             study["outcome"],
@@ -61,9 +63,10 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
             "\n".join(f"{made['modality']}" for made in study["objects"]) or "none",
             f"{study['seconds']['total']:.1f}",
         )
+        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in cells))  # Text: words from the wire are no markup
     console.print(table)
     for missing in summary["not_sent"]:
-        console.print(f"not sent: {missing['file']}: {missing['reason']}", markup=False)
+        console.print(printable(f"not sent: {missing['file']}: {missing['reason']}"), markup=False)
     console.print(f"PACS: {out / 'pacs'}  previews: {out / 'preview'}  summary: {out / 'summary.json'}", markup=False, soft_wrap=True)
     console.print("RESEARCH USE ONLY. Not for diagnosis.")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from pynetdicom import AE, _config, evt
@@ -123,6 +124,11 @@ def _association(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeo
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = timeout_seconds
+    try:
+        socket.getaddrinfo(peer.host, peer.port)
+    except (OSError, UnicodeError) as error:  # associate() would raise it
+        yield SimpleNamespace(accepted_contexts=()), f"the host {peer.host} is not known: {getattr(error, 'strerror', None) or error}"
+        return
     try:
         association = entity.associate(
             peer.host,
