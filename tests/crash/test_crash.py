@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 
+from dicomnode.analysis.package import digest_of
 from dicomnode.config import ListenerSection, Settings
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance
@@ -197,8 +198,9 @@ def prepare(settings: Settings, pacs: Pacs) -> Storage:
     (folder / "bundle" / "models").mkdir()
     (folder / "bundle" / "models" / "model.safetensors").write_bytes(b"never read: the model is a stub")
     (folder / "manifest.toml").write_text(MANIFEST, encoding="utf-8")
-    registry.add_package("stub", "1", "d" * 64)
-    registry.set_check("stub", "1", "d" * 64, {}, passed=True)
+    digest = digest_of(folder)
+    registry.add_package("stub", "1", digest)
+    registry.set_check("stub", "1", digest, {}, passed=True)
     registry.enable("stub", "1")
     registry.add_route(
         Route(
