@@ -103,6 +103,7 @@ class Trainer:
             group["lr"] = self.learning_rate()
         self.step += 1
         self.network.train()
+        statistics = [buffer.clone() for buffer in self.network.buffers()]  # what batch normalisation keeps changes in the forward pass
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=self._device.startswith("cuda")):
             logits = self.network(image)
@@ -111,6 +112,9 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._section.clip_norm)
         if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
             self.skipped += 1
+            with torch.no_grad():
+                for buffer, value in zip(self.network.buffers(), statistics, strict=True):
+                    buffer.copy_(value)
             return None
         self.optimizer.step()
         self._follow()

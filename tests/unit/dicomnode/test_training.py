@@ -1,0 +1,264 @@
+"""Training: the same from its seed, through stops, past gradients that are not finite; and out as a package that loads."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dicomnode.analysis.inference import load_model
+from dicomnode.analysis.package import load_package
+from dicomnode.errors import ConfigError, UsageError
+from dicomnode.findings import Code, Finding, Findings, LongAxis, Segment, Volume
+from dicomnode.training.cases import Case, Known
+from dicomnode.training.datasets import PhantomPatches
+from dicomnode.training.evaluate import match, measure_cases, shared_voxels
+from dicomnode.training.export import toml_of, write_model_card, write_package
+from dicomnode.training.recipe import Recipe, load_recipe
+from dicomnode.training.train import Trainer, build_network, checkpoints, segmentation_loss, train
+
+RECIPE = Path(__file__).parents[3] / "dicomnode" / "training" / "recipes" / "lung-nodule-ct.toml"
+SMALL = {
+    "patch = [16, 64, 64]": "patch = [4, 16, 16]",
+    "nodules_per_scene = 8": "nodules_per_scene = 2",
+    "filters = [8, 16, 32, 64, 96]": "filters = [4, 4, 4]",
+    "kernel_size = [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]": "kernel_size = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]",
+    "strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]",
+    "upsample_kernel_size = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "upsample_kernel_size = [[1, 2, 2], [2, 2, 2]]",
+    "batch = 4": "batch = 2",
+    "checkpoint_every = 250": "checkpoint_every = 2",
+    "workers = 1": "workers = 0",
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A recipe of the same kind that trains in a second."""
+    text = RECIPE.read_text(encoding="utf-8")
+    for old, new in SMALL.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    lines = ["steps = 4" if line.startswith("steps =") else line for line in text.splitlines()]
+    lines = ["schedule_steps = 6" if line.startswith("schedule_steps =") else line for line in lines]
+    file = tmp_path / "small.toml"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def recipe_of(file: Path) -> Recipe:
+    return load_recipe(file)
+
+
+def test_a_training_that_stops_goes_on_to_the_same_result(small: Path, tmp_path: Path) -> None:
+    straight = train(small, tmp_path / "straight", device="cpu", quiet=True)
+    stopped = train(small, tmp_path / "stopped", device="cpu", stop_after=1, quiet=True)
+    assert straight.finished
+    assert not stopped.finished
+    assert stopped.steps == 1
+    resumed = train(small, tmp_path / "stopped", device="cpu", quiet=True)
+    assert resumed.finished
+    assert [file.name for file in checkpoints(tmp_path / "stopped")] == ["000001.pt", "000002.pt", "000004.pt"]
+    first, second = (torch.load(run.last_checkpoint, weights_only=True) for run in (straight, resumed))
+    for part in ("network", "average"):
+        assert all(torch.equal(first[part][name], second[part][name]) for name in first[part])
+
+
+def test_a_finished_training_leaves_a_package(small: Path, tmp_path: Path) -> None:
+    run = train(small, tmp_path / "run", device="cpu", quiet=True)
+    package = load_package(run.folder / "package")
+    assert package.manifest == recipe_of(small).package
+    assert "RESEARCH USE ONLY" in (package.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_of_another_recipe_is_refused(small: Path, tmp_path: Path) -> None:
+    train(small, tmp_path / "run", device="cpu", stop_after=1, quiet=True)
+    other = tmp_path / "other.toml"
+    other.write_text(small.read_text(encoding="utf-8").replace("seed = 2026", "seed = 2027"), encoding="utf-8")
+    with pytest.raises(UsageError, match="another recipe"):
+        train(other, tmp_path / "run", device="cpu", stop_after=1, quiet=True)
+
+
+def test_a_step_without_finite_gradients_is_skipped_and_counted(small: Path) -> None:
+    trainer = Trainer(recipe_of(small), "cpu")
+    before = {name: value.clone() for name, value in trainer.network.named_parameters()}
+    truth = torch.zeros(2, 1, 4, 16, 16)
+    assert trainer.learn((torch.full_like(truth, float("nan")), truth, torch.ones_like(truth))) is None
+    assert (trainer.step, trainer.skipped) == (1, 1)
+    assert all(torch.equal(before[name], value) for name, value in trainer.network.named_parameters())
+
+
+def test_after_a_skipped_step_training_goes_on_with_finite_numbers(small: Path) -> None:
+    trainer = Trainer(recipe_of(small), "cpu")
+    truth = torch.zeros(2, 1, 4, 16, 16)
+    trainer.learn((torch.full_like(truth, float("inf")), truth, torch.ones_like(truth)))
+    loss = trainer.learn((torch.rand(truth.shape), truth, torch.ones_like(truth)))
+    assert loss is not None
+    assert all(bool(torch.isfinite(value).all()) for value in trainer.average.state_dict().values())
+
+
+def test_a_checkpoint_brings_everything_back(small: Path, tmp_path: Path) -> None:
+    trainer = Trainer(recipe_of(small), "cpu")
+    truth = torch.zeros(2, 1, 4, 16, 16)
+    trainer.learn((torch.rand(truth.shape), truth, torch.ones_like(truth)))
+    trainer.save(tmp_path / "000001.pt")
+    other = Trainer(recipe_of(small), "cpu")
+    other.restore(tmp_path / "000001.pt")
+    assert (other.step, other.skipped) == (trainer.step, trainer.skipped)
+    assert other.learning_rate() == trainer.learning_rate()
+    pairs = zip(trainer.average.state_dict().values(), other.average.state_dict().values(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_loss_counts_the_region_alone(small: Path) -> None:
+    section = recipe_of(small).training
+    logits, truth, region = torch.zeros(1, 1, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    region[..., :2] = 1
+    wrong_outside = logits.clone()
+    wrong_outside[..., 2:] = 30
+    assert torch.equal(segmentation_loss(logits, truth, region, section), segmentation_loss(wrong_outside, truth, region, section))
+    right, wrong = (segmentation_loss(torch.full_like(logits, value), truth, region, section) for value in (-9.0, 9.0))
+    assert right < 0.2 < wrong
+    assert segmentation_loss(logits, truth, torch.zeros_like(region), section) == 0
+
+
+def test_a_patch_is_the_same_whenever_it_is_asked_for(small: Path) -> None:
+    data = recipe_of(small).data
+    first, second = PhantomPatches(data, seed=3, count=40), PhantomPatches(data, seed=3, count=40)
+    wanted = [second[i] for i in (33, 2, 17)][1]
+    for got, expected in zip(first[2], wanted, strict=True):
+        assert torch.equal(got, expected)
+    image, truth, region = first[2]
+    assert image.shape == truth.shape == region.shape == (1, 4, 16, 16)
+    assert 0 <= float(image.min()) <= float(image.max()) <= 1
+    assert set(torch.unique(truth).tolist()) <= {0.0, 1.0}
+    assert bool((region[truth > 0] == 1).all())
+
+
+def test_most_patches_show_a_nodule(small: Path) -> None:
+    data = recipe_of(small).data.model_copy(update={"patch": (8, 48, 48), "nodules_per_scene": 3})
+    patches = PhantomPatches(data, seed=4, count=16)
+    assert sum(bool(patches[i][1].any()) for i in range(16)) >= 8
+
+
+def test_every_mistake_of_a_recipe_is_named(small: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.toml"
+    text = small.read_text(encoding="utf-8")
+    bad.write_text(text.replace("batch = 2", "batch = 0", 1).replace("clip_norm = 5.0", "clip = 5.0"), encoding="utf-8")
+    with pytest.raises(ConfigError) as mistakes:
+        load_recipe(bad)
+    for name in ("training.batch", "training.clip_norm", "training.clip:"):
+        assert name in str(mistakes.value)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_recipe(tmp_path / "absent.toml")
+
+
+def test_a_network_that_monai_does_not_have_is_a_mistake(small: Path) -> None:
+    network = recipe_of(small).network
+    with pytest.raises(ConfigError, match="no network called"):
+        build_network(network.model_copy(update={"name": "Nonsense"}))
+    with pytest.raises(ConfigError, match="arguments"):
+        build_network(network.model_copy(update={"arguments": {"colour": 3}}))
+
+
+def test_an_exported_package_says_what_the_trained_network_says(small: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(small)
+    trainer = Trainer(recipe, "cpu")
+    package = write_package(recipe, trainer.average.state_dict(), tmp_path / "package")
+    model = load_model(package.folder, digest=package.digest, device="cpu")
+    image = torch.rand(1, 1, 8, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(model.network(image), trainer.average.eval()(image), atol=2e-2)
+
+
+def test_an_export_into_a_foreign_folder_is_refused(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me", encoding="utf-8")
+    recipe = recipe_of(small)
+    with pytest.raises(UsageError, match="no model package"):
+        write_package(recipe, Trainer(recipe, "cpu").average.state_dict(), tmp_path)
+
+
+def test_the_model_card_tells_what_was_measured(small: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(small)
+    package = write_package(recipe, Trainer(recipe, "cpu").average.state_dict(), tmp_path / "package")
+    measured = {
+        "phantoms": {
+            "scans": 3, "clear_scans": 1, "found": 7, "nodules": 9, "false_findings_per_scan": 0.33, "median_dice": 0.8,
+            "median_volume_error_percent": 2.0, "median_absolute_volume_error_percent": 5.0,
+            "by_size": [{"diameter_mm": [5, 7], "nodules": 9, "found": 7}],
+        },
+        "cases": [
+            {"case": "one", "known": [{"diameter_mm": 23.4, "found": None}], "other_findings": 2},
+            {"case": "two", "refused": "no-lung"},
+        ],
+    }  # fmt: skip
+    (package.folder / "evaluation.json").write_text(json.dumps(measured), encoding="utf-8")
+    write_model_card(package.folder)
+    card = (package.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for fact in ("7 of 9 nodules", "0.33 false findings", "one: the known nodule of 23.4 mm was missed", "two: not analysed (no-lung)"):
+        assert fact in card
+    assert load_package(package.folder).digest == package.digest
+
+
+def test_toml_reads_back_as_it_was_written() -> None:
+    import tomllib
+
+    entries = {"a": 1, "t": "ü \"q\"\n", "f": [0.5, 1.0], "s": {"x": True}, "rows": [{"n": 1, "code": {"v": "x"}}, {"n": 2}]}
+    assert tomllib.loads(toml_of(entries)) == entries
+
+
+VOLUME = Volume(
+    voxels=np.zeros((10, 20, 20), dtype=np.float32), affine=np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]], sop_instance_uids=(),
+    series_instance_uid="1.2", study_instance_uid="1", frame_of_reference_uid="1", modality="CT",
+)  # fmt: skip
+CODE = Code(value="1", scheme="99", meaning="x")
+
+
+def cube(k: int, r: int, c: int, edge: int = 4) -> Segment:
+    return Segment(mask=np.ones((edge, edge, edge), dtype=np.bool_), origin=(k, r, c))
+
+
+def finding(number: int, segment: Segment, probability: float = 0.9) -> Finding:
+    centre = np.asarray(segment.origin) + (np.asarray(segment.mask.shape) - 1) / 2
+    axis = LongAxis(slice_index=0, points_lps_mm=((0, 0, 0), (0, 0, 0)), points_px=((0, 0), (0, 0)), length_mm=1)
+    return Finding(
+        number=number, label="x", probability=probability, category=CODE, type=CODE, site=None, side=None,
+        centre_lps_mm=(centre[2], centre[1], centre[0]), segment=segment, long_axis=axis, measurements=(), colour_cielab=(0, 0, 0),
+    )  # fmt: skip
+
+
+def findings(*each: Finding) -> Findings:
+    return Findings(
+        package="p", version="1", digest="d", algorithm_name="a", manufacturer="m", series_instance_uid="1.2", findings=each, device="cpu"
+    )
+
+
+def test_voxels_in_common_are_counted() -> None:
+    assert shared_voxels(cube(0, 0, 0), cube(2, 2, 2)) == 8
+    assert shared_voxels(cube(0, 0, 0), cube(4, 0, 0)) == 0
+
+
+def test_a_finding_that_meets_nothing_is_false_and_the_most_probable_one_counts() -> None:
+    known = Known(centre_lps_mm=(5.5, 5.5, 3.5), diameter_mm=5.0, truth=cube(2, 4, 4))
+    near, better, away = finding(1, cube(3, 4, 4), 0.6), finding(2, cube(2, 4, 4), 0.8), finding(3, cube(2, 14, 14), 0.7)
+    result = match(findings(near, better, away), Case(name="x", volume=VOLUME, known=(known,)))
+    assert result.pairs == ((known, better),)
+    assert result.false == (away,)
+    assert result.above(0.9).pairs == ((known, None),)
+
+
+def test_without_voxels_a_centre_in_the_nodule_is_a_hit() -> None:
+    known = Known(centre_lps_mm=(5.5, 5.5, 3.5), diameter_mm=12.0)
+    case = Case(name="x", volume=VOLUME, known=(known, replace(known, centre_lps_mm=(5.5, 5.5, 40.0))))
+    hit = finding(1, cube(2, 7, 4))
+    assert match(findings(hit), case).pairs == ((known, hit), (case.known[1], None))
+
+
+def test_a_folder_without_cases_is_wrong_use(small: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(small)
+    package = write_package(recipe, Trainer(recipe, "cpu").average.state_dict(), tmp_path / "package")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no DICOM"):
+        measure_cases(load_model(package.folder, digest=package.digest, device="cpu"), tmp_path / "empty")
