@@ -48,20 +48,24 @@ class Completion:
         self._storage.leases.release(LEASE, self._owner)
 
     def _run(self) -> None:
+        up_since = datetime.now(UTC)
         while not self._stopping.wait(self._settings.poll_seconds):
             try:
                 if self._storage.leases.hold(LEASE, self._owner, self._settings.lease_seconds):
-                    close_complete_studies(self._storage, self._client, datetime.now(UTC))
+                    close_complete_studies(self._storage, self._client, datetime.now(UTC), up_since=up_since)
             except Exception:  # the database may be away for a while; the next round tries again
                 log.exception("completion failed")
 
 
-def close_complete_studies(storage: Storage, client: EngineClient, now: datetime) -> list[Revision]:
-    """Close each study that is complete at `now`, with its jobs, and return the revisions closed."""
+def close_complete_studies(storage: Storage, client: EngineClient, now: datetime, *, up_since: datetime) -> list[Revision]:
+    """Close each study that is complete at `now`, with its jobs, and return the revisions closed.
+
+    Silence counts from `up_since` at the earliest: while the node was down a modality could not send the rest.
+    """
     closed = []
     for study in storage.index.receiving():
         routes = storage.registry.matching(storage.index.callers(study.study_instance_uid))
-        evidence = completeness_evidence(study, routes, now)
+        evidence = completeness_evidence(study, routes, now, up_since=up_since)
         if evidence is None:
             continue
         revision = _close(storage, client, study, routes, evidence)
@@ -73,13 +77,13 @@ def close_complete_studies(storage: Storage, client: EngineClient, now: datetime
     return closed
 
 
-def completeness_evidence(study: Study, routes: Sequence[Route], now: datetime) -> str | None:
+def completeness_evidence(study: Study, routes: Sequence[Route], now: datetime, *, up_since: datetime) -> str | None:
     """Say why the study is held complete at `now`, or None while it isn't.
 
     The longest quiet period of its routes counts from the last image. An association that is still open is a hint that more comes.
     """
     quiet = max((route.quiet_seconds for route in routes), default=QUIET_SECONDS_WITHOUT_ROUTE)
-    silence = (now - study.last_received_at).total_seconds()
+    silence = (now - max(study.last_received_at, up_since)).total_seconds()
     released = study.released_at is not None and study.released_at >= study.last_received_at
     if released and silence >= quiet:
         return f"association released and quiet for {quiet:g} s"

@@ -205,7 +205,7 @@ def prepare(settings: Settings, pacs: Pacs) -> Storage:
     registry.add_route(
         Route(
             name="r", from_ae_title="*", called_ae_title="*", package="stub", version=None, to_ae_titles=("PACS",),
-            priority=None, quiet_seconds=0.5, report_refusals=False,
+            priority=None, quiet_seconds=1.0, report_refusals=False,
         )
     )  # fmt: skip
     return storage

@@ -54,7 +54,8 @@ class Bench:
         assert self.storage.index.add_instance(header, stored) == "stored"
 
     def close_studies(self) -> int:
-        return len(close_complete_studies(self.storage, self.client, datetime.now(UTC) + timedelta(hours=1)))
+        now = datetime.now(UTC)
+        return len(close_complete_studies(self.storage, self.client, now + timedelta(hours=1), up_since=now))
 
     def worker(self, behaviour: str = "done") -> subprocess.Popen[bytes]:
         """Start a worker whose analyse work is `behaviour`; it appends each key it begins to the journal."""
@@ -106,6 +107,14 @@ def test_a_closed_revision_has_exactly_its_jobs_and_an_open_one_none(bench: Benc
     assert bench.states() == {key(): "queued", key(revision=2): "queued"}
     assert len(bench.storage.index.instances(STUDY, 1)) == 1
     assert len(bench.storage.index.instances(STUDY, 2)) == 2
+
+
+def test_the_time_the_node_was_down_is_not_silence(bench: Bench) -> None:
+    bench.route()
+    bench.receive()
+    now = datetime.now(UTC) + timedelta(hours=1)
+    assert close_complete_studies(bench.storage, bench.client, now, up_since=now - timedelta(seconds=1)) == []
+    assert len(close_complete_studies(bench.storage, bench.client, now, up_since=now - timedelta(seconds=60))) == 1
 
 
 def test_a_study_without_a_route_is_closed_and_says_so(bench: Bench) -> None:
