@@ -151,18 +151,19 @@ def commented_toml() -> str:
         lines.append(f"[{name}]  # {(type(defaults).__doc__ or '').strip()}")
         for key, field in type(defaults).model_fields.items():
             value = getattr(defaults, key)
-            text = _toml_value(value) if value is not None else '""'
+            text = toml_value(value) if value is not None else '""'
             comment = f"  # {field.description}" if field.description else ""
             lines.append(f"{'' if key == 'ae_title' else '# '}{key} = {text}{comment}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml_value(value: object) -> str:
+def toml_value(value: object) -> str:
+    """Write a string, number, boolean or tuple of them as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, int | float):
         return str(value)
     return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from dicomnode.cli import node, peers, training, work
+from dicomnode.cli import node, peers, site, training, work
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.version import VERSION
 from storage.errors import StorageError
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 node.register(app)
 peers.register(app)
+site.register(app)
 work.register(app)
 training.register(app)
 

@@ -1,0 +1,129 @@
+"""`registry export|import`: peers and routes as a file, to move them between sites. Packages are files and travel by themselves.
+
+Everything is checked before anything is changed, and every mistake is named at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dicomnode.cli.terminal import ConfigOption, opened
+from dicomnode.config import check_ae_title, toml_value
+from dicomnode.errors import UsageError
+from storage import Storage
+from storage.records import Peer, Route
+
+registry = typer.Typer(no_args_is_help=True, help="Peers and routes as a file.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands."""
+    app.add_typer(registry, name="registry")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PeerEntry(_Entry):
+    """A [[peers]] table."""
+
+    ae_title: str
+    host: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=1, le=65535)]
+    sends: bool = False
+    receives: bool = False
+
+    @field_validator("ae_title")
+    @classmethod
+    def _ae_title(cls, value: str) -> str:
+        return check_ae_title(value)
+
+
+class RouteEntry(_Entry):
+    """A [[routes]] table."""
+
+    name: Annotated[str, Field(min_length=1)]
+    from_ae_title: str = "*"
+    called_ae_title: str = "*"
+    package: Annotated[str, Field(min_length=1)]
+    version: str | None = None
+    to_ae_titles: Annotated[tuple[str, ...], Field(min_length=1)]
+    priority: Literal["stat", "routine"] | None = None
+    quiet_seconds: Annotated[float, Field(ge=0)]
+    report_refusals: bool = False
+
+
+class Site(_Entry):
+    """The whole file."""
+
+    peers: tuple[PeerEntry, ...] = ()
+    routes: tuple[RouteEntry, ...] = ()
+
+
+@registry.command("export")
+def registry_export(file: Annotated[Path, typer.Argument(help="site.toml")], config: ConfigOption = None) -> None:
+    """Write peers and routes to a file; an existing one is left as it is."""
+    if file.exists():
+        raise UsageError(f"{file} exists already and is left as it is")
+    with opened(config) as (_, storage):
+        file.write_text(_as_toml(storage), encoding="utf-8")
+
+
+@registry.command("import")
+def registry_import(file: Annotated[Path, typer.Argument(help="site.toml")], config: ConfigOption = None) -> None:
+    """Add the peers and routes of a file, changing those with the same names; nothing is removed."""
+    site = _read(file)
+    with opened(config) as (_, storage):
+        receiving = {p.ae_title for p in storage.registry.peers() if p.receives} - {p.ae_title for p in site.peers}
+        receiving |= {p.ae_title for p in site.peers if p.receives}
+        mistakes = [
+            f"route {route.name}: {title} is no peer that receives"
+            for route in site.routes
+            for title in route.to_ae_titles
+            if title not in receiving
+        ]
+        mistakes += [
+            f"route {route.name}: there is no package {route.package}"
+            for route in site.routes
+            if storage.registry.package(route.package, route.version) is None
+        ]
+        if mistakes:
+            raise UsageError(f"{file} has {len(mistakes)} mistake(s): " + "; ".join(mistakes))
+        for peer in site.peers:
+            storage.registry.add_peer(Peer(**peer.model_dump(), tls=False, client_cert=None))
+        for entry in site.routes:
+            storage.registry.add_route(Route(**entry.model_dump()))
+        typer.echo(f"{len(site.peers)} peer(s) and {len(site.routes)} route(s) imported")
+
+
+def _read(file: Path) -> Site:
+    try:
+        return Site.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {error}") from error
+    except ValidationError as error:
+        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        raise UsageError(f"{file} has {len(mistakes)} mistake(s): " + "; ".join(mistakes)) from error
+
+
+def _as_toml(storage: Storage) -> str:
+    lines = ["# Peers and routes of a dicomnode; read it with `dicomnode registry import`."]
+    tables: list[tuple[str, type[PeerEntry] | type[RouteEntry], Sequence[Peer | Route]]] = [
+        ("peers", PeerEntry, storage.registry.peers()),
+        ("routes", RouteEntry, storage.registry.routes()),
+    ]
+    for table, entry, records in tables:
+        for record in records:
+            lines += ["", f"[[{table}]]"]
+            values = {key: getattr(record, key) for key in entry.model_fields}
+            lines += [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]
+    return "\n".join(lines) + "\n"
