@@ -10,8 +10,9 @@ import sys
 
 import typer
 
-from dicomnode.cli import node, peers, site, training, work
+from dicomnode.cli import check, node, peers, site, training, work
 from dicomnode.errors import NodeError, UsageError
+from dicomnode.logs import configure_logs
 from dicomnode.version import VERSION
 from storage.errors import StorageError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A DICOM node that runs CNNs. RESEARCH USE ONLY."
 )
 node.register(app)
+check.register(app)
 peers.register(app)
 site.register(app)
 work.register(app)
@@ -39,6 +41,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; what goes wrong is one sentence on standard error."""
+    configure_logs("error", json_lines=False)  # what runs as a role configures its own
     try:
         code = app(arguments, standalone_mode=False, prog_name="dicomnode")
     except typer.TyperException as error:  # empty if no command was given: its help has been printed

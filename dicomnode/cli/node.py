@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,13 +14,12 @@ import typer
 from rich.console import Console
 
 from dicomnode.cli.serve import Supervisor
-from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
+from dicomnode.cli.terminal import ConfigOption, opened
 from dicomnode.config import Settings, commented_toml, load_settings
 from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs, get_logger
 from storage import Storage, prepare_storage
-from storage.records import Peer, Route
 
 DRAIN_SECONDS = 30.0
 SENDER_CONCURRENCY = 4
@@ -33,7 +32,6 @@ def register(app: typer.Typer) -> None:
     app.command("init")(init)
     app.command("serve")(serve)
     app.command("run")(run)
-    app.command("check")(check)
     app.command("conformance")(conformance)
     app.command("demo")(demo)
 
@@ -88,61 +86,6 @@ def run(
         client.close()
 
 
-def check(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Check the configuration, the database, the disk, the packages' digests and the routes, and send each receiving peer a C-ECHO."""
-    from dicomnode.analysis.package import digest_of
-    from dicomnode.dimse.scu import echo
-
-    rows: list[dict[str, object]] = []
-
-    def item(what: str, probe: Callable[[], str]) -> None:
-        try:
-            rows.append({"what": what, "ok": True, "detail": probe()})
-        except NodeError as error:
-            rows.append({"what": what, "ok": False, "detail": str(error)})
-
-    with opened(config) as (settings, storage):
-
-        def disk() -> str:
-            free = storage.objects.free_bytes()
-            if free < settings.storage.reserve_bytes:
-                raise NodeError(f"{free} bytes free, below the reserve of {settings.storage.reserve_bytes}: images are refused")
-            return f"{free} bytes free, reserve {settings.storage.reserve_bytes}"
-
-        def package(name: str, version: str, digest: str) -> str:
-            if digest_of(storage.registry.package_folder(name, version)) != digest:
-                raise NodeError("the files have changed since the package was added: its digest is wrong")
-            return digest
-
-        def leads_on(route: Route) -> str:
-            package = storage.registry.package(route.package, route.version)
-            if package is None or package.state != "enabled":
-                raise NodeError(f"package {route.package} is not enabled: its studies are not analysed")
-            receiving = {peer.ae_title for peer in storage.registry.peers() if peer.receives}
-            deaf = [title for title in route.to_ae_titles if title not in receiving]
-            if deaf:
-                raise NodeError(f"{', '.join(deaf)} is no peer that receives: results cannot be delivered")
-            return f"{package.name}@{package.version} to {', '.join(route.to_ae_titles)}"
-
-        def answers(peer: Peer) -> str:
-            echo(peer, calling_ae_title=settings.node.ae_title)
-            return "answers C-ECHO"
-
-        item("configuration", lambda: f"AE title {settings.node.ae_title}, port {settings.listener.port}")
-        item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
-        item("disk", disk)
-        for known in storage.registry.packages():
-            item(f"package {known.name}@{known.version} ({known.state})", partial(package, known.name, known.version, known.digest))
-        for route in storage.registry.routes():
-            item(f"route {route.name}", partial(leads_on, route))
-        for peer in storage.registry.peers():
-            if peer.receives:
-                item(f"peer {peer.ae_title}", partial(answers, peer))
-        show(rows, ["what", "ok", "detail"], as_json=json)
-    if not all(row["ok"] for row in rows):
-        raise typer.Exit(1)
-
-
 def conformance(config: ConfigOption = None) -> None:
     """Print the DICOM conformance statement, rendered from the tables the node runs on."""
     from dicomnode.dimse.conformance import conformance_statement
@@ -169,7 +112,8 @@ def demo(
 
 
 def _wait_for_end_of_input(stop_asked: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # not the buffered reader: its lock would be held when the interpreter ends
+        pass
     stop_asked.set()
 
 

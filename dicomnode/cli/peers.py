@@ -166,11 +166,12 @@ def package_check(
     """Run a package once on a phantom, in a child process without network and under limits. This is your consent to run it."""
     with opened(config) as (_, storage):
         checked = check_package(storage, _known_package(storage, name))
-        show(
-            [{"name": checked.name, "version": checked.version, **(checked.check or {})}],
-            ["name", "version", *(checked.check or {})],
-            as_json=json,
-        )
+        report = checked.check or {}
+        if json:
+            show([{"name": checked.name, "version": checked.version, **report}], [], as_json=True)
+        elif checked.state != "added":
+            rows = [{"what": key, "value": len(value) if key == "findings" else value} for key, value in report.items()]
+            show(rows, ["what", "value"], as_json=False)
         if checked.state == "added":
             raise PackageError(f"{name} did not pass its check: {(checked.check or {}).get('error', 'no finding could be made')}")
 

@@ -117,7 +117,7 @@ def _read(file: Path) -> Site:
 
 def _as_toml(storage: Storage) -> str:
     lines = ["# Peers and routes of a dicomnode; read it with `dicomnode registry import`."]
-    tables: list[tuple[str, type[PeerEntry] | type[RouteEntry], Sequence[Peer | Route]]] = [
+    tables: list[tuple[str, type[PeerEntry | RouteEntry], Sequence[Peer | Route]]] = [
         ("peers", PeerEntry, storage.registry.peers()),
         ("routes", RouteEntry, storage.registry.routes()),
     ]

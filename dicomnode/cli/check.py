@@ -1,0 +1,178 @@
+"""`check`: is this node able to do its job, part by part; with --send a phantom goes the whole way through it."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
+from dicomnode.config import ListenerSection, Settings
+from dicomnode.errors import NodeError
+from storage import Storage
+from storage.records import PackageRecord, Peer, Route
+
+SELF_TEST = "DICOMNODE-CHECK"  # AE title of the simulated scanner and PACS, and name of their routes
+LOOPBACK = "127.0.0.1"
+SEND_SECONDS = 300.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's command."""
+    app.command("check")(check)
+
+
+def check(
+    send: Annotated[bool, typer.Option("--send", help="push a phantom through the node that runs here")] = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check configuration, database, disk, packages, routes and receiving peers; with --send push a phantom through the node."""
+    rows: list[dict[str, object]] = []
+
+    def item(what: str, probe: Callable[[], str]) -> None:
+        try:
+            rows.append({"what": what, "ok": True, "detail": probe()})
+        except NodeError as error:
+            rows.append({"what": what, "ok": False, "detail": str(error)})
+
+    with opened(config) as (settings, storage):
+        item("configuration", lambda: f"AE title {settings.node.ae_title}, port {settings.listener.port}")
+        item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
+        item("disk", lambda: _disk(settings, storage))
+        for known in storage.registry.packages():
+            item(
+                f"package {known.name}@{known.version} ({known.state})", partial(_digest, storage, known.name, known.version, known.digest)
+            )
+        for route in storage.registry.routes():
+            item(f"route {route.name}", partial(_leads_on, storage, route))
+        for peer in storage.registry.peers():
+            if peer.receives:
+                item(f"peer {peer.ae_title}", partial(_answers, settings, peer))
+        if send:
+            item("phantom", lambda: _send_phantom(settings, storage))
+        show(rows, ["what", "ok", "detail"], as_json=json)
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _disk(settings: Settings, storage: Storage) -> str:
+    free = storage.objects.free_bytes()
+    if free < settings.storage.reserve_bytes:
+        raise NodeError(f"{free} bytes free, below the reserve of {settings.storage.reserve_bytes}: images are refused")
+    return f"{free} bytes free, reserve {settings.storage.reserve_bytes}"
+
+
+def _digest(storage: Storage, package: PackageRecord) -> str:
+    from dicomnode.analysis.package import digest_of
+
+    if digest_of(storage.registry.package_folder(package.name, package.version)) != package.digest:
+        raise NodeError("the files have changed since the package was added: its digest is wrong")
+    return package.digest
+
+
+def _leads_on(storage: Storage, route: Route) -> str:
+    package = storage.registry.package(route.package, route.version)
+    if package is None or package.state != "enabled":
+        raise NodeError(f"package {route.package} is not enabled: its studies are not analysed")
+    receiving = {peer.ae_title for peer in storage.registry.peers() if peer.receives}
+    deaf = [title for title in route.to_ae_titles if title not in receiving]
+    if deaf:
+        raise NodeError(f"{', '.join(deaf)} is no peer that receives: results cannot be delivered")
+    return f"{package.name}@{package.version} to {', '.join(route.to_ae_titles)}"
+
+
+def _answers(settings: Settings, peer: Peer) -> str:
+    from dicomnode.dimse.scu import echo
+
+    echo(peer, calling_ae_title=settings.node.ae_title)
+    return "answers C-ECHO"
+
+
+def _send_phantom(settings: Settings, storage: Storage) -> str:
+    """Send a chest phantom to the running node like a scanner, and wait like a PACS until its SEG is here."""
+    from dicomnode.demo.scanner import scan_folder, send_study
+    from dicomnode.phantoms.studies import write_check_study
+
+    host = LOOPBACK if settings.listener.host in {"0.0.0.0", "::"} else settings.listener.host  # noqa: S104  a comparison, nothing binds
+    node = Peer(
+        ae_title=settings.node.ae_title, host=host, port=settings.listener.port, sends=False, receives=True, tls=False, client_cert=None
+    )
+    with tempfile.TemporaryDirectory(prefix="dicomnode-check-") as name, _route_to_here(settings, storage) as has_segmentation:
+        write_check_study(Path(name), f"check {uuid.uuid4()}")
+        ((study, *_), _unread) = scan_folder(Path(name))
+        began = time.monotonic()
+        refused = send_study(study, node, calling_ae_title=SELF_TEST)
+        if refused:
+            raise NodeError(f"the node did not take the phantom: {refused[0]['reason']}")
+        while not has_segmentation.wait(0.5):
+            ended = {
+                job.key: job.reason
+                for job in storage.jobs.jobs(study_instance_uid=truth.study_instance_uid)
+                if job.state in {"failed", "refused"}
+            }
+            if ended:
+                raise NodeError("; ".join(f"{key}: {reason}" for key, reason in ended.items()))
+            if time.monotonic() - began > SEND_SECONDS:
+                raise NodeError(
+                    f"no SEG within {SEND_SECONDS:g} s; `dicomnode study show {truth.study_instance_uid}` shows how far it came"
+                )
+        return f"SEG received after {time.monotonic() - began:.1f} s; study {truth.study_instance_uid}"
+
+
+@contextmanager
+def _route_to_here(settings: Settings, storage: Storage) -> Iterator[threading.Event]:
+    """Route what the self-test sends through the enabled packages back to a listener here; the event is set when a SEG arrives."""
+    from dicomnode.dimse.listener import Listener
+    from dicomnode.dimse.scp import ReceivedInstance, read_header
+
+    enabled = [package for package in storage.registry.packages() if package.state == "enabled"]
+    if not enabled:
+        raise NodeError("no package is enabled")
+    arrived = threading.Event()
+
+    def store(received: ReceivedInstance) -> None:
+        if read_header(received).modality == "SEG":
+            arrived.set()
+
+    listener = Listener(
+        ListenerSection(host=LOOPBACK, port=0),
+        SELF_TEST,
+        may_send=lambda title: title == settings.node.ae_title,
+        store=store,
+        released=lambda _association: None,
+    )
+    listener.start()
+    routes = [f"{SELF_TEST}-{package.name}" for package in enabled]
+    try:
+        storage.registry.add_peer(
+            Peer(ae_title=SELF_TEST, host=LOOPBACK, port=listener.port, sends=True, receives=True, tls=False, client_cert=None)
+        )
+        for route, package in zip(routes, enabled, strict=True):
+            storage.registry.add_route(
+                Route(
+                    name=route,
+                    from_ae_title=SELF_TEST,
+                    called_ae_title="*",
+                    package=package.name,
+                    version=package.version,
+                    to_ae_titles=(SELF_TEST,),
+                    priority="stat",
+                    quiet_seconds=1.0,
+                    report_refusals=False,
+                )
+            )
+        yield arrived
+    finally:
+        for route in {known.name for known in storage.registry.routes()} & set(routes):
+            storage.registry.remove_route(route)
+        storage.registry.remove_peer(SELF_TEST)
+        listener.stop(10.0)
