@@ -300,13 +300,25 @@ threads = 1
             pytest.fail(f"dicomnode serve did not end within 60 s of SIGTERM\n{tail(self.log)}")
         assert code == 0, f"dicomnode serve ended with {code}\n{tail(self.log)}"
 
+    def roles(self) -> list[int]:
+        """The process ids of the roles that `dicomnode serve` started."""
+        assert self._process is not None
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [int(word) for word in children.read_text(encoding="ascii").split()]
+
+    def kill(self) -> None:
+        """Send SIGKILL to `dicomnode serve` alone."""
+        assert self._process is not None
+        process, self._process = self._process, None
+        process.kill()
+        process.wait()
+
     def close(self) -> None:
         """End a process that the test left behind with the roles it started, without judging it."""
         if self._process is None or self._process.poll() is not None:
             return
-        roles = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text(encoding="ascii").split()
-        self._process.kill()
-        self._process.wait()
+        roles = self.roles()
+        self.kill()
         for role in roles:
             with suppress(ProcessLookupError):
-                os.kill(int(role), signal.SIGKILL)
+                os.kill(role, signal.SIGKILL)

@@ -25,7 +25,7 @@ from dicomnode.config import ListenerSection, load_settings
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send
-from pacs import LOOPBACK, Node, free_port, wait_until
+from pacs import LOOPBACK, Node, free_port, listens, running, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route
 
@@ -365,3 +365,39 @@ def test_no_line_of_the_log_tells_of_the_patient(site: Site, tmp_path: Path) -> 
     log = site.node.log.read_text(encoding="utf-8")
     assert study in log
     assert [word for word in ("Vollname", "Geheim", "GEHEIM4711", "19991231", "Doe^Jane", "SECRET") if word in log] == []
+
+
+@pytest.mark.parametrize("database_url", [pytest.param("postgresql", marks=pytest.mark.system)], indirect=True)
+def test_a_backlog_survives_a_stop_amid_work_and_stat_goes_first_and_no_role_outlives_its_supervisor(node: Node, tmp_path: Path) -> None:
+    site = Site(node, tmp_path)
+    try:
+        with running([sys.executable, "-m", "dicomnode", "run", "receiver", "--config", node.configuration], log=node.log) as receiver:
+            wait_until(lambda: listens(node.peer), seconds=SECONDS, what="the receiver to listen", log=node.log)
+            routine = [chest(tmp_path) for _ in range(4)]
+            urgent = chest(tmp_path, RequestedProcedurePriority="STAT")
+            for _, files in [*routine, urgent]:
+                assert {outcome.state for outcome in site.send(*files)} == {"sent"}
+            site.wait(lambda: len(site.storage.jobs.jobs(state="queued")) == 5, "five jobs")
+            receiver.terminate()
+            assert receiver.wait(SECONDS) == 0, "a drained role ends with 0"
+        studies = [study for study, _ in [*routine, urgent]]
+
+        node.start()
+        site.wait(lambda: site.storage.jobs.jobs(kind="analyse", state="done") != [], "the first analysis")
+        node.stop()  # SIGTERM amid the work; fails unless it exits with 0
+
+        node.start()
+        shown = [site.settled(study) for study in studies]
+        roles = node.roles()
+        node.kill()
+        wait_until(
+            lambda: not any(Path(f"/proc/{role}").exists() for role in roles), seconds=SECONDS, what="the roles to end", log=node.log
+        )
+
+        assert [[job["state"] for job in study["jobs"]] for study in shown] == [["done", "done"]] * 5
+        assert all(len(parts) == 1 for parts in site.pacs.received.values())
+        assert {study: set(site.pacs.objects(study)) for study in studies} == {study: {"SEG", "SR"} for study in studies}
+        analyses = sorted(site.storage.jobs.jobs(kind="analyse"), key=lambda job: str(job.started_at))
+        assert (analyses[0].study_instance_uid, analyses[0].priority) == (urgent[0], "stat")
+    finally:
+        site.stop()
