@@ -49,9 +49,7 @@ def check(
         item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
         item("disk", lambda: _disk(settings, storage))
         for known in storage.registry.packages():
-            item(
-                f"package {known.name}@{known.version} ({known.state})", partial(_digest, storage, known.name, known.version, known.digest)
-            )
+            item(f"package {known.name}@{known.version} ({known.state})", partial(_digest, storage, known))
         for route in storage.registry.routes():
             item(f"route {route.name}", partial(_leads_on, storage, route))
         for peer in storage.registry.peers():
@@ -114,18 +112,13 @@ def _send_phantom(settings: Settings, storage: Storage) -> str:
         if refused:
             raise NodeError(f"the node did not take the phantom: {refused[0]['reason']}")
         while not has_segmentation.wait(0.5):
-            ended = {
-                job.key: job.reason
-                for job in storage.jobs.jobs(study_instance_uid=truth.study_instance_uid)
-                if job.state in {"failed", "refused"}
-            }
+            jobs = storage.jobs.jobs(study_instance_uid=study.study_instance_uid)
+            ended = [f"{job.key}: {job.reason}" for job in jobs if job.state in {"failed", "refused"}]
             if ended:
-                raise NodeError("; ".join(f"{key}: {reason}" for key, reason in ended.items()))
+                raise NodeError("; ".join(ended))
             if time.monotonic() - began > SEND_SECONDS:
-                raise NodeError(
-                    f"no SEG within {SEND_SECONDS:g} s; `dicomnode study show {truth.study_instance_uid}` shows how far it came"
-                )
-        return f"SEG received after {time.monotonic() - began:.1f} s; study {truth.study_instance_uid}"
+                raise NodeError(f"no SEG within {SEND_SECONDS:g} s; see `dicomnode study show {study.study_instance_uid}`")
+        return f"SEG received after {time.monotonic() - began:.1f} s; study {study.study_instance_uid}"
 
 
 @contextmanager
