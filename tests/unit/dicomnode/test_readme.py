@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_every_module_is_named_in_the_map(module: str) -> None:
         assert f"`{file}`" in STORAGE.read_text(encoding="utf-8") or f"`../{module}`" in architecture
     else:
         assert f"`{file}`" in architecture.split("## Code map")[1].split("## Invariants")[0]
+
+
+def test_the_order_of_imports_is_the_one_that_the_linter_checks() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    wanted = " → ".join(f"{{{layer}}}" if " " in layer else layer for layer in layers)
+    assert wanted in re.sub(r"\s+", " ", ARCHITECTURE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", [README, ARCHITECTURE], ids=name)
