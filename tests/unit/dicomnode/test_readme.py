@@ -38,11 +38,13 @@ def typed(page: Path) -> list[str]:
 
 def with_values(word: str) -> str:
     """A placeholder of the text as something that its type accepts."""
-    return {"PORT": "104", "HOST": "localhost"}.get(word, word)
+    trained = "dicomnode/packages/lung-nodule-ct/0.1.0"
+    return {"PORT": "104", "HOST": "localhost", "training-out/package": trained}.get(word, word)
 
 
 @pytest.mark.parametrize("line", sorted({line for page in PAGES for line in typed(page)}))
-def test_a_command_can_be_typed_as_it_stands(line: str) -> None:
+def test_a_command_can_be_typed_as_it_stands(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     words = [with_values(word) for word in shlex.split(line, comments=True)][1:]
     command: Any = typer.main.get_command(app)
     while words and hasattr(command, "commands"):
