@@ -108,7 +108,7 @@ def demo(
         return list(builtin_packages())
 
     configure_logs("warning", json_lines=False)
-    raise typer.Exit(run_demo(source, out, timeout, Console(), enable_packages=enable_packages))
+    raise typer.Exit(run_demo(source, out, timeout, Console(width=None if sys.stdout.isatty() else 160), enable_packages=enable_packages))
 
 
 def _wait_for_end_of_input(stop_asked: threading.Event) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from dicomnode.demo.summary import show_summary, summarise, write_previews, writ
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import echo
-from dicomnode.errors import NodeError, PeerUnavailable, UsageError
+from dicomnode.errors import NodeError, UsageError
 from dicomnode.phantoms.studies import write_demo_studies
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route
@@ -52,19 +53,20 @@ def run_demo(
     deadline = time.monotonic() + timeout_seconds
     with tempfile.TemporaryDirectory(prefix="dicomnode-demo-") as name, _progress(console) as say:
         work = Path(name)
-        if source is None:
-            say("drawing phantom studies")
-            source = work / "phantoms"
-            write_demo_studies(source)
-        studies, not_sent = scan_folder(source)
+        found = scan_folder(source) if source is not None else None  # a folder without DICOM is refused before anything is made
         (out / "pacs").mkdir(parents=True)
         (out / "preview").mkdir()
         pacs = _SimulatedPacs(out / "pacs")
         pacs.start()
-        config = _configure(work)
-        say("checking the built-in packages")
-        node, storage = _node(work, config, pacs.port, enable_packages)
+        config, node = _configure(work)
+        storage = _storage(work, pacs.port)
         with _running(config, out / "node.log"):
+            say("starting the node, checking its packages" + ("" if found else ", drawing phantom studies"))
+            with ThreadPoolExecutor(1) as beside:  # the check runs in a process of its own
+                packages = beside.submit(enable_packages, storage)
+                studies, not_sent = found or scan_folder(_drawn(work / "phantoms"))
+                _add_routes(storage, packages.result())
+            say("waiting for the node")
             _wait_until_up(node, deadline)
             for study in studies:
                 say(f"sending study {study.study_instance_uid[-12:]} ({len(study.outgoing)} instances)")
@@ -111,34 +113,42 @@ class _SimulatedPacs:
         (self._folder / f"{received.sop_instance_uid}.dcm").write_bytes(part10_prefix(received) + bytes(received.dataset))
 
 
-def _configure(work: Path) -> Path:
+def _drawn(folder: Path) -> Path:
+    write_demo_studies(folder)
+    return folder
+
+
+def _configure(work: Path) -> tuple[Path, Peer]:
+    """Write the node's configuration; return it and how the node is reached."""
     with socket.create_server((LOOPBACK, 0)) as probe:
-        port = probe.getsockname()[1]
+        port = int(probe.getsockname()[1])
     config = work / "dicomnode.toml"
     config.write_text(
         f'[node]\nae_title = "{NODE}"\ndata = "data"\n[listener]\nport = {port}\n[storage]\nreserve_bytes = 0\n'
         "[engine]\nretry_schedule_seconds = [1, 2, 4, 8, 16]\npoll_seconds = 0.2\n",
         encoding="utf-8",
     )
-    return config
+    return config, Peer(ae_title=NODE, host=LOOPBACK, port=port, sends=False, receives=True, tls=False, client_cert=None)
 
 
-def _node(work: Path, config: Path, pacs_port: int, enable_packages: Callable[[Storage], Sequence[str]]) -> tuple[Peer, Storage]:
-    """Fill the registry of the node that `config` describes; return how to reach it, and its storage."""
-    port = int(next(line.split("=")[1] for line in config.read_text(encoding="utf-8").splitlines() if line.startswith("port")))
+def _storage(work: Path, pacs_port: int) -> Storage:
+    """The node's empty storage, with scanner and PACS as its peers."""
     url = f"sqlite:///{work / 'data' / 'dicomnode.sqlite'}"
     prepare_storage(url, work / "data")
     storage = open_storage(url, work / "data")
     storage.registry.add_peer(Peer(ae_title=SCANNER, host=LOOPBACK, port=104, sends=True, receives=False, tls=False, client_cert=None))
     storage.registry.add_peer(Peer(ae_title=PACS, host=LOOPBACK, port=pacs_port, sends=False, receives=True, tls=False, client_cert=None))
-    for package in enable_packages(storage):
+    return storage
+
+
+def _add_routes(storage: Storage, packages: Sequence[str]) -> None:
+    for package in packages:
         storage.registry.add_route(
             Route(
                 name=package, from_ae_title=SCANNER, called_ae_title=NODE, package=package, version=None, to_ae_titles=(PACS,),
                 priority=None, quiet_seconds=QUIET_SECONDS, report_refusals=False,
             )
         )  # fmt: skip
-    return Peer(ae_title=NODE, host=LOOPBACK, port=port, sends=False, receives=True, tls=False, client_cert=None), storage
 
 
 @contextmanager
@@ -162,12 +172,13 @@ def _wait_until_up(node: Peer, deadline: float) -> None:
     until = min(deadline, time.monotonic() + START_SECONDS)
     while True:
         try:
-            echo(node, calling_ae_title=SCANNER)
-        except PeerUnavailable as error:
+            socket.create_connection((node.host, node.port), timeout=1).close()
+        except OSError as error:
             if time.monotonic() > until:
                 raise NodeError(f"the node did not start: {error}") from error
             time.sleep(POLL_SECONDS)
         else:
+            echo(node, calling_ae_title=SCANNER)
             return
 
 

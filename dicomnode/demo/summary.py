@@ -52,7 +52,9 @@ def write_previews(studies: Sequence[ScannedStudy], storage: Storage, out: Path)
 
 def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
     """Print the summary as a table."""
-    table = Table("study", "series", "outcome", "packages", "findings", "objects at the PACS", "seconds")
+    table = Table("study", "series", "outcome", "packages", "findings", "at the PACS", "seconds")
+    for column, share in zip(table.columns, (2, 2, 2, 4, 5, 1, 1), strict=True):
+        column.ratio = share
     for study in summary["studies"]:
         cells = (
             f"…{study['study_instance_uid'][-12:]} rev {study['revision']}",
@@ -74,7 +76,7 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
 def _finding_line(finding: dict[str, Any]) -> str:
     where = ", ".join(f"{value:.1f}" for value in finding["centre_lps_mm"])
     size = f"{finding['long_axis_mm']:.1f} mm, {finding['volume_ml']:.2f} ml"
-    return f"{finding['label']} ({finding['side'] or 'side unknown'}) {size}, p {finding['probability']:.2f} at ({where})"
+    return f"{finding['label']} ({finding['side'] or 'side unknown'}): {size}, p {finding['probability']:.2f}, at LPS ({where}) mm"
 
 
 def _last(storage: Storage, study: ScannedStudy, kind: str) -> list[Job]:
