@@ -19,6 +19,7 @@ from storage import Storage
 from storage.records import Job, PackageRecord, Priority, Revision, Route, Study
 
 LEASE = "completion"
+SELF_TEST = "DICOMNODE-CHECK"  # AE title of the simulated scanner and PACS of `dicomnode check --send`
 QUIET_SECONDS_WITHOUT_ROUTE = 60.0
 # While the association that brings a study is still open, more images are likely: wait this many quiet periods.
 OPEN_ASSOCIATION_FACTOR = 5
@@ -64,7 +65,7 @@ def close_complete_studies(storage: Storage, client: EngineClient, now: datetime
     """
     closed = []
     for study in storage.index.receiving():
-        routes = storage.registry.matching(storage.index.callers(study.study_instance_uid))
+        routes = _routes_of(storage, study.study_instance_uid)
         evidence = completeness_evidence(study, routes, now, up_since=up_since)
         if evidence is None:
             continue
@@ -94,7 +95,7 @@ def completeness_evidence(study: Study, routes: Sequence[Route], now: datetime, 
 
 def reanalyse(storage: Storage, client: EngineClient, study: Study) -> list[str]:
     """Analyse the study's last revision again with a new run of each package its routes name; return the jobs' keys."""
-    routes = storage.registry.matching(storage.index.callers(study.study_instance_uid))
+    routes = _routes_of(storage, study.study_instance_uid)
     with storage.database.writing() as transaction:
         return _create_jobs(storage, client, transaction, study.study_instance_uid, study.revision, routes)[0]
 
@@ -119,6 +120,15 @@ def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Prior
     changed = storage.jobs.job(job.key)
     if changed is not None and changed.state == "queued":
         retry(storage, client, changed)
+
+
+def _routes_of(storage: Storage, study_instance_uid: str) -> list[Route]:
+    """The routes that match who sent the study; for a self-test only its own, so that a phantom never reaches a PACS."""
+    callers = storage.index.callers(study_instance_uid)
+    routes = storage.registry.matching(callers)
+    if any(calling == SELF_TEST for calling, _ in callers):
+        return [route for route in routes if route.from_ae_title == SELF_TEST]
+    return routes
 
 
 def _close(storage: Storage, client: EngineClient, study: Study, routes: Sequence[Route], evidence: str) -> Revision | None:

@@ -15,12 +15,12 @@ from typing import Annotated
 import typer
 
 from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
+from dicomnode.completion import SELF_TEST
 from dicomnode.config import ListenerSection, Settings
 from dicomnode.errors import NodeError
 from storage import Storage
 from storage.records import PackageRecord, Peer, Route
 
-SELF_TEST = "DICOMNODE-CHECK"  # AE title of the simulated scanner and PACS, and name of their routes
 LOOPBACK = "127.0.0.1"
 SEND_SECONDS = 300.0
 

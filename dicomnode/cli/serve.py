@@ -41,7 +41,7 @@ class Supervisor:
         self._stop_asked = threading.Event()
 
     def run(self) -> int:
-        """Run until SIGTERM or SIGINT; 0 if every child drained, 1 if one had to be killed."""
+        """Run until SIGTERM or SIGINT; 0 if every child that lived drained, else 1."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop_asked.set())
         children = [_Child(role=role, process=self._spawn(role), started=time.monotonic()) for role in self._roles]
@@ -68,17 +68,15 @@ class Supervisor:
             child.restarts += 1
 
     def _drain(self, children: list[_Child]) -> int:
-        for child in children:
-            if child.process.poll() is None:
-                child.process.terminate()
+        alive = [child for child in children if child.process.poll() is None]
+        for child in alive:
+            child.process.terminate()
         deadline = time.monotonic() + self._drain_seconds
-        killed = 0
-        for child in children:
+        for child in alive:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 log.error("role did not drain and is killed; its work is taken over", role=child.role)
                 child.process.kill()
                 child.process.wait()
-                killed = 1
-        return killed
+        return int(any(child.process.returncode for child in alive))

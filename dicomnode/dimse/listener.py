@@ -110,11 +110,13 @@ class Listener:
             return
         server.shutdown()
         deadline = time.monotonic() + drain_seconds
-        for association in server.active_associations:
+        admitted = [association for association in server.active_associations if association.number is not None]
+        for association in admitted:  # a connection that never asked for an association has nothing to end: its thread dies with us
             association.join(max(0.0, deadline - time.monotonic()))
-        for association in server.active_associations:
-            association.abort()
-            association.join(self._settings.acse_timeout_seconds)
+        for association in admitted:
+            if association.is_alive():
+                association.abort()
+                association.join(self._settings.acse_timeout_seconds)
         pydicom_config.settings.reading_validation_mode = self._validation_mode
         _log.info("stopped listening", ae_title=self._ae_title)
 

@@ -6,13 +6,13 @@ is a stub that marks what is brighter than a threshold: nothing here loads torch
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,54 +63,15 @@ stub.Model = Callable  # type: ignore[attr-defined]  # a module made by hand
 stub.load_model = lambda _folder, **_: stub_findings  # type: ignore[attr-defined]  # likewise
 sys.modules["dicomnode.analysis.inference"] = stub
 
+from crash_points import POINTS, Point  # noqa: E402
+
 import dicomnode.completion  # noqa: E402  after the stub has taken inference's place
 import dicomnode.delivery  # noqa: E402
 import dicomnode.pipeline  # noqa: E402
 import dicomnode.receiver  # noqa: E402
-import storage.index  # noqa: E402
-import storage.jobs  # noqa: E402
-import storage.objects  # noqa: E402
 from dicomnode.config import Settings  # noqa: E402
 from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine  # noqa: E402
 from storage import open_storage, prepare_storage  # noqa: E402
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Die before or after the n-th call of a function, once the node is up."""
-
-    owner: Any
-    name: str
-    when: str  # "before" or "after"
-    call: int = 1
-
-
-POINTS = {
-    # reception
-    "file written, not synced": Point(owner=storage.objects.os, name="fsync", when="before"),
-    "file synced, not renamed": Point(owner=storage.objects.Path, name="rename", when="before"),
-    "file renamed, folder not synced": Point(owner=storage.objects.Path, name="rename", when="after"),
-    "third file stored, no row": Point(owner=dicomnode.receiver.Receiver, name="_index", when="before", call=3),
-    "row committed, no response": Point(owner=dicomnode.receiver.Receiver, name="_index", when="after"),
-    "last row committed, no response": Point(owner=dicomnode.receiver.Receiver, name="_index", when="after", call=8),
-    # closing
-    "revision closed, not committed": Point(owner=storage.index.Index, name="close_revision", when="after"),
-    "jobs created, not committed": Point(owner=dicomnode.completion, name="_create_jobs", when="after"),
-    "revision committed": Point(owner=dicomnode.completion, name="_close", when="after"),
-    # analysis
-    "analysis begun": Point(owner=storage.jobs.Jobs, name="start", when="after"),
-    "volume read": Point(owner=dicomnode.pipeline, name="read_volume", when="after"),
-    "findings made": Point(owner=dicomnode.pipeline, name="encode_segmentation", when="before"),
-    "results proven, not stored": Point(owner=dicomnode.pipeline, name="prove", when="after"),
-    "first result stored, no row": Point(owner=dicomnode.pipeline, name="_result", when="after"),
-    "results and deliveries not committed": Point(owner=dicomnode.pipeline.Analyser, name="_create_delivery", when="after"),
-    "results committed": Point(owner=dicomnode.pipeline.Analyser, name="_keep", when="after"),
-    # delivery
-    "delivery begun": Point(owner=storage.jobs.Jobs, name="start", when="after", call=2),
-    "results sent, nothing recorded": Point(owner=dicomnode.delivery, name="send", when="after"),
-    "one of two results recorded": Point(owner=storage.jobs.Jobs, name="record_delivery", when="after"),
-    "both recorded, job not done": Point(owner=storage.jobs.Jobs, name="record_delivery", when="after", call=2),
-}
 
 
 def run_node(settings: Settings, point: str | None, up: Any) -> None:
@@ -136,7 +97,10 @@ def run_node(settings: Settings, point: str | None, up: Any) -> None:
 
 def die_at(point: Point) -> None:
     """Replace the point's function by one that ends this process with SIGKILL at the named call."""
-    original = getattr(point.owner, point.name)
+    module, _, name = point.owner.partition(":")
+    owner = importlib.import_module(module)
+    owner = getattr(owner, name) if name else owner
+    original = getattr(owner, point.name)
     calls = 0
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -150,4 +114,4 @@ def die_at(point: Point) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(point.owner, point.name, dying)
+    setattr(owner, point.name, dying)

@@ -27,7 +27,7 @@ from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route
 
 sys.path.insert(0, str(Path(__file__).parent))
-import crash_node
+import crash_points
 
 MANIFEST = """
 schema = 1
@@ -126,7 +126,7 @@ class Node:
 
     def start(self, point: str | None) -> None:
         up = self._context.Event()
-        self._process = self._context.Process(target=crash_node.run_node, args=(self._settings, point, up), daemon=True)
+        self._process = self._context.Process(target=crash_points.run_node, args=(self._settings, point, up), daemon=True)
         self._process.start()
         wait_until(lambda: up.is_set() or self._process.exitcode is not None, seconds=60, what="the node to start")
 
@@ -147,7 +147,7 @@ def node(settings: Settings) -> Iterator[Node]:
     node.kill()
 
 
-@pytest.mark.parametrize("point", crash_node.POINTS)
+@pytest.mark.parametrize("point", crash_points.POINTS)
 def test_killed_at_any_point_nothing_is_lost_or_doubled(
     point: str, settings: Settings, node: Node, pacs: Pacs, study: list[Outgoing]
 ) -> None:
