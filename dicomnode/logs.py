@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def _allow_listed(_logger: object, _method: str, entry: MutableMapping[str, Any]
 
 
 def configure_logs(level: str, *, json_lines: bool) -> None:
-    """Send structlog and the standard library's warnings to standard error, one line an event."""
+    """Send structlog from `level` on, and the standard library's logs from warnings on, to standard error, one line an event."""
     renderer = structlog.processors.JSONRenderer() if json_lines else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[
@@ -48,7 +49,11 @@ def configure_logs(level: str, *, json_lines: bool) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", force=True)
+    others = max(logging.WARNING, getattr(logging, level.upper()))
+    logging.basicConfig(level=others, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", force=True)
+    # pydicom warns of malformed values and quotes them, on both ways: they may be the patient's.
+    logging.getLogger("pydicom").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", UserWarning)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -9,9 +10,20 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
+import structlog
 
 from pacs import Node, Orthanc, orthanc as run_orthanc
 from postgres import postgres_cluster, postgres_programs
+
+
+@pytest.fixture
+def logs_restored() -> Iterator[None]:
+    """Undo what a command that ran in this process did to the logs: it sends them to a standard error that is only the test's."""
+    root, pydicom, configuration = logging.root.handlers[:], logging.getLogger("pydicom").level, structlog.get_config()
+    yield
+    logging.root.handlers[:] = root
+    logging.getLogger("pydicom").setLevel(pydicom)
+    structlog.configure(**configuration)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; what goes wrong is one sentence on standard error."""
-    configure_logs("error", json_lines=False)  # what runs as a role configures its own
+    configure_logs("critical", json_lines=False)  # a command says its one sentence; what runs as a role configures its own
     try:
         code = app(arguments, standalone_mode=False, prog_name="dicomnode")
     except typer.TyperException as error:  # empty if no command was given: its help has been printed

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "dicomnode"))
 from ct_series import write_series
 from small_bundle import MANIFEST, write_package
 
+pytestmark = pytest.mark.usefixtures("logs_restored")
 SECONDS = 120  # a generous limit for a busy machine; nothing is measured here
 numbers = itertools.count(1)  # each study its own
 
