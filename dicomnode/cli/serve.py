@@ -79,4 +79,5 @@ class Supervisor:
                 log.error("role did not drain and is killed; its work is taken over", role=child.role)
                 child.process.kill()
                 child.process.wait()
-        return int(any(child.process.returncode for child in alive))
+        # SIGTERM itself ends a role that hasn't begun to work yet: it leaves nothing undone.
+        return int(any(child.process.returncode not in {0, -signal.SIGTERM} for child in alive))

@@ -20,7 +20,7 @@ from dicomnode.completion import close_complete_studies
 from dicomnode.config import load_settings
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.version import VERSION
-from pacs import LOOPBACK, free_port, running, wait_until
+from pacs import LOOPBACK, NODE_AET, SCANNER_AET, free_port, listens, loopback_peer, running, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import InstanceHeader, Job, PackageRecord, Peer, Quarantined, Result, Revision, Route, Series, StoredObject, Study
 
@@ -437,16 +437,30 @@ def test_the_executable_ends_with_the_same_codes_and_sentences(shell: Shell) -> 
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "dicomnode: there is no peer 'NOBODY'\n")
 
 
-def test_serve_that_cannot_bind_keeps_trying_and_still_drains(shell: Shell) -> None:
-    with socket.create_server((LOOPBACK, 0)) as taken:
-        port = taken.getsockname()[1]
-        (shell.folder / "dicomnode.toml").write_text(f"[listener]\nport = {port}\n", encoding="utf-8")
-        log = shell.folder / "log"
-        with running([sys.executable, "-m", "dicomnode", "serve"], log=log, environment={"DICOMNODE_CONFIG": "dicomnode.toml"}) as serve:
-            said = f"cannot listen on {LOOPBACK}:{port}"
-            wait_until(lambda: log.read_text(encoding="utf-8").count(said) > 1, seconds=120, what="a second try", log=log)
-            serve.terminate()
-            assert serve.wait(120) == 0
+def test_serve_whose_port_is_taken_says_so_and_begins_when_it_is_free(shell: Shell) -> None:
+    taken = socket.create_server((LOOPBACK, 0))
+    port = taken.getsockname()[1]
+    (shell.folder / "dicomnode.toml").write_text(f"[listener]\nport = {port}\n", encoding="utf-8")
+    shell.done("peer", "add", SCANNER_AET, LOOPBACK, 104, "--sends")
+    log = shell.folder / "log"
+    with running([sys.executable, "-m", "dicomnode", "serve"], log=log, environment={"DICOMNODE_CONFIG": "dicomnode.toml"}) as serve:
+        said = f"cannot listen on {LOOPBACK}:{port}"
+        wait_until(lambda: said in log.read_text(encoding="utf-8"), seconds=120, what="the complaint", log=log)
+        taken.close()
+        wait_until(lambda: listens(loopback_peer(NODE_AET, port)), seconds=120, what="the receiver to listen", log=log)
+        serve.terminate()
+        assert serve.wait(120) == 0
+
+
+def test_serve_ends_with_0_when_it_is_stopped_before_its_roles_have_begun(shell: Shell) -> None:
+    (shell.folder / "dicomnode.toml").write_text("[listener]\nport = 0\n", encoding="utf-8")
+    shell.storage().database.close()
+    log = shell.folder / "log"
+    with running([sys.executable, "-m", "dicomnode", "serve"], log=log) as serve:
+        children = Path(f"/proc/{serve.pid}/task/{serve.pid}/children")
+        wait_until(lambda: len(children.read_text(encoding="ascii").split()) == 3, seconds=120, what="three roles", log=log, every=0.01)
+        serve.terminate()
+        assert serve.wait(120) == 0
 
 
 def executable(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
