@@ -86,13 +86,13 @@ def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
 
 
 def check_volume(*, seed: int = 42) -> Volume:
-    """A small chest CT with one nodule, for a first run of a package: 40 slices of 3 mm, 192 x 192."""
-    scene, grid = _around_a_nodule(seed, pixel_mm=1.9, pixels=192)
+    """A small part of a chest CT with one nodule in its middle slices, for a first run of a package: 20 slices of 3 mm, 160 x 160."""
+    scene, grid = _around_a_nodule(seed, pixel_mm=2.2, pixels=160)
     return volume_of(scan(scene, grid, DEMO_PROTOCOL), grid, f"check {seed}")
 
 
 def write_check_study(folder: Path, seed: str) -> TrueStudy:
-    """Write a small chest CT with one nodule whose UIDs follow from `seed`: 40 slices of 3 mm, 256 x 256."""
+    """Write a small chest CT with one nodule whose UIDs follow from `seed`: 20 slices of 3 mm, 256 x 256."""
     scene, grid = _around_a_nodule(42, pixel_mm=1.45, pixels=256)
     header = SeriesHeader(
         seed=seed, patient_name="PHANTOM^SELF TEST", patient_id="PHANTOM-CHECK", accession_number="PHANTOM-CHECK",
@@ -106,13 +106,13 @@ def write_check_study(folder: Path, seed: str) -> TrueStudy:
 
 
 def _around_a_nodule(seed: int, *, pixel_mm: float, pixels: int) -> tuple[ChestScene, Grid]:
-    """A chest with one nodule, and 40 slices of 3 mm around it."""
+    """A chest with one nodule, and 20 slices of 3 mm around it."""
     scene = chest_scene(seed)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
     whole = chest_grid(scene, pixel_mm=pixel_mm, slice_mm=3.0, pixels=pixels)
-    first = int((nodule.centre_lps_mm[2] - whole.origin_lps_mm[2]) / 3.0) - 20
+    first = int((nodule.centre_lps_mm[2] - whole.origin_lps_mm[2]) / 3.0) - 10
     x, y, z = whole.origin_lps_mm
-    grid = Grid(origin_lps_mm=(x, y, z + 3.0 * first), spacing_mm=whole.spacing_mm, shape=(40, pixels, pixels))
+    grid = Grid(origin_lps_mm=(x, y, z + 3.0 * first), spacing_mm=whole.spacing_mm, shape=(20, pixels, pixels))
     return scene.with_nodules((nodule,)), grid
 
 
