@@ -6,6 +6,7 @@ Must never guess geometry, trust a size before it is checked, or die of a file t
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,24 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import RLELossless
+from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
 from dicomnode.analysis.select import MAXIMUM_EDGE, SelectedSeries, check_pixels, stack_of
 from dicomnode.errors import AnalysisFailed
 from dicomnode.findings import Volume
 
 AIR_HU = -1000.0
+
+# One decoder for each syntax that CT comes in, so that the same file gives the same voxels wherever the node is installed.
+DECODERS: Mapping[str, str] = {
+    RLELossless: "pylibjpeg",  # pydicom's own goes on where segments are broken
+    JPEGLossless: "gdcm",
+    JPEGLosslessSV1: "gdcm",
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+}
 
 # What pydicom and the decoders behind it raise on malformed, truncated or unsupported data.
 _DECODING_FAILS = (
@@ -68,8 +80,7 @@ def _read_hounsfield(file: Path, header: Dataset, out: NDArray[np.float32]) -> N
         image = pydicom.dcmread(file)
         _check_codestream(image, out.shape)
         syntax = image.file_meta.TransferSyntaxUID
-        plugin = "pylibjpeg" if syntax == RLELossless else ""  # pydicom's own RLE decoder goes on where segments are broken
-        stored, _ = get_decoder(syntax).as_array(image, raw=True, decoding_plugin=plugin)
+        stored, _ = get_decoder(syntax).as_array(image, raw=True, decoding_plugin=DECODERS.get(syntax, ""))
     except _DECODING_FAILS as error:
         raise AnalysisFailed(f"The image {uid} cannot be decoded ({type(error).__name__}).") from error
     if stored.shape != out.shape:

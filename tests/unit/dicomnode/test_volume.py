@@ -1,6 +1,7 @@
 """Reading a series: the same Hounsfield units at the same places of the patient as another reader sees, whatever the order of files."""
 
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import SimpleITK
 from ct_series import AXIAL, write_series
 from hypothesis import HealthCheck, given, settings, strategies as st
 from numpy.typing import NDArray
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 from small_bundle import MANIFEST
 
 from dicomnode.analysis.package import parse_manifest
@@ -19,6 +20,7 @@ from dicomnode.analysis.select import NotEligible, SelectedSeries, read_headers,
 from dicomnode.analysis.volume import read_volume
 from dicomnode.errors import AnalysisFailed
 from dicomnode.findings import Volume
+from pacs import program
 
 REAL = Path(__file__).parents[3].parent / "shared" / "data" / "ct_chest_lidc"
 
@@ -171,6 +173,19 @@ def test_a_losslessly_compressed_series_has_the_same_values(tmp_path: Path, synt
         image = pydicom.dcmread(file)
         image.compress(syntax, generate_instance_uid=False)
         image.save_as(file)
+    np.testing.assert_array_equal(read_volume(series_of(files)).voxels, plain.voxels)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("option", ["+e1", "+el"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_series_that_dcmtk_compressed_to_jpeg_lossless_has_the_same_values(tmp_path: Path, option: str, signed: bool) -> None:
+    dcmcjpeg = program("dcmcjpeg", "dcmtk")
+    files = write_series(tmp_path, random_stored(np.random.default_rng(5), signed=signed, shape=(3, 64, 64)))
+    plain = read_volume(series_of(files))
+    for file in files:
+        subprocess.run([dcmcjpeg, option, "+un", file, file], check=True, capture_output=True)
+        assert pydicom.dcmread(file).file_meta.TransferSyntaxUID in {JPEGLossless, JPEGLosslessSV1}
     np.testing.assert_array_equal(read_volume(series_of(files)).voxels, plain.voxels)
 
 
