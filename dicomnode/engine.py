@@ -23,6 +23,7 @@ from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, Enque
 from dicomnode.config import EngineSection
 from dicomnode.logs import get_logger
 from storage import Storage
+from storage.errors import Unavailable
 from storage.records import Job, JobKind, Priority
 
 # Bump when the arguments of a workflow change: workers only take work of their own version.
@@ -31,6 +32,7 @@ WORKFLOW_VERSION = "dicomnode-1"
 SERIALIZER = DBOSPortableJSONSerializer()
 PRIORITIES: dict[Priority, int] = {"stat": 1, "routine": 10}
 WORKER_LEASE = "worker/"
+AWAY_SECONDS = 5.0  # until a job that the database left in the middle is tried again
 # A workflow that kills its worker is dead-lettered by the job's own count of attempts; the engine's limit must never come first.
 RECOVERY_ATTEMPTS = 1_000_000
 
@@ -165,17 +167,37 @@ class Worker:
         DBOS.workflow(name=queue.kind, max_recovery_attempts=RECOVERY_ATTEMPTS)(workflow)
 
     def _run(self, queue: Queue, key: str, ticket: str, attempt: int) -> None:
+        jobs = self._storage.jobs
         try:
             wait = queue.work(key, attempt)
+        except Unavailable as error:  # nothing is wrong with the job: it is done again when the database is back
+            log.warning("the database was away", job=key, attempt=attempt)
+            wait, away = AWAY_SECONDS, str(error)
+            self._once_possible(lambda: jobs.postpone(key, away))
         except Exception as error:  # the workflow boundary: whatever a job does, its row says so and the worker lives on
             log.exception("job failed", job=key, attempt=attempt)
-            self._storage.jobs.finish(key, "failed", reason_code="internal-error", reason=f"{type(error).__name__}: see the log")
+            reason = f"{type(error).__name__}: see the log"
+            self._once_possible(lambda: jobs.finish(key, "failed", reason_code="internal-error", reason=reason))
             return
         if wait is not None:
-            job = self._storage.jobs.job(key)
-            if job is not None:
-                with self._storage.database.writing() as transaction:
-                    self._client.enqueue(transaction, key, queue.kind, job.priority, ticket=ticket, attempt=attempt + 1, delay_seconds=wait)
+            self._once_possible(lambda: self._enqueue_again(queue, key, ticket, attempt + 1, wait))
+
+    def _enqueue_again(self, queue: Queue, key: str, ticket: str, attempt: int, wait: float) -> None:
+        job = self._storage.jobs.job(key)
+        if job is not None:
+            with self._storage.database.writing() as transaction:
+                self._client.enqueue(transaction, key, queue.kind, job.priority, ticket=ticket, attempt=attempt, delay_seconds=wait)
+
+    def _once_possible(self, action: Callable[[], object]) -> None:
+        """Do what a job's row needs, however long the database is away; a job whose row says nothing would never end."""
+        while True:
+            try:
+                action()
+            except Unavailable:
+                if self._stopping.wait(AWAY_SECONDS / 5):
+                    raise
+            else:
+                return
 
     def _keep_lease(self) -> None:
         while not self._stopping.wait(self._settings.lease_seconds / 3):

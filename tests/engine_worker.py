@@ -11,6 +11,7 @@ from pathlib import Path
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient, Queue, Worker
 from storage import open_storage
+from storage.errors import Unavailable
 
 
 def main(url: str, folder: str, journal: str, behaviour: str) -> None:
@@ -25,6 +26,8 @@ def main(url: str, folder: str, journal: str, behaviour: str) -> None:
             time.sleep(600)
         if behaviour == "raise":
             raise ZeroDivisionError
+        if behaviour == "database-away" and attempt == 0:
+            raise Unavailable("the database is away")
         if behaviour == "third-time" and attempt < 2:
             return 0.2
         storage.jobs.finish(key, "done")

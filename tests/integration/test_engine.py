@@ -15,7 +15,7 @@ from dicomnode.completion import cancel, close_complete_studies, prioritise, rea
 from dicomnode.engine import EngineClient, prepare_engine
 from pacs import wait_until
 from storage import open_storage, prepare_storage
-from storage.records import InstanceHeader, Peer, Priority, Route
+from storage.records import InstanceHeader, Peer, Priority, Result, Route
 
 WORKER = Path(__file__).parents[1] / "engine_worker.py"
 STUDY = "1.2.3.4"
@@ -191,6 +191,33 @@ def test_an_unexpected_error_ends_the_job_visibly_and_a_retry_does_it(bench: Ben
     retry(bench.storage, bench.client, job)
     bench.worker("done")
     bench.wait(lambda: bench.states() == {key(): "done"}, "the retry")
+
+
+def test_a_job_that_the_database_left_in_the_middle_is_done_when_it_is_back(bench: Bench) -> None:
+    bench.route()
+    bench.receive()
+    bench.close_studies()
+    bench.worker("database-away")
+    bench.wait(lambda: bench.states() == {key(): "done"}, "the second try")
+    assert bench.journal() == [key()] * 2
+
+
+def test_an_analysis_whose_failure_was_reported_is_retried_as_the_next_run(bench: Bench) -> None:
+    bench.route()
+    bench.receive()
+    bench.close_studies()
+    report = Result(
+        sop_instance_uid="2.25.1", sop_class_uid="1.2.840.10008.5.1.4.1.1.88.34", transfer_syntax_uid="1.2.840.10008.1.2.1", modality="SR",
+        study_instance_uid=STUDY, job_key=key(), stored=bench.storage.objects.put(b"failed"), created_at=datetime.now(UTC),
+    )  # fmt: skip
+    with bench.storage.database.writing() as transaction:
+        bench.storage.jobs.add_results(transaction, [report])
+        bench.storage.jobs.finish(key(), "failed", reason_code="analysis-failed", reason="told the PACS", connection=transaction)
+    job = bench.storage.jobs.job(key())
+    assert job is not None
+    assert retry(bench.storage, bench.client, job) == key(run=2)
+    bench.worker("done")
+    bench.wait(lambda: bench.states() == {key(): "failed", key(run=2): "done"}, "the next run")
 
 
 def test_a_try_that_asks_for_another_comes_again_later(bench: Bench) -> None:
