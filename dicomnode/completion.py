@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +26,20 @@ QUIET_SECONDS_WITHOUT_ROUTE = 60.0
 OPEN_ASSOCIATION_FACTOR = 5
 
 log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What an analyse job is created with, but for its number."""
+
+    study_instance_uid: str
+    revision: int
+    package: str
+    version: str
+    digest: str
+    to_ae_titles: tuple[str, ...]
+    report_refusals: bool
+    priority: Priority
 
 
 class Completion:
@@ -100,12 +115,20 @@ def reanalyse(storage: Storage, client: EngineClient, study: Study) -> list[str]
         return _create_jobs(storage, client, transaction, study.study_instance_uid, study.revision, routes)[0]
 
 
-def retry(storage: Storage, client: EngineClient, job: Job) -> None:
-    """Put a job that ended without success, or that waits, on its queue again, with its attempts counted from 0."""
+def retry(storage: Storage, client: EngineClient, job: Job) -> str:
+    """Do a job that ended without success, or that waits, again, its attempts counted from 0; return the key of the job that does it.
+
+    An analysis whose failure the PACS has been told of is done as the next run: what it says now needs other UIDs.
+    """
+    if job.kind == "analyse" and storage.jobs.results(job_key=job.key):
+        with storage.database.writing() as transaction:
+            run = _Run(**{field.name: getattr(job, field.name) for field in fields(_Run)})
+            return _create(storage, client, transaction, run)
     client.withdraw(job.key)
     storage.jobs.requeue(job.key)
     with storage.database.writing() as transaction:
         client.restart(transaction, job)
+    return job.key
 
 
 def cancel(storage: Storage, client: EngineClient, job: Job) -> None:
@@ -164,26 +187,27 @@ def _create_jobs(
     keys = []
     for package in packages:
         mine = [r for r in routes if r.package == package.name and r.version in {None, package.version}]
-        run = storage.jobs.next_run(study_instance_uid, revision, package.name)
-        key = f"analyse/{study_instance_uid}/{revision}/{package.name}/{run}"
-        priority = _priority(mine, storage.index.requested_priority(study_instance_uid))
-        storage.jobs.create(
-            transaction,
-            key=key,
-            kind="analyse",
+        run = _Run(
             study_instance_uid=study_instance_uid,
             revision=revision,
             package=package.name,
             version=package.version,
             digest=package.digest,
-            run=run,
             to_ae_titles=tuple(dict.fromkeys(title for route in mine for title in route.to_ae_titles)),
             report_refusals=any(route.report_refusals for route in mine),
-            priority=priority,
+            priority=_priority(mine, storage.index.requested_priority(study_instance_uid)),
         )
-        client.enqueue(transaction, key, "analyse", priority)
-        keys.append(key)
+        keys.append(_create(storage, client, transaction, run))
     return keys, missing
+
+
+def _create(storage: Storage, client: EngineClient, transaction: Any, run: _Run) -> str:
+    """Create and enqueue the next analysis of a revision by a package; return its key."""
+    number = storage.jobs.next_run(run.study_instance_uid, run.revision, run.package)
+    key = f"analyse/{run.study_instance_uid}/{run.revision}/{run.package}/{number}"
+    storage.jobs.create(transaction, key=key, kind="analyse", run=number, **asdict(run))
+    client.enqueue(transaction, key, "analyse", run.priority)
+    return key
 
 
 def _priority(routes: Sequence[Route], requested: Priority) -> Priority:

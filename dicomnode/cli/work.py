@@ -106,7 +106,7 @@ def job_retry(key: str, config: ConfigOption = None) -> None:
         found = _known_job(storage, key)
         if found.state in {"done", "running"}:
             raise UsageError(f"the job is {found.state}; `dicomnode study reanalyse` analyses a study again")
-        retry(storage, client, found)
+        typer.echo(retry(storage, client, found))
 
 
 @job.command("cancel")
