@@ -1,0 +1,75 @@
+"""How often an analysis is tried: a full disk is waited for, and what ends its worker is put aside."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dicomnode.completion import prioritise
+from dicomnode.config import Settings
+from dicomnode.delivery import Sender
+from dicomnode.pipeline import RETRY_SECONDS, Analyser
+from storage.errors import OutOfSpace
+from storage.records import Job
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_engine import STUDY, Bench, key
+
+DELIVERY = f"deliver/{STUDY}/1/stub/1/PACS"
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Bench]:
+    """A storage with one analyse job queued, and no worker."""
+    desk = Bench(f"sqlite:///{tmp_path / 'node.sqlite'}", tmp_path / "node")
+    desk.route()
+    desk.receive()
+    desk.close_studies()
+    yield desk
+    desk.end()
+
+
+def job(desk: Bench, name: str) -> Job:
+    found = desk.storage.jobs.job(name)
+    assert found is not None
+    return found
+
+
+def test_a_full_disk_is_waited_for_and_never_counts_as_a_crash(desk: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OutOfSpace("no space")
+
+    monkeypatch.setattr(Analyser, "_keep", full)
+    analyser = Analyser(Settings(), desk.storage, desk.client)
+    for attempt in range(6):
+        assert analyser.analyse(key(), attempt) == RETRY_SECONDS
+        assert (job(desk, key()).state, job(desk, key()).reason) == ("queued", "no space")
+    monkeypatch.undo()
+    assert analyser.analyse(key(), 6) is None
+    assert job(desk, key()).reason_code == "analysis-failed"  # the bench's image is no DICOM
+
+
+def test_an_analysis_that_ends_its_worker_is_dead_lettered_after_three_times(desk: Bench) -> None:
+    for _ in range(3):
+        desk.storage.jobs.start(key())
+    Analyser(Settings(), desk.storage, desk.client).analyse(key(), 0)
+    ended = job(desk, key())
+    assert (ended.state, ended.reason_code) == ("failed", "dead-letter")
+    assert "3 times" in (ended.reason or "")
+
+
+def test_a_delivery_that_has_waited_long_keeps_its_tries_when_its_priority_changes(desk: Bench) -> None:
+    with desk.storage.database.writing() as connection:
+        desk.storage.jobs.create(
+            connection, key=DELIVERY, kind="deliver", study_instance_uid=STUDY, revision=1, package="stub", version="1", digest="d" * 64,
+            run=1, peer="PACS", priority="routine",
+        )  # fmt: skip
+    for _ in range(20):
+        desk.storage.jobs.start(DELIVERY)
+        desk.storage.jobs.postpone(DELIVERY, "the peer is down")
+    prioritise(desk.storage, desk.client, job(desk, DELIVERY), "stat")
+    Sender(Settings(), desk.storage).deliver(DELIVERY, 0)
+    assert (job(desk, DELIVERY).state, job(desk, DELIVERY).priority) == ("done", "stat")
