@@ -125,8 +125,8 @@ def retry(storage: Storage, client: EngineClient, job: Job) -> str:
             run = _Run(**{field.name: getattr(job, field.name) for field in fields(_Run)})
             return _create(storage, client, transaction, run)
     client.withdraw(job.key)
-    storage.jobs.requeue(job.key)
-    with storage.database.writing() as transaction:
+    with storage.database.writing() as transaction:  # both or neither: a job that says queued and is on no queue would never end
+        storage.jobs.requeue(job.key, connection=transaction)
         client.restart(transaction, job)
     return job.key
 

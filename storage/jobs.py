@@ -142,14 +142,17 @@ class Jobs:
             if not connection.execute(update(JOB).where(JOB.c.key == key).values(priority=priority)).rowcount:
                 raise Conflict(f"there is no job {key}")
 
-    def requeue(self, key: str) -> None:
-        """Make a job as if it had never been tried; what it failed to deliver waits again. Raises Conflict if there is none."""
+    def requeue(self, key: str, *, connection: Connection | None = None) -> None:
+        """Make a job as if it had never been tried; what it failed to deliver waits again. Raises Conflict if there is none.
+
+        With `connection` this is part of the caller's write transaction.
+        """
         fresh = {"state": "queued", "attempts": 0, "reason_code": None, "reason": None, "started_at": None, "ended_at": None}
-        with self._database.writing() as connection:
-            if not connection.execute(update(JOB).where(JOB.c.key == key).values(**fresh)).rowcount:
+        with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
+            if not transaction.execute(update(JOB).where(JOB.c.key == key).values(**fresh)).rowcount:
                 raise Conflict(f"there is no job {key}")
             failed = update(DELIVERY).where(DELIVERY.c.job_key == key, DELIVERY.c.state == "failed")
-            connection.execute(failed.values(state="waiting", next_at=None))
+            transaction.execute(failed.values(state="waiting", next_at=None))
 
     def next_run(self, study_instance_uid: str, revision: int, package: str) -> int:
         """Return the run after the last of this revision and package, whatever its version; 1 if there was none."""
