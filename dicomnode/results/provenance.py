@@ -15,6 +15,7 @@ import highdicom
 import numpy as np
 from pydicom import Dataset
 from pydicom.filewriter import dcmwrite
+from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 
 from dicomnode.findings import Findings, ResultObject, RunIdentity, Volume
@@ -29,6 +30,8 @@ _IMAGE_KEYWORDS = (
     "SliceThickness", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "Manufacturer",
     "ManufacturerModelName", "AcquisitionDate", "AcquisitionTime", "BodyPartExamined",
 )  # fmt: skip
+# Optional numbers that the encoder computes with: what is no number is left out, as a result needs no word of it.
+_NUMBERS = ("SliceThickness", "LossyImageCompressionRatio")
 # Type 1 and 2 of the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1), which the encoder wants to see present.
 _PATIENT_AND_STUDY_KEYWORDS = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
@@ -74,11 +77,21 @@ def reduced_header(header: Dataset) -> Dataset:
     """Return what a result object needs of an image's header; patient and study attributes are present and empty."""
     image = Dataset()
     for keyword in _IMAGE_KEYWORDS:
-        if keyword in header:
+        if keyword in header and (keyword not in _NUMBERS or _is_number(header, keyword)):
             image[keyword] = header[keyword]
     for keyword in _PATIENT_AND_STUDY_KEYWORDS:
         setattr(image, keyword, "")
     return image
+
+
+def _is_number(header: Dataset, keyword: str) -> bool:
+    try:
+        value = header[keyword].value
+        for number in value if isinstance(value, MultiValue) else [value]:
+            float(number)
+    except (TypeError, ValueError, ArithmeticError):
+        return False
+    return True
 
 
 def series_number(header: Dataset, modality: str) -> int:

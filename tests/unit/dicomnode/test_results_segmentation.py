@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -13,6 +14,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 
 from dicomnode.findings import Code, Finding, ResultObject, Segment
 from dicomnode.results.proof import decode_segmentation
@@ -147,6 +150,17 @@ def test_an_attribute_the_images_lack_is_empty_and_never_invented(missing: str) 
 def test_a_value_that_the_standard_does_not_know_is_copied_as_it_is() -> None:
     case = synthetic(PatientSex="U")
     assert encode(case, nodule(case))[1].PatientSex == "U"
+
+
+@pytest.mark.parametrize(("keyword", "tag"), [("SliceThickness", 0x00180050), ("LossyImageCompressionRatio", 0x00282112)])
+def test_an_optional_number_of_the_source_that_is_none_stops_no_result(keyword: str, tag: int) -> None:
+    case = synthetic(LossyImageCompression="01", LossyImageCompressionMethod="ISO_10918_1")
+    for header in case.headers:
+        raw = RawDataElement(Tag(tag), "DS", 6, b"1.2.mm", 0, False, True)
+        header._dict[Tag(tag)] = raw  # as it lies in a data set that was read and not looked at
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert encode(case, nodule(case))[1].SegmentSequence
 
 
 def test_contrast_geometry_and_lossy_compression_of_the_source_are_said() -> None:
