@@ -74,7 +74,7 @@ def scan(scene: ChestScene, grid: Grid, protocol: Protocol, *, slab: int = 4) ->
 
     Works through slabs of `slab` slices, so memory stays small.
     """
-    fine_step = min(1.5, protocol.thickness_mm / 2)
+    fine_step = min(1.5, max(0.75, protocol.thickness_mm / 2))
     step, reach = grid.spacing_mm[0], protocol.thickness_mm / 2
     x, y, start = grid.origin_lps_mm
     result = np.empty(grid.shape, dtype=np.float32)

@@ -192,9 +192,7 @@ def _lung_point(rng: np.random.Generator, anatomy: Anatomy) -> NDArray[np.float6
     return point
 
 
-def points_in_lung(
-    anatomy: Anatomy, rng: np.random.Generator, *, count: int, depth_mm: tuple[float, float]
-) -> NDArray[np.float64]:
+def points_in_lung(anatomy: Anatomy, rng: np.random.Generator, *, count: int, depth_mm: tuple[float, float]) -> NDArray[np.float64]:
     """Draw (count, 3) points x, y, z whose depth below the lung's surface lies between the two numbers (negative: outside)."""
     found: list[NDArray[np.float64]] = []
     total = 0

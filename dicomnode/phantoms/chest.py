@@ -62,9 +62,7 @@ def scatter_nodules(scene: ChestScene, rng: np.random.Generator, diameters_mm: N
                 point = joints[rng.integers(len(joints))] + rng.normal(0, 0.3 * radius, 3)
             else:
                 point = points_in_lung(scene.anatomy, rng, count=1, depth_mm=(min(radius, 12.0), np.inf))[0]
-            clear = all(
-                np.linalg.norm(np.subtract(point, other.centre_lps_mm)) > radius + other.diameter_mm / 2 + 6 for other in placed
-            )
+            clear = all(np.linalg.norm(np.subtract(point, other.centre_lps_mm)) > radius + other.diameter_mm / 2 + 6 for other in placed)
             x, y, z = (np.array([v], dtype=np.float32) for v in point)
             if clear and float(scene.anatomy.lung_distance((z, y, x))[0]) < -0.15 * radius:
                 placed.append(random_nodule(rng, (float(point[0]), float(point[1]), float(point[2])), float(diameter)))

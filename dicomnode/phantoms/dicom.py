@@ -46,9 +46,7 @@ def uid_from(*parts: str) -> str:
     return f"2.25.{uuid.UUID(bytes=digest[:16], version=5).int}"
 
 
-def write_ct_series(
-    folder: Path, voxels: NDArray[np.float32], affine: NDArray[np.float64], header: SeriesHeader
-) -> list[Path]:
+def write_ct_series(folder: Path, voxels: NDArray[np.float32], affine: NDArray[np.float64], header: SeriesHeader) -> list[Path]:
     """Write (slices, rows, columns) HU with an affine from (k, r, c, 1) to LPS mm; return the files, slice 0 first."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []

@@ -55,7 +55,7 @@ def synthetic_case(seed: int, *, nodules: int) -> Case:
     diameters = np.array([np.exp(rng.uniform(np.log(low), np.log(high))) for low, high in bins])
     scene = scatter_nodules(chest_scene(seed), rng, np.sort(diameters)[::-1])
     protocol = random_protocol(rng)
-    grid = chest_grid(scene, pixel_mm=1.2, slice_mm=max(1.25, round(protocol.thickness_mm, 2)), pixels=320)
+    grid = chest_grid(scene, pixel_mm=1.2, slice_mm=max(1.5, round(protocol.thickness_mm, 2)), pixels=320)
     volume = volume_of(scan(scene, grid, protocol), grid, f"phantom {seed}")
     return Case(name=f"phantom {seed}", volume=volume, known=tuple(_truths(scene, grid)))
 

@@ -47,7 +47,7 @@ def evaluate(package_folder: Path, data_folder: Path | None = None, *, scans: in
     """Measure the package; write what was found into its evaluation.json and MODEL_CARD.md, and return it.
 
     Without `data_folder` on `scans` synthetic chests, of which every third has no nodule; else on the real cases in it, as
-    `cases.real_cases` reads them. Figures of another digest are thrown away.
+    `cases.real_cases` reads them. Cases of earlier calls stay; figures of another digest are thrown away.
 
     Raises:
         PackageError: the package is not sound.
@@ -62,7 +62,8 @@ def evaluate(package_folder: Path, data_folder: Path | None = None, *, scans: in
     if data_folder is None:
         content["phantoms"] = measure_phantoms(model, first_seed=TEST_SEED, scans=scans)
     else:
-        content["cases"] = measure_cases(model, data_folder)
+        earlier = {row["case"]: row for row in content.get("cases", [])}
+        content["cases"] = [*(earlier | {row["case"]: row for row in measure_cases(model, data_folder)}).values()]
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_model_card(package_folder)
     return content

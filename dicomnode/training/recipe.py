@@ -40,7 +40,6 @@ class TrainingSection(_Section):
 
     seed: int
     steps: int = Field(ge=1)
-    schedule_steps: int = Field(0, ge=0, description="length of the cosine; 0: as many as steps. Longer: the run ends before it is down")
     batch: int = Field(ge=1)
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)

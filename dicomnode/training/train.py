@@ -92,8 +92,7 @@ class Trainer:
         section = self._section
         if self.step < section.warm_up_steps:
             return section.learning_rate * (self.step + 1) / section.warm_up_steps
-        length = (section.schedule_steps or section.steps) - section.warm_up_steps
-        share = min(1.0, (self.step - section.warm_up_steps) / max(1, length))
+        share = (self.step - section.warm_up_steps) / max(1, section.steps - section.warm_up_steps)
         return section.learning_rate * (0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * share))))
 
     def learn(self, batch: Batch) -> float | None:

@@ -89,7 +89,7 @@ def test_the_volume_of_a_package_check_shows_a_nodule_in_its_middle() -> None:
 
 @pytest.fixture(scope="module")
 def scene() -> ChestScene:
-    return chest_scene(40)
+    return chest_scene(102)
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -41,7 +41,6 @@ def small(tmp_path: Path) -> Path:
         assert old in text, old
         text = text.replace(old, new)
     lines = ["steps = 4" if line.startswith("steps =") else line for line in text.splitlines()]
-    lines = ["schedule_steps = 6" if line.startswith("schedule_steps =") else line for line in lines]
     file = tmp_path / "small.toml"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
