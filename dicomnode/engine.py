@@ -118,6 +118,7 @@ class Worker:
         self._queues = queues
         self._database_url = database_url
         self._stopping = threading.Event()
+        self._at_work: set[str] = set()  # keys of the jobs that run now
         self._lease_thread = threading.Thread(target=self._keep_lease, name="worker-lease", daemon=True)
 
     def start(self) -> None:
@@ -151,9 +152,12 @@ class Worker:
     def stop(self, drain_seconds: float) -> None:
         """Take no more work, let what runs end for at most `drain_seconds`, and give the lease back.
 
-        What hasn't ended by then stays pending; its lease lapses and another worker takes it over.
+        What hasn't ended by then stays pending; its lease lapses and another worker takes it over, and the stop doesn't count as
+        a crash of the job.
         """
         DBOS.destroy(workflow_completion_timeout_sec=max(1, int(drain_seconds)))
+        for key in tuple(self._at_work):
+            self._storage.jobs.forgive(key)
         self._stopping.set()
         self._lease_thread.join()
         if not self._client.has_pending(self.name):
@@ -167,6 +171,13 @@ class Worker:
         DBOS.workflow(name=queue.kind, max_recovery_attempts=RECOVERY_ATTEMPTS)(workflow)
 
     def _run(self, queue: Queue, key: str, ticket: str, attempt: int) -> None:
+        self._at_work.add(key)
+        try:
+            self._work(queue, key, ticket, attempt)
+        finally:
+            self._at_work.discard(key)
+
+    def _work(self, queue: Queue, key: str, ticket: str, attempt: int) -> None:
         jobs = self._storage.jobs
         try:
             wait = queue.work(key, attempt)

@@ -130,6 +130,12 @@ class Jobs:
             _row(transaction, key)
             return False
 
+    def forgive(self, key: str) -> None:
+        """Take one attempt of a running job back: its worker is told to stop, which is no fault of the job."""
+        with self._database.writing() as connection:
+            running = update(JOB).where(JOB.c.key == key, JOB.c.state == "running", JOB.c.attempts > 0)
+            connection.execute(running.values(attempts=JOB.c.attempts - 1))
+
     def postpone(self, key: str, reason: str) -> None:
         """Let a running job wait for its next try, with why; nothing happens if it has ended."""
         with self._database.writing() as connection:

@@ -39,7 +39,7 @@ def main(url: str, folder: str, journal: str, behaviour: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     worker.start()
     stop.wait()
-    worker.stop(5)
+    worker.stop(1)
     client.close()
     storage.database.close()
 

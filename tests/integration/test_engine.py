@@ -176,6 +176,25 @@ def test_another_worker_takes_over_from_a_killed_one(bench: Bench) -> None:
     assert bench.storage.leases.expired("worker/") == []
 
 
+def test_a_stop_amid_a_job_is_no_crash_of_the_job(bench: Bench) -> None:
+    bench.route()
+    bench.receive()
+    bench.close_studies()
+    worker = bench.worker("hang")
+    bench.wait(lambda: bench.journal() == [key()], "the worker to begin")
+    worker.terminate()
+    bench.wait(lambda: attempts(bench) == 0, "the attempt to be taken back")
+    worker.kill()
+    bench.worker("done")
+    bench.wait(lambda: bench.states() == {key(): "done"}, "the takeover")
+    assert attempts(bench) == 1
+
+
+def attempts(bench: Bench) -> int:
+    (job,) = bench.storage.jobs.jobs()
+    return job.attempts
+
+
 def test_an_unexpected_error_ends_the_job_visibly_and_a_retry_does_it(bench: Bench) -> None:
     bench.route()
     bench.receive()
