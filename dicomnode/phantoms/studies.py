@@ -80,8 +80,8 @@ def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
     """
     scene = chest_scene(102)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
-    with_nodule = _write_chest(folder / "chest-nodule", scene.with_nodules((nodule,)), 1, slices=64)
-    without = _write_chest(folder / "chest-clear", chest_scene(143), 2, slices=40)
+    with_nodule = _write_chest(folder / "chest-nodule", scene.with_nodules((nodule,)), 1, slices=52)
+    without = _write_chest(folder / "chest-clear", chest_scene(143), 2, slices=32)
     return with_nodule, without, write_mr_bottle(folder / "mr-three-images")
 
 
