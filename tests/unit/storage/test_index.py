@@ -227,13 +227,15 @@ def test_of_threads_that_bring_one_uid_exactly_one_stores_it(storage: Storage, h
 
 def test_no_image_falls_between_two_revisions_and_none_changes_after_it_was_closed(storage: Storage, header: Make) -> None:
     writers, each = 4, 25
-    done = threading.Event()
+    done, closed_amid = threading.Event(), threading.Event()
     seen_at_close: dict[int, list[str]] = {}
 
     def write(writer: int) -> None:
         for number in range(each):
             answer = storage.index.add_instance(header(1 + writer * each + number), storage.objects.put(b"x"))
             assert answer == "stored"
+            if number == each // 2:
+                assert closed_amid.wait(60)  # so that images come before and after a close, however busy the machine is
 
     def close_once() -> None:
         with storage.database.writing() as connection:
@@ -243,6 +245,7 @@ def test_no_image_falls_between_two_revisions_and_none_changes_after_it_was_clos
             )
         if revision:
             seen_at_close[revision.number] = [i.sop_instance_uid for i in storage.index.instances(STUDY_UID, revision.number)]
+            closed_amid.set()
 
     def keep_closing() -> None:
         while not done.is_set():
