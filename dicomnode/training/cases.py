@@ -85,9 +85,7 @@ def _truths(scene: ChestScene, grid: Grid) -> Iterator[Known]:
             yield Known(centre_lps_mm=nodule.centre_lps_mm, diameter_mm=nodule.diameter_mm, truth=truth)
 
 
-def _dicom_case(
-    name: str, headers: Sequence[tuple[Path, Dataset]], manifest: Manifest, nodules: Sequence[Mapping[str, str]]
-) -> Case:
+def _dicom_case(name: str, headers: Sequence[tuple[Path, Dataset]], manifest: Manifest, nodules: Sequence[Mapping[str, str]]) -> Case:
     volume = read_volume(select_series(manifest, headers))
     known = tuple(
         Known(centre_lps_mm=(float(row["coordX"]), float(row["coordY"]), float(row["coordZ"])), diameter_mm=float(row["diameter_mm"]))
@@ -120,7 +118,5 @@ def _known_from_mask(mask: NDArray[np.bool_], volume: Volume) -> Known:
     return Known(
         centre_lps_mm=(x, y, z),
         diameter_mm=float(2 * (len(inside) * volume.voxel_ml * 1000 * 3 / 4 / np.pi) ** (1 / 3)),
-        truth=Segment(
-            mask=mask[low[0] : high[0], low[1] : high[1], low[2] : high[2]], origin=(int(low[0]), int(low[1]), int(low[2]))
-        ),
+        truth=Segment(mask=mask[low[0] : high[0], low[1] : high[1], low[2] : high[2]], origin=(int(low[0]), int(low[1]), int(low[2]))),
     )

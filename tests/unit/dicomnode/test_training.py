@@ -204,7 +204,7 @@ def test_the_model_card_tells_what_was_measured(small: Path, tmp_path: Path) -> 
 def test_toml_reads_back_as_it_was_written() -> None:
     import tomllib
 
-    entries = {"a": 1, "t": "ü \"q\"\n", "f": [0.5, 1.0], "s": {"x": True}, "rows": [{"n": 1, "code": {"v": "x"}}, {"n": 2}]}
+    entries = {"a": 1, "t": 'ü "q"\n', "f": [0.5, 1.0], "s": {"x": True}, "rows": [{"n": 1, "code": {"v": "x"}}, {"n": 2}]}
     assert tomllib.loads(toml_of(entries)) == entries
 
 

@@ -247,9 +247,10 @@ def test_a_lease_has_one_holder_until_it_ends(storage: Storage, monkeypatch: pyt
     assert (leases.holder("worker/1"), leases.expired("")) == (None, [])
 
 
-def test_leases_run_on_the_clock_of_the_database(storage: Storage, database_url: str) -> None:
-    if not database_url.startswith("postgresql"):
-        pytest.skip("SQLite has no clock of its own: one machine, one clock")
+# SQLite has no clock of its own: one machine, one clock
+@pytest.mark.system
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_leases_run_on_the_clock_of_the_database(storage: Storage) -> None:
     with storage.database.writing() as connection:
         connection.exec_driver_sql("CREATE SCHEMA slow")
         connection.exec_driver_sql(
