@@ -70,14 +70,12 @@ import dicomnode.delivery  # noqa: E402
 import dicomnode.pipeline  # noqa: E402
 import dicomnode.receiver  # noqa: E402
 from dicomnode.config import Settings  # noqa: E402
-from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine  # noqa: E402
-from storage import open_storage, prepare_storage  # noqa: E402
+from dicomnode.engine import EngineClient, Queue, Worker  # noqa: E402
+from storage import open_storage  # noqa: E402
 
 
 def run_node(settings: Settings, point: str | None, up: Any) -> None:
     """Run the node until it is killed, dying by itself at `point`; `up` is set (a multiprocessing event) when it listens."""
-    prepare_storage(settings.database_url, settings.data_folder)
-    prepare_engine(settings.database_url)
     store = open_storage(settings.database_url, settings.data_folder)
     client = EngineClient(settings.database_url)
     queues = (

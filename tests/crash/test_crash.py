@@ -21,6 +21,7 @@ from dicomnode.config import ListenerSection, Settings
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance
 from dicomnode.dimse.scu import Outgoing, send
+from dicomnode.engine import prepare_engine
 from dicomnode.phantoms.dicom import SeriesHeader, write_ct_series
 from pacs import LOOPBACK, free_port, wait_until
 from storage import Storage, open_storage, prepare_storage
@@ -188,6 +189,7 @@ def test_killed_at_any_point_nothing_is_lost_or_doubled(
 def prepare(settings: Settings, pacs: Pacs) -> Storage:
     """An empty store whose registry knows scanner, PACS, stub package and route."""
     prepare_storage(settings.database_url, settings.data_folder)
+    prepare_engine(settings.database_url)
     storage = open_storage(settings.database_url, settings.data_folder)
     registry = storage.registry
     registry.add_peer(Peer(ae_title="SCANNER", host=LOOPBACK, port=104, sends=True, receives=False, tls=False, client_cert=None))
