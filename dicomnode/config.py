@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dicomnode.errors import ConfigError
 
@@ -26,6 +26,7 @@ class NodeSection(_Section):
     """Who the node is, and the folder that holds what it must never lose."""
 
     ae_title: str = Field("DICOMNODE", description="the node's own AE title; peers call it")
+    more_ae_titles: tuple[str, ...] = Field((), description="further AE titles that peers may call; routes can tell them apart")
     data: Path = Field(Path("data"), description="folder of objects, packages and the default database; relative to this file")
 
     @field_validator("ae_title")
@@ -33,17 +34,64 @@ class NodeSection(_Section):
     def _ae_title(cls, value: str) -> str:
         return check_ae_title(value)
 
+    @field_validator("more_ae_titles")
+    @classmethod
+    def _more_ae_titles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(check_ae_title, value))
+
+    @property
+    def ae_titles(self) -> tuple[str, ...]:
+        """Every AE title that the node answers to, its own first."""
+        return (self.ae_title, *self.more_ae_titles)
+
 
 class ListenerSection(_Section):
-    """Where the Storage SCP listens and how long it waits."""
+    """Where the Storage SCP listens, what it takes and how long it waits. Counts hold for each listener process."""
 
     host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 for all")
     port: int = Field(11112, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    processes: int = Field(1, ge=1, le=32, description="listener processes that share the port")
     maximum_associations: int = Field(64, ge=1, description="associations at a time")
-    acse_timeout_seconds: float = Field(30, gt=0, description="wait for an association message")
+    maximum_associations_per_ae: int = Field(32, ge=1, description="associations at a time of one calling AE title")
+    maximum_half_open: int = Field(32, ge=1, description="connections without an association yet, of all addresses that are no peer's")
+    maximum_half_open_per_address: int = Field(4, ge=1, description="the same, of one address that is no peer's")
+    maximum_half_open_per_peer: int = Field(64, ge=1, description="the same, of one address of a peer")
+    association_seconds: float = Field(10, gt=0, description="deadline for the association request, and for the peer to close at the end")
+    pdu_seconds: float = Field(30, gt=0, description="deadline for the rest of a PDU that has begun, and for a response to be taken")
     dimse_timeout_seconds: float = Field(30, gt=0, description="wait for a DIMSE message to go on")
     network_timeout_seconds: float = Field(60, gt=0, description="close an association that is idle for this long")
+    least_bytes_per_second: int = Field(1024, ge=0, description="a message slower than this, pdu_seconds after its begin, is aborted")
     maximum_pdu_bytes: int = Field(131072, ge=4096, le=1048576, description="largest PDU we ask peers to send")
+    accepted_pdu_bytes: int = Field(1048576, ge=4096, le=16777216, description="largest PDU taken from a peer that doesn't listen to that")
+    maximum_association_request_bytes: int = Field(65536, ge=1024, description="largest association request")
+    maximum_message_bytes: int = Field(4294967296, ge=1024, description="largest data set")
+    maximum_association_bytes: int = Field(1099511627776, ge=1024, description="most that one association may send")
+    maximum_nesting: int = Field(64, ge=1, le=64, description="deepest sequence in a data set")
+    accept_deflated: bool = Field(False, description="take Deflated Explicit VR Little Endian")
+    maximum_inflated_bytes: int = Field(536870912, ge=1024, description="largest deflated data set, inflated; it is held in memory")
+
+
+class TlsSection(_Section):
+    """A second port for DICOM over TLS (PS3.15 B.12). Without a certificate there is none."""
+
+    port: int = Field(2762, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    certificate: Path | None = Field(None, description="the node's certificate with its chain, PEM; relative to this file")
+    key: Path | None = Field(None, description="its private key, PEM, not encrypted; relative to this file")
+    ca: Path | None = Field(
+        None, description="the site's certification authorities, PEM: only what they signed is let in; relative to this file"
+    )
+    handshake_seconds: float = Field(5, gt=0, description="deadline for the TLS handshake")
+
+    @field_validator("certificate", "key", "ca", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return value or None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> TlsSection:
+        if len({file is None for file in (self.certificate, self.key, self.ca)}) > 1:
+            raise ValueError("certificate, key and ca are needed together")
+        return self
 
 
 class StorageSection(_Section):
@@ -83,6 +131,7 @@ class Settings(_Section):
 
     node: NodeSection = NodeSection()
     listener: ListenerSection = ListenerSection()
+    tls: TlsSection = TlsSection()
     storage: StorageSection = StorageSection()
     engine: EngineSection = EngineSection()
     analysis: AnalysisSection = AnalysisSection()
@@ -137,7 +186,12 @@ def load_settings(file: Path | None, environment: Mapping[str, str] = os.environ
         mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise ConfigError(f"{path} has {len(mistakes)} mistake(s): " + "; ".join(mistakes)) from error
     folder = (path.parent / settings.node.data).resolve()
-    return settings.model_copy(update={"node": settings.node.model_copy(update={"data": folder})})
+    files = {
+        key: (path.parent / file).resolve() for key in ("certificate", "key", "ca") if (file := getattr(settings.tls, key)) is not None
+    }
+    return settings.model_copy(
+        update={"node": settings.node.model_copy(update={"data": folder}), "tls": settings.tls.model_copy(update=files)}
+    )
 
 
 def commented_toml() -> str:

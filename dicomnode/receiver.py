@@ -5,6 +5,7 @@ Must never load torch, MONAI or highdicom, change a byte of a data set, or let a
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from typing import Final
 
@@ -60,7 +61,7 @@ class Receiver:
         """Return once the instance is safe, or raise StoreRefused after the refusal was noted for the admin."""
         copy: StoredObject | None = None
         try:
-            header = read_header(received)
+            header = read_header(received, received.dataset, hashlib.sha256(received.dataset).hexdigest())
             outcome, copy = self._keep(received, header)
             if outcome == "conflict":
                 raise _about(header, ContentConflict("this SOP Instance UID is stored with other content"))

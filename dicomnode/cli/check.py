@@ -133,7 +133,7 @@ def _route_to_here(settings: Settings, storage: Storage) -> Iterator[threading.E
     arrived = threading.Event()
 
     def store(received: ReceivedInstance) -> None:
-        if read_header(received).modality == "SEG":
+        if read_header(received, received.dataset, "").modality == "SEG":
             arrived.set()
 
     listener = Listener(

@@ -56,7 +56,7 @@ def _lines(settings: Settings) -> Iterator[str]:
             ("TCP port", f"{listener.port} (`listener.port`)"),
             ("Associations at a time, as acceptor", f"{listener.maximum_associations} (`listener.maximum_associations`)"),
             ("Maximum PDU, as acceptor", f"{listener.maximum_pdu_bytes} bytes (`listener.maximum_pdu_bytes`)"),
-            ("Wait for an association message", f"{listener.acse_timeout_seconds:g} s (`listener.acse_timeout_seconds`)"),
+            ("Wait for an association message", f"{listener.association_seconds:g} s (`listener.association_seconds`)"),
             ("Idle association is aborted after", f"{listener.network_timeout_seconds:g} s (`listener.network_timeout_seconds`)"),
             ("Asynchronous operations", "one at a time"),
             ("Extended negotiation, role selection, user identity", "not used"),

@@ -6,6 +6,7 @@ readable later. It copies the few values it is asked for and only measures every
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +16,8 @@ from pydicom.datadict import dictionary_VR
 
 from dicomnode.dimse.contexts import TransferSyntax
 from dicomnode.errors import CannotUnderstand, PixelDataTooShort
+
+Encoded = bytes | mmap.mmap  # an encoded data set, in memory or mapped from its file
 
 MAXIMUM_DEPTH: Final = 64  # sequences inside sequences
 UNDEFINED_LENGTH: Final = 0xFFFFFFFF
@@ -42,7 +45,7 @@ class Contents:
 
 
 def walk(
-    data: bytes, syntax: TransferSyntax, contents: Contents, *, wanted: frozenset[int], nested: frozenset[tuple[int, int]] = frozenset()
+    data: Encoded, syntax: TransferSyntax, contents: Contents, *, wanted: frozenset[int], nested: frozenset[tuple[int, int]] = frozenset()
 ) -> None:
     """Walk `data`, encoded in `syntax`, to its last byte and fill `contents` on the way.
 
@@ -68,7 +71,7 @@ class _Walk:
     """The state of one walk over one data set."""
 
     def __init__(
-        self, data: bytes, syntax: TransferSyntax, contents: Contents, wanted: frozenset[int], nested: frozenset[tuple[int, int]]
+        self, data: Encoded, syntax: TransferSyntax, contents: Contents, wanted: frozenset[int], nested: frozenset[tuple[int, int]]
     ) -> None:
         order = "<" if syntax.little_endian else ">"
         self._data = data

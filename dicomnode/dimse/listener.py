@@ -84,7 +84,7 @@ class Listener:
         entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         entity.maximum_associations = self._settings.maximum_associations
         entity.maximum_pdu_size = self._settings.maximum_pdu_bytes
-        entity.acse_timeout = self._settings.acse_timeout_seconds
+        entity.acse_timeout = self._settings.association_seconds
         entity.dimse_timeout = self._settings.dimse_timeout_seconds
         entity.network_timeout = self._settings.network_timeout_seconds
         entity.add_supported_context(VERIFICATION)
@@ -116,7 +116,7 @@ class Listener:
         for association in admitted:
             if association.is_alive():
                 association.abort()
-                association.join(self._settings.acse_timeout_seconds)
+                association.join(self._settings.association_seconds)
         pydicom_config.settings.reading_validation_mode = self._validation_mode
         _log.info("stopped listening", ae_title=self._ae_title)
 

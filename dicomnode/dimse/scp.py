@@ -5,7 +5,6 @@ Must never decode pixels, change a byte of the data set, or put a value from the
 
 from __future__ import annotations
 
-import hashlib
 import re
 import struct
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dicomnode.dimse.contexts import (
     storage_class,
     transfer_syntax,
 )
-from dicomnode.dimse.encoding import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, Contents, walk
+from dicomnode.dimse.encoding import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, Contents, Encoded, walk
 from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
 from storage.records import InstanceHeader, Priority
 
@@ -64,8 +63,8 @@ _MAXIMUM_TEXT: Final = 324  # characters kept of a text in the index: five compo
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceivedInstance:
-    """One C-STORE request as it came: who, what the command and the context declare, and the data set's bytes."""
+class StoreRequest:
+    """One C-STORE request as it came: who, and what the command and the context declare. Its data set follows."""
 
     association: int  # number of the association within this process
     calling_ae_title: str
@@ -74,6 +73,12 @@ class ReceivedInstance:
     sop_class_uid: str  # Affected SOP Class UID of the command
     sop_instance_uid: str  # Affected SOP Instance UID of the command
     transfer_syntax_uid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedInstance(StoreRequest):
+    """A C-STORE request with its whole data set in memory."""
+
     dataset: bytes
 
 
@@ -85,8 +90,10 @@ def is_uid(value: str) -> bool:
     return len(value) <= 64 and _UID.fullmatch(value) is not None
 
 
-def read_header(received: ReceivedInstance) -> InstanceHeader:
+def read_header(request: StoreRequest, dataset: Encoded, dataset_sha256: str) -> InstanceHeader:
     """Check a received instance (contract 3) and return what the index keeps of it.
+
+    `dataset` is the encoded data set as it came, `dataset_sha256` its digest in hex.
 
     Raises:
         CannotUnderstand: the data set can't be read to its end, or a UID is absent or malformed.
@@ -96,23 +103,23 @@ def read_header(received: ReceivedInstance) -> InstanceHeader:
     """
     contents = Contents()
     try:
-        return _checked_header(received, contents)
+        return _checked_header(request, dataset, dataset_sha256, contents)
     except StoreRefused as refusal:
         study = _plain(contents.values.get(STUDY_INSTANCE_UID))
         refusal.study_instance_uid = study if is_uid(study) else None
         raise
 
 
-def part10_prefix(received: ReceivedInstance) -> bytes:
+def part10_prefix(request: StoreRequest) -> bytes:
     """Return preamble, prefix and file meta information (PS3.10 7.1); the data set's bytes follow it unchanged."""
     elements = (
         _meta_element(0x0001, b"OB", b"\x00\x01"),
-        _meta_element(0x0002, b"UI", received.sop_class_uid.encode("ascii")),
-        _meta_element(0x0003, b"UI", received.sop_instance_uid.encode("ascii")),
-        _meta_element(0x0010, b"UI", received.transfer_syntax_uid.encode("ascii")),
+        _meta_element(0x0002, b"UI", request.sop_class_uid.encode("ascii")),
+        _meta_element(0x0003, b"UI", request.sop_instance_uid.encode("ascii")),
+        _meta_element(0x0010, b"UI", request.transfer_syntax_uid.encode("ascii")),
         _meta_element(0x0012, b"UI", IMPLEMENTATION_CLASS_UID.encode("ascii")),
         _meta_element(0x0013, b"SH", IMPLEMENTATION_VERSION_NAME.encode("ascii")),
-        _meta_element(0x0016, b"AE", received.calling_ae_title.encode("ascii")),
+        _meta_element(0x0016, b"AE", request.calling_ae_title.encode("ascii")),
     )
     group = b"".join(elements)
     return b"\x00" * 128 + b"DICM" + _meta_element(0x0000, b"UL", struct.pack("<L", len(group))) + group
@@ -142,22 +149,22 @@ def _decode_part(value: bytes, mark: tuple[int, int, str], end: int) -> str:
     return value[start if keeps_escape else after_escape : end].decode(encoding, "replace")
 
 
-def _checked_header(received: ReceivedInstance, contents: Contents) -> InstanceHeader:
-    sop_class = storage_class(received.sop_class_uid)
-    syntax = transfer_syntax(received.transfer_syntax_uid)
-    if sop_class is None or received.context_sop_class_uid != received.sop_class_uid:
+def _checked_header(request: StoreRequest, dataset: Encoded, dataset_sha256: str, contents: Contents) -> InstanceHeader:
+    sop_class = storage_class(request.sop_class_uid)
+    syntax = transfer_syntax(request.transfer_syntax_uid)
+    if sop_class is None or request.context_sop_class_uid != request.sop_class_uid:
         raise DataSetDoesNotMatchSOPClass("SOP class of the command is not that of the context")
     if syntax is None:
         raise CannotUnderstand("the transfer syntax is not supported")
-    if not is_uid(received.sop_instance_uid):
+    if not is_uid(request.sop_instance_uid):
         raise CannotUnderstand("the command's SOP Instance UID is malformed")
-    if not received.dataset:
+    if not len(dataset):
         raise CannotUnderstand("the request has no data set")
-    walk(received.dataset, syntax, contents, wanted=_WANTED, nested=_NESTED)
+    walk(dataset, syntax, contents, wanted=_WANTED, nested=_NESTED)
     values = contents.values
-    if _plain(values.get(SOP_CLASS_UID)) != received.sop_class_uid:
+    if _plain(values.get(SOP_CLASS_UID)) != request.sop_class_uid:
         raise DataSetDoesNotMatchSOPClass("SOP Class UID: data set and command differ")
-    if _plain(values.get(SOP_INSTANCE_UID)) != received.sop_instance_uid:
+    if _plain(values.get(SOP_INSTANCE_UID)) != request.sop_instance_uid:
         raise DataSetDoesNotMatchSOPClass("SOP Instance UID: data set and command differ")
     study, series = _plain(values.get(STUDY_INSTANCE_UID)), _plain(values.get(SERIES_INSTANCE_UID))
     if not is_uid(study):
@@ -169,12 +176,12 @@ def _checked_header(received: ReceivedInstance, contents: Contents) -> InstanceH
     priorities = (values.get(PRIORITY), contents.nested_values.get((REQUEST_ATTRIBUTES, PRIORITY)))
     priority: Priority = "stat" if any(_plain(value).upper() == "STAT" for value in priorities) else "routine"
     return InstanceHeader(
-        sop_instance_uid=received.sop_instance_uid,
-        sop_class_uid=received.sop_class_uid,
-        transfer_syntax_uid=received.transfer_syntax_uid,
+        sop_instance_uid=request.sop_instance_uid,
+        sop_class_uid=request.sop_class_uid,
+        transfer_syntax_uid=request.transfer_syntax_uid,
         series_instance_uid=series,
         study_instance_uid=study,
-        dataset_sha256=hashlib.sha256(received.dataset).hexdigest(),
+        dataset_sha256=dataset_sha256,
         kind=sop_class.kind,
         modality=decode_text(values.get(MODALITY, b""), ())[:16],
         instance_number=_number(values.get(INSTANCE_NUMBER)),
@@ -186,8 +193,8 @@ def _checked_header(received: ReceivedInstance, contents: Contents) -> InstanceH
         series_number=_number(values.get(SERIES_NUMBER)),
         series_description=decode_text(values.get(SERIES_DESCRIPTION, b""), character_sets),
         requested_priority=priority,
-        calling_ae_title=received.calling_ae_title,
-        called_ae_title=received.called_ae_title,
+        calling_ae_title=request.calling_ae_title,
+        called_ae_title=request.called_ae_title,
         note=note,
     )
 

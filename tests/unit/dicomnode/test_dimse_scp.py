@@ -11,13 +11,18 @@ from hypothesis import given, settings, strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from dicomnode.dimse.scp import decode_text, is_uid, part10_prefix, read_header
+from dicomnode.dimse.scp import ReceivedInstance, decode_text, is_uid, part10_prefix, read_header
 from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
+from storage.records import InstanceHeader
+
+
+def read_whole(instance: ReceivedInstance) -> InstanceHeader:
+    return read_header(instance, instance.dataset, hashlib.sha256(instance.dataset).hexdigest())
 
 
 def header_of(dataset, syntax=EXPLICIT, tail=b"", **declared):
     data = encoded(dataset, syntax) + tail
-    return read_header(received(data, uid=dataset.SOPInstanceUID, sop_class=dataset.SOPClassUID, syntax=syntax, **declared))
+    return read_whole(received(data, uid=dataset.SOPInstanceUID, sop_class=dataset.SOPClassUID, syntax=syntax, **declared))
 
 
 def refusal_of(error, *args, **kwargs):
@@ -66,7 +71,7 @@ def test_no_part_of_an_image_passes_for_the_whole(syntax):
     data = encoded(dataset, syntax)
     for length in range(len(data)):
         with pytest.raises(StoreRefused):
-            read_header(received(data[:length], uid=dataset.SOPInstanceUID, syntax=syntax))
+            read_whole(received(data[:length], uid=dataset.SOPInstanceUID, syntax=syntax))
 
 
 def test_bytes_after_the_last_element_are_refused():
@@ -77,10 +82,10 @@ def test_a_refusal_names_the_study_as_far_as_it_was_read():
     dataset = a_dataset()
     data = encoded(dataset)
     with pytest.raises(CannotUnderstand) as caught:
-        read_header(received(data[:-10], uid=dataset.SOPInstanceUID))
+        read_whole(received(data[:-10], uid=dataset.SOPInstanceUID))
     assert caught.value.study_instance_uid == "1.2.3.4"
     with pytest.raises(CannotUnderstand) as caught:
-        read_header(received(data[:40], uid=dataset.SOPInstanceUID))
+        read_whole(received(data[:40], uid=dataset.SOPInstanceUID))
     assert caught.value.study_instance_uid is None
 
 
@@ -88,7 +93,7 @@ def test_another_transfer_syntax_than_negotiated_is_refused():
     dataset = a_dataset()
     for written, declared in [(IMPLICIT, EXPLICIT), (EXPLICIT, IMPLICIT), (BIG_ENDIAN, EXPLICIT), (EXPLICIT, BIG_ENDIAN)]:
         with pytest.raises(CannotUnderstand):
-            read_header(received(encoded(dataset, written), uid=dataset.SOPInstanceUID, syntax=declared))
+            read_whole(received(encoded(dataset, written), uid=dataset.SOPInstanceUID, syntax=declared))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_what_is_no_uid_is_refused(uid):
     assert not is_uid(uid)
     dataset = a_dataset()
     with pytest.raises(CannotUnderstand):
-        read_header(received(encoded(dataset), uid=uid))
+        read_whole(received(encoded(dataset), uid=uid))
 
 
 def raw_element(group, element, vr, value):
@@ -167,7 +172,7 @@ def test_command_context_and_data_set_must_agree():
     ]
     for case in cases:
         with pytest.raises(DataSetDoesNotMatchSOPClass):
-            read_header(received(data, **case))
+            read_whole(received(data, **case))
     refusal_of(DataSetDoesNotMatchSOPClass, a_dataset(), context="1.2.840.10008.5.1.4.1.1.4")
 
 
@@ -304,5 +309,5 @@ def test_damaged_data_sets_are_read_or_refused(data):
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(StoreRefused):  # anything else is a crash
-        header = read_header(received(bytes(damaged), uid="1.2.3", syntax=syntax))
+        header = read_whole(received(bytes(damaged), uid="1.2.3", syntax=syntax))
         assert is_uid(header.study_instance_uid)
