@@ -1,0 +1,22 @@
+"""The benchmarks run, and what they measure has arrived; nothing is said here of how long it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def test_the_benchmark_of_reception_compares_every_image_that_the_node_acknowledged(tmp_path: Path) -> None:
+    out = tmp_path / "receive.json"
+    command = [sys.executable, FOLDER / "receive.py", "--quick", "--images", "4", "--receivers", "node", "--folder", tmp_path, "--out", out]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {}  # alone, the node is compared with nothing
+    rows = [row for row in json.loads(out.read_text(encoding="utf-8"))["rows"] if not row["sender_tcp_quickack"]]
+    compared = {row["case"]: row["images_compared_byte_for_byte"] for row in rows[:4]}
+    assert compared == {"1 association": 4, "4 associations": 4, "16 associations": 16, "one image per association": 1}
+    assert not any(tmp_path.glob("receive-*"))
