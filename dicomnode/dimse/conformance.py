@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator
 
 from dicomnode.config import Settings
 from dicomnode.dimse.contexts import (
+    DEFLATED,
     EXCLUDED_TRANSFER_SYNTAXES,
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
     MAXIMUM_CONTEXTS,
     STORAGE_CLASSES,
-    TRANSFER_SYNTAXES,
     VERIFICATION,
+    offered_syntaxes,
 )
 from dicomnode.dimse.scu import TRANSIENT, WARNINGS
 from dicomnode.errors import StoreRefused
@@ -93,9 +94,13 @@ def _lines(settings: Settings) -> Iterator[str]:
     yield from _table(("SOP class", "UID", "Kind"), ((row.name, f"`{row.uid}`", row.kind) for row in STORAGE_CLASSES))
     yield "## Transfer syntaxes"
     yield "Each of them for each Storage SOP class; Verification in any of pynetdicom's default ones (Implicit and Explicit VR)."
-    yield from _table(("Transfer syntax", "UID"), ((row.name, f"`{row.uid}`") for row in TRANSFER_SYNTAXES))
+    offered = offered_syntaxes(accept_deflated=listener.accept_deflated)
+    yield from _table(("Transfer syntax", "UID"), ((row.name, f"`{row.uid}`") for row in offered))
     yield "Not accepted:"
-    yield from _table(("Transfer syntax", "UID", "Why"), ((name, f"`{uid}`", why) for uid, name, why in EXCLUDED_TRANSFER_SYNTAXES))
+    excluded = EXCLUDED_TRANSFER_SYNTAXES
+    if DEFLATED not in offered:
+        excluded = ((DEFLATED.uid, DEFLATED.name, "accepted only with `listener.accept_deflated`"), *excluded)
+    yield from _table(("Transfer syntax", "UID", "Why"), ((name, f"`{uid}`", why) for uid, name, why in excluded))
     yield "## Character sets"
     yield "Patient name, patient ID, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022"
     yield "extensions included, for the node's own lists; what can't be decoded shows as U+FFFD. The stored object is not changed."

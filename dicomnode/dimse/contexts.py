@@ -38,6 +38,7 @@ class TransferSyntax:
     uid: str
     name: str
     pixels: Literal["native", "frames", "video"]
+    deflated: bool = False  # the whole data set, not its pixels alone (PS3.5 A.5)
 
     @property
     def explicit_vr(self) -> bool:
@@ -292,9 +293,11 @@ TRANSFER_SYNTAXES: Final[tuple[TransferSyntax, ...]] = tuple(
     TransferSyntax(uid=uid, name=name, pixels=pixels) for uid, name, pixels in _SYNTAXES
 )
 
+# Accepted where the installer says so: it costs the memory of the inflated data set, and its time.
+DEFLATED: Final = TransferSyntax(uid="1.2.840.10008.1.2.1.99", name="Deflated Explicit VR Little Endian", pixels="native", deflated=True)
+
 # Every other transfer syntax of PS3.6, and why it isn't accepted.
 EXCLUDED_TRANSFER_SYNTAXES: Final = (
-    ("1.2.840.10008.1.2.1.99", "Deflated Explicit VR Little Endian", "the data set is deflated: it can't be checked without inflating it"),
     ("1.2.840.10008.1.2.4.94", "JPIP Referenced", "the pixels stay at a server that the object names: nothing to analyse would be kept"),
     (
         "1.2.840.10008.1.2.4.95",
@@ -320,11 +323,20 @@ EXCLUDED_TRANSFER_SYNTAXES: Final = (
 )
 
 
+def offered_syntaxes(*, accept_deflated: bool) -> tuple[TransferSyntax, ...]:
+    """Return the transfer syntaxes that the Storage SCP accepts; `accept_deflated` is the setting of that name."""
+    return (*TRANSFER_SYNTAXES, DEFLATED) if accept_deflated else TRANSFER_SYNTAXES
+
+
 def storage_class(uid: str) -> StorageClass | None:
     """Return the table's row of a SOP Class UID, or None if the node doesn't store that class."""
-    return next((row for row in STORAGE_CLASSES if row.uid == uid), None)
+    return _CLASS_OF_UID.get(uid)
 
 
 def transfer_syntax(uid: str) -> TransferSyntax | None:
-    """Return the table's row of a Transfer Syntax UID, or None if the node doesn't accept it."""
-    return next((row for row in TRANSFER_SYNTAXES if row.uid == uid), None)
+    """Return the table's row of a Transfer Syntax UID, offered or not, or None if the node knows no way to check it."""
+    return _SYNTAX_OF_UID.get(uid)
+
+
+_CLASS_OF_UID: Final = {row.uid: row for row in STORAGE_CLASSES}
+_SYNTAX_OF_UID: Final = {row.uid: row for row in offered_syntaxes(accept_deflated=True)}

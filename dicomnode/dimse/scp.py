@@ -20,7 +20,7 @@ from dicomnode.dimse.contexts import (
     storage_class,
     transfer_syntax,
 )
-from dicomnode.dimse.encoding import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, Contents, Encoded, walk
+from dicomnode.dimse.encoding import DOUBLE_PIXEL_DATA, FLOAT_PIXEL_DATA, PIXEL_DATA, Contents, Encoded, Limits, walk
 from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
 from storage.records import InstanceHeader, Priority
 
@@ -90,10 +90,17 @@ def is_uid(value: str) -> bool:
     return len(value) <= 64 and _UID.fullmatch(value) is not None
 
 
-def read_header(request: StoreRequest, dataset: Encoded, dataset_sha256: str) -> InstanceHeader:
+def read_header(
+    request: StoreRequest,
+    dataset: Encoded,
+    dataset_sha256: str,
+    *,
+    start: int = 0,
+    limits: Limits = Limits(),  # noqa: B008  frozen, so one default serves every call
+) -> InstanceHeader:
     """Check a received instance (contract 3) and return what the index keeps of it.
 
-    `dataset` is the encoded data set as it came, `dataset_sha256` its digest in hex.
+    From `start` on, `dataset` is the encoded data set as it came; `dataset_sha256` is its digest in hex.
 
     Raises:
         CannotUnderstand: the data set can't be read to its end, or a UID is absent or malformed.
@@ -103,7 +110,7 @@ def read_header(request: StoreRequest, dataset: Encoded, dataset_sha256: str) ->
     """
     contents = Contents()
     try:
-        return _checked_header(request, dataset, dataset_sha256, contents)
+        return _checked_header(request, dataset, dataset_sha256, start, limits, contents)
     except StoreRefused as refusal:
         study = _plain(contents.values.get(STUDY_INSTANCE_UID))
         refusal.study_instance_uid = study if is_uid(study) else None
@@ -138,7 +145,9 @@ def decode_text(value: bytes, character_sets: tuple[str, ...]) -> str:
         marks += [(m.start(), m.end(), CODES_TO_ENCODINGS.get(m.group(), first)) for m in _ESCAPE.finditer(value)]
         ends = [start for start, _, _ in marks[1:]] + [len(value)]
         text = "".join(_decode_part(value, mark, end) for mark, end in zip(marks, ends, strict=True))
-    return _CONTROL.sub(" ", text).strip()[:_MAXIMUM_TEXT]
+    if not text.isprintable():
+        text = _CONTROL.sub(" ", text)
+    return text.strip()[:_MAXIMUM_TEXT]
 
 
 def _decode_part(value: bytes, mark: tuple[int, int, str], end: int) -> str:
@@ -149,7 +158,9 @@ def _decode_part(value: bytes, mark: tuple[int, int, str], end: int) -> str:
     return value[start if keeps_escape else after_escape : end].decode(encoding, "replace")
 
 
-def _checked_header(request: StoreRequest, dataset: Encoded, dataset_sha256: str, contents: Contents) -> InstanceHeader:
+def _checked_header(
+    request: StoreRequest, dataset: Encoded, dataset_sha256: str, start: int, limits: Limits, contents: Contents
+) -> InstanceHeader:
     sop_class = storage_class(request.sop_class_uid)
     syntax = transfer_syntax(request.transfer_syntax_uid)
     if sop_class is None or request.context_sop_class_uid != request.sop_class_uid:
@@ -158,9 +169,9 @@ def _checked_header(request: StoreRequest, dataset: Encoded, dataset_sha256: str
         raise CannotUnderstand("the transfer syntax is not supported")
     if not is_uid(request.sop_instance_uid):
         raise CannotUnderstand("the command's SOP Instance UID is malformed")
-    if not len(dataset):
+    if len(dataset) <= start:
         raise CannotUnderstand("the request has no data set")
-    walk(dataset, syntax, contents, wanted=_WANTED, nested=_NESTED)
+    walk(dataset, syntax, contents, wanted=_WANTED, nested=_NESTED, start=start, limits=limits)
     values = contents.values
     if _plain(values.get(SOP_CLASS_UID)) != request.sop_class_uid:
         raise DataSetDoesNotMatchSOPClass("SOP Class UID: data set and command differ")

@@ -11,6 +11,7 @@ from dicomnode.dimse.contexts import (
     IMPLEMENTATION_VERSION_NAME,
     STORAGE_CLASSES,
     TRANSFER_SYNTAXES,
+    offered_syntaxes,
     storage_class,
     transfer_syntax,
 )
@@ -20,7 +21,7 @@ from dicomnode.dimse.scp import is_uid
 def test_every_transfer_syntax_of_the_standard_is_accepted_or_excluded_with_a_reason():
     assert pynetdicom.__version__ == "3.0.4"
     known = {uid for uid, entry in pydicom.uid.UID_dictionary.items() if entry[1] == "Transfer Syntax"}
-    accepted = [row.uid for row in TRANSFER_SYNTAXES]
+    accepted = [row.uid for row in offered_syntaxes(accept_deflated=True)]
     excluded = [uid for uid, _, _ in EXCLUDED_TRANSFER_SYNTAXES]
     assert len(accepted) == len(set(accepted))
     assert set(accepted).isdisjoint(excluded)
@@ -55,7 +56,15 @@ def test_encodings():
     assert not transfer_syntax("1.2.840.10008.1.2.2").little_endian
     assert transfer_syntax("1.2.840.10008.1.2.4.107").pixels == "video"
     assert transfer_syntax("1.2.840.10008.1.2.1.98").pixels == "frames"
-    assert transfer_syntax("1.2.840.10008.1.2.1.99") is None
+    assert transfer_syntax("1.2.840.10008.1.2.1.98").deflated is False
+    assert transfer_syntax("1.2.840.10008.1.2.4.94") is None
+
+
+def test_deflated_data_sets_are_accepted_only_where_the_installer_says_so():
+    deflated = transfer_syntax("1.2.840.10008.1.2.1.99")
+    assert (deflated.deflated, deflated.explicit_vr, deflated.little_endian, deflated.pixels) == (True, True, True, "native")
+    assert deflated not in offered_syntaxes(accept_deflated=False)
+    assert set(offered_syntaxes(accept_deflated=True)) == {*offered_syntaxes(accept_deflated=False), deflated}
 
 
 def test_the_node_names_itself_within_the_limits_of_the_standard():

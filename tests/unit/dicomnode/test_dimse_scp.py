@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import mmap
 from io import BytesIO
 
 import pydicom
@@ -11,18 +12,22 @@ from hypothesis import given, settings, strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from dicomnode.dimse.encoding import Limits
 from dicomnode.dimse.scp import ReceivedInstance, decode_text, is_uid, part10_prefix, read_header
 from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
 from storage.records import InstanceHeader
 
 
-def read_whole(instance: ReceivedInstance) -> InstanceHeader:
-    return read_header(instance, instance.dataset, hashlib.sha256(instance.dataset).hexdigest())
+LIMITS = Limits()
 
 
-def header_of(dataset, syntax=EXPLICIT, tail=b"", **declared):
+def read_whole(instance: ReceivedInstance, limits: Limits = LIMITS) -> InstanceHeader:
+    return read_header(instance, instance.dataset, hashlib.sha256(instance.dataset).hexdigest(), limits=limits)
+
+
+def header_of(dataset, syntax=EXPLICIT, tail=b"", limits=LIMITS, **declared):
     data = encoded(dataset, syntax) + tail
-    return read_whole(received(data, uid=dataset.SOPInstanceUID, sop_class=dataset.SOPClassUID, syntax=syntax, **declared))
+    return read_whole(received(data, uid=dataset.SOPInstanceUID, sop_class=dataset.SOPClassUID, syntax=syntax, **declared), limits)
 
 
 def refusal_of(error, *args, **kwargs):
@@ -135,6 +140,28 @@ def test_sequences_nest_up_to_64_deep(depth, accepted):
         assert header_of(a_dataset(), tail=opened + closed).kind == "image"
     else:
         refusal_of(CannotUnderstand, a_dataset(), tail=opened + closed)
+
+
+def test_the_setting_lowers_how_deep_sequences_nest():
+    opened = (b"\xf0\x7f\x01\x00SQ\x00\x00\xff\xff\xff\xff" + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") * 4
+    closed = (b"\xfe\xff\x0d\xe0\x00\x00\x00\x00" + b"\xfe\xff\xdd\xe0\x00\x00\x00\x00") * 4
+    assert header_of(a_dataset(), tail=opened + closed, limits=Limits(maximum_nesting=4)).kind == "image"
+    refusal_of(CannotUnderstand, a_dataset(), tail=opened + closed, limits=Limits(maximum_nesting=3))
+
+
+@pytest.mark.parametrize("syntax", [IMPLICIT, EXPLICIT, BIG_ENDIAN])
+def test_a_data_set_is_read_from_anywhere_in_bytes_or_a_mapped_file(syntax, tmp_path):
+    dataset = a_dataset(RequestAttributesSequence=Sequence([a_dataset(PixelData=None, RequestedProcedurePriority="STAT")]))
+    instance = received(encoded(dataset, syntax), uid=dataset.SOPInstanceUID, syntax=syntax)
+    header = read_header(instance, instance.dataset, "digest")
+    prefix = part10_prefix(instance)
+    assert read_header(instance, prefix + instance.dataset, "digest", start=len(prefix)) == header
+    file = tmp_path / "object"
+    file.write_bytes(prefix + instance.dataset)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert read_header(instance, mapped, "digest", start=len(prefix)) == header
+        with pytest.raises(CannotUnderstand):
+            read_header(instance, mapped, "digest", start=len(mapped))
 
 
 @pytest.mark.parametrize("uid", ["1.2.3/../../etc/passwd", "1..2", ".1", "1.", "1.2.x", "", "1" * 65, "1.2.3 4", "١.٢"])
