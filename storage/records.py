@@ -138,7 +138,10 @@ class Peer:
     sends: bool
     receives: bool
     tls: bool
-    client_cert: str | None
+    client_cert: str | None  # sha256 (hex) of the DER certificate that it must show; None: any that the site's CA signed
+    networks: tuple[str, ...] = ()  # where it may connect from, in CIDR notation; empty: the addresses of `host`
+    user: str | None = None  # the user name it must give (PS3.7 D.3.3.7); None: none is asked for
+    passcode_hash: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
