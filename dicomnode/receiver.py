@@ -10,6 +10,7 @@ import threading
 from typing import Final
 
 from dicomnode.config import Settings
+from dicomnode.dimse.association import Caller, in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, is_uid, part10_prefix, read_header
 from dicomnode.errors import ContentConflict, OutOfResources, ProcessingFailure, StoreRefused
@@ -30,10 +31,11 @@ class Receiver:
 
     def __init__(self, settings: Settings, storage: Storage) -> None:
         self._storage = storage
+        self._ae_titles = settings.node.ae_titles
         self._lock = threading.Lock()
         self._studies: dict[int, set[str]] = {}  # association -> studies it brought images of
         self._listener = Listener(
-            settings.listener, settings.node.ae_title, may_send=self._may_send, store=self._store, released=self._released
+            settings.listener, settings.node.ae_titles, admit=self._admit, receive=in_memory(self._store), released=self._released
         )
 
     @property
@@ -53,9 +55,9 @@ class Receiver:
         """Let the running associations end for up to `drain_seconds`, abort the rest, and return."""
         self._listener.stop(drain_seconds)
 
-    def _may_send(self, ae_title: str) -> bool:
-        peer = self._storage.registry.peer(ae_title)
-        return peer is not None and peer.sends
+    def _admit(self, caller: Caller) -> str | None:
+        peer = self._storage.registry.peer(caller.calling_ae_title)
+        return None if peer is not None and peer.sends and caller.called_ae_title in self._ae_titles else "calling AE title"
 
     def _store(self, received: ReceivedInstance) -> None:
         """Return once the instance is safe, or raise StoreRefused after the refusal was noted for the admin."""

@@ -16,6 +16,8 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import generate_uid
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.pdu import A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 from pynetdicom.presentation import build_context
 
 from dicomnode.dimse.scp import ReceivedInstance
@@ -123,6 +125,25 @@ def associate(port: int, pairs: list[tuple[str, str]], *, calling: str = "SCANNE
     entity = AE(calling)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
     return entity.associate("127.0.0.1", port, contexts=[build_context(*pair) for pair in pairs], ae_title=called, evt_handlers=handlers)
+
+
+def answer_to_request(port: int, pairs: list[tuple[str, str]], *, calling: str = "SCANNER", called: str = "DICOMNODE") -> bytes:
+    """The PDU that answers an association request; a pynetdicom requestor takes a rejection that comes at once for an abort."""
+    primitive = A_ASSOCIATE()
+    primitive.application_context_name = "1.2.840.10008.3.1.1.1"
+    primitive.calling_ae_title, primitive.called_ae_title = calling, called
+    maximum_length, implementation = MaximumLengthNotification(), ImplementationClassUIDNotification()
+    maximum_length.maximum_length_received = 16384
+    implementation.implementation_class_uid = "1.2.3"
+    primitive.user_information = [maximum_length, implementation]
+    contexts = [build_context(*pair) for pair in pairs]
+    for number, context in enumerate(contexts):
+        context.context_id = 2 * number + 1
+    primitive.presentation_context_definition_list = contexts
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection, connection.makefile("rb") as reader:
+        connection.sendall(A_ASSOCIATE_RQ(primitive).encode())
+        header = reader.read(6)
+        return header + reader.read(int.from_bytes(header[2:], "big"))
 
 
 def store(association: Any, data: bytes | None, *, uid: str, sop_class: str = CT, syntax: str = EXPLICIT) -> Dataset:

@@ -124,6 +124,7 @@ def _send_phantom(settings: Settings, storage: Storage) -> str:
 @contextmanager
 def _route_to_here(settings: Settings, storage: Storage) -> Iterator[threading.Event]:
     """Route what the self-test sends through the enabled packages back to a listener here; the event is set when a SEG arrives."""
+    from dicomnode.dimse.association import Caller, in_memory
     from dicomnode.dimse.listener import Listener
     from dicomnode.dimse.scp import ReceivedInstance, read_header
 
@@ -136,12 +137,14 @@ def _route_to_here(settings: Settings, storage: Storage) -> Iterator[threading.E
         if read_header(received, received.dataset, "").modality == "SEG":
             arrived.set()
 
+    def admit(caller: Caller) -> str | None:
+        return None if caller.calling_ae_title == settings.node.ae_title else "calling AE title"
+
     listener = Listener(
         ListenerSection(host=LOOPBACK, port=0),
-        SELF_TEST,
-        may_send=lambda title: title == settings.node.ae_title,
-        store=store,
-        released=lambda _association: None,
+        [SELF_TEST],
+        admit=admit,
+        receive=in_memory(store),
     )
     listener.start()
     routes = [f"{SELF_TEST}-{package.name}" for package in enabled]

@@ -23,6 +23,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from dicomnode.config import ListenerSection
 from dicomnode.demo.scanner import ScannedStudy, scan_folder, send_study
 from dicomnode.demo.summary import show_summary, summarise, write_previews, write_summary
+from dicomnode.dimse.association import Caller, in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import echo
@@ -93,9 +94,7 @@ class _SimulatedPacs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         settings = ListenerSection(host=LOOPBACK, port=0)
-        self._listener = Listener(
-            settings, PACS, may_send=lambda title: title == NODE, store=self._store, released=lambda _association: None
-        )
+        self._listener = Listener(settings, [PACS], admit=_node_alone, receive=in_memory(self._store))
 
     @property
     def port(self) -> int:
@@ -111,6 +110,10 @@ class _SimulatedPacs:
         if not set(received.sop_instance_uid) <= set("0123456789."):
             raise NodeError("not a UID")
         (self._folder / f"{received.sop_instance_uid}.dcm").write_bytes(part10_prefix(received) + bytes(received.dataset))
+
+
+def _node_alone(caller: Caller) -> str | None:
+    return None if caller.calling_ae_title == NODE else "calling AE title"
 
 
 def _drawn(folder: Path) -> Path:

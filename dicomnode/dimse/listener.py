@@ -1,43 +1,44 @@
-"""The listener: associations, default deny, and the answers of the Verification and Storage SCP (PS3.4 A and B).
+"""The listener: accepts connections, guards them, and lets in whom it is told to (PS3.8 9.2, default deny).
 
-Everything that bends pynetdicom stands here. Whom it lets in and what storing means is handed to it: it must never import
-storage, and what `store` raises is the only way to a failure status.
+Makes pynetdicom's public server class accept and no more: each connection has a thread of its own, where TLS, the association request
+and the association happen under deadlines (wire.py, guard.py, association.py). Whom it lets in and what storing means is handed to it: it
+must never import storage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
+import ssl
+import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydicom import config as pydicom_config
-from pydicom.dataset import Dataset
-from pynetdicom import AE, evt
-from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom import AE, _config as pynetdicom_config
 from pynetdicom.presentation import build_context
-from pynetdicom.service_class import StorageServiceClass
-from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
+from pynetdicom.transport import AssociationServer, RequestHandler
 
-from dicomnode.config import ListenerSection
-from dicomnode.dimse.contexts import (
-    IMPLEMENTATION_CLASS_UID,
-    IMPLEMENTATION_VERSION_NAME,
-    TRANSFER_SYNTAXES,
-    VERIFICATION,
-    storage_class,
+from dicomnode.config import ListenerSection, TlsSection
+from dicomnode.dimse.association import (
+    ASSOCIATE_RQ,
+    INVALID_VALUE,
+    UNEXPECTED_PDU,
+    UNRECOGNIZED_PDU,
+    Aborted,
+    AcceptedAssociation,
+    Caller,
+    Sink,
+    pdu_header,
+    send_abort,
 )
-from dicomnode.dimse.scp import ReceivedInstance
-from dicomnode.errors import ProcessingFailure, StoreRefused
+from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, TRANSFER_SYNTAXES, VERIFICATION, storage_class
+from dicomnode.dimse.guard import Guard
+from dicomnode.dimse.scp import StoreRequest
+from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
 from dicomnode.logs import get_logger
-
-SUCCESS = 0x0000
-# PS3.8 9.3.4: rejected-permanent, by the service user, no reason given. It is the answer to every caller that is not let in, so
-# that nobody learns which AE titles exist here.
-_REJECTED = (0x01, 0x01, 0x01)
 
 _log = get_logger(__name__)
 
@@ -45,206 +46,252 @@ _log = get_logger(__name__)
 class Listener:
     """Accepts associations from start() to stop().
 
-    `may_send` is asked for the calling AE title at every association. `store` returns when an instance is safe, or raises
-    StoreRefused. `released` is called once per association that was let in, with its number, after its last store has
-    ended: on release, on abort and on a broken connection.
+    `admit` is asked at every association and returns None, or the reason for log and metrics why the caller is not let in; the
+    caller gets one and the same rejection. `receive` makes the sink of each C-STORE request, or raises StoreRefused. `released` is
+    called once per association that was let in, with its number, after its last store has ended: on release, on abort and on a broken
+    connection. `is_peer` says from memory whether an address is a peer's. `count` is told of each refusal.
     """
 
     def __init__(
         self,
         settings: ListenerSection,
-        ae_title: str,
+        ae_titles: Sequence[str],
         *,
-        may_send: Callable[[str], bool],
-        store: Callable[[ReceivedInstance], None],
-        released: Callable[[int], None],
+        admit: Callable[[Caller], str | None],
+        receive: Callable[[StoreRequest], Sink],
+        released: Callable[[int], None] = lambda _association: None,
+        is_peer: Callable[[str], bool] = lambda _address: False,
+        count: Callable[[str], None] = lambda _refusal: None,
+        tls: TlsSection | None = None,
+        tls_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
-        self._settings = settings
-        self._ae_title = ae_title
-        self._may_send = may_send
-        self._store = store
-        self._released = released
-        self._numbers = itertools.count(1)
-        self._server: Any = None
-        self._validation_mode = pydicom_config.settings.reading_validation_mode
+        self.settings = settings
+        self.ae_titles = tuple(ae_titles)
+        self.admit = admit
+        self.receive = receive
+        self.released = released
+        self.count = count
+        self.numbers = itertools.count(1)
+        self.guard = Guard(settings, is_peer)
+        self.contexts = _Contexts()
+        self.entity = AE(self.ae_titles[0])
+        self.entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+        self.entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
+        self.entity.maximum_pdu_size = settings.maximum_pdu_bytes
+        self.entity.add_supported_context(VERIFICATION)
+        self._tls = tls if tls is not None and tls_context is not None else None
+        self._tls_context = tls_context
+        self._servers: list[_Server] = []
+        pynetdicom_config.LOG_HANDLER_LEVEL = "none"  # its handlers would format each PDU of ours for a log that nobody keeps
 
     @property
     def port(self) -> int:
         """The TCP port that it listens on, between start() and stop()."""
-        return int(self._server.server_address[1])
+        return int(self._servers[0].server_address[1])
+
+    @property
+    def tls_port(self) -> int | None:
+        """The TCP port for DICOM over TLS, between start() and stop(); None if there is none."""
+        return int(self._servers[1].server_address[1]) if len(self._servers) > 1 else None
 
     def start(self) -> None:
-        """Bind and listen; returns at once. Raises OSError if the address can't be bound."""
-        # pynetdicom decodes command sets with pydicom, which would warn of a malformed UID and put it into the log. There is no
-        # narrower switch than this process-wide one; stop() sets it back. What was received is checked in scp.py.
-        self._validation_mode = pydicom_config.settings.reading_validation_mode
-        pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
-        entity = AE(self._ae_title)
-        entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-        entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
-        entity.maximum_associations = self._settings.maximum_associations
-        entity.maximum_pdu_size = self._settings.maximum_pdu_bytes
-        entity.acse_timeout = self._settings.association_seconds
-        entity.dimse_timeout = self._settings.dimse_timeout_seconds
-        entity.network_timeout = self._settings.network_timeout_seconds
-        entity.add_supported_context(VERIFICATION)
-        self._server = entity.make_server(
-            (self._settings.host, self._settings.port),
-            evt_handlers=[
-                (evt.EVT_CONN_OPEN, send_without_delay),
-                (evt.EVT_REQUESTED, self._admit),
-                (evt.EVT_C_STORE, self._answer_store),
-            ],
-            server_class=_Server,
-            request_handler=_RequestHandler,
-        )
-        self._server.ended = self._association_ended
-        entity._servers.append(self._server)  # its shutdown() takes the server off this list
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, name="dicom-listener", daemon=True).start()
-        _log.info("listening", host=self._settings.host, port=self.port, ae_title=self._ae_title)
+        """Bind and listen; returns at once. Raises OSError if an address can't be bound."""
+        self._servers.append(self._serve(self.settings.port, None, 0.0))
+        try:
+            if self._tls is not None:
+                self._servers.append(self._serve(self._tls.port, self._tls_context, self._tls.handshake_seconds))
+        except OSError:
+            self.stop(0)
+            raise
+        _log.info("listening", host=self.settings.host, port=self.port, ae_title=self.ae_titles[0])
 
     def stop(self, drain_seconds: float) -> None:
         """Accept no more associations, wait up to `drain_seconds` for those that run, abort the rest, and return."""
-        server, self._server = self._server, None
-        if server is None:
+        if not self._servers:
             return
-        server.shutdown()
-        deadline = time.monotonic() + drain_seconds
-        admitted = [association for association in server.active_associations if association.number is not None]
-        for association in admitted:  # a connection that never asked for an association has nothing to end: its thread dies with us
-            association.join(max(0.0, deadline - time.monotonic()))
-        for association in admitted:
-            if association.is_alive():
-                association.abort()
-                association.join(self._settings.association_seconds)
-        pydicom_config.settings.reading_validation_mode = self._validation_mode
-        _log.info("stopped listening", ae_title=self._ae_title)
+        for server in self._servers:
+            server.shutdown()
+        self._servers = []
+        self.guard.drain(drain_seconds, "the node stops")
+        _log.info("stopped listening", ae_title=self.ae_titles[0])
 
-    def _admit(self, event: Any) -> None:
-        """Reject who may not send here; to the others, support what they ask for as far as the table has it."""
-        association = event.assoc
-        calling, called = _titles(association)
-        if called != self._ae_title or not self._asked(calling):
-            _log.warning("association rejected", calling_ae_title=_loggable(calling), called_ae_title=_loggable(called))
-            association.acse.send_reject(*_REJECTED)
-            association.kill()
-            return
-        requested = {context.abstract_syntax for context in association.requestor.primitive.presentation_context_definition_list}
-        syntaxes = [syntax.uid for syntax in TRANSFER_SYNTAXES]
-        association.acceptor.supported_contexts = [
-            *association.acceptor.supported_contexts,
-            *(build_context(uid, syntaxes) for uid in sorted(requested) if storage_class(uid) is not None),
-        ]
-        association.number = next(self._numbers)
+    def refuse(self, what: str, reason: str, **told: object) -> None:
+        """Log that somebody was refused something, and count it."""
+        _log.warning(what, reason=reason, **told)
+        self.count(f"{what}: {reason}")
 
-    def _asked(self, calling: str) -> bool:
-        """Ask whether the caller may send; a registry that can't answer lets nobody in."""
+    def _serve(self, port: int, tls_context: Callable[[], ssl.SSLContext] | None, handshake_seconds: float) -> _Server:
+        server: _Server = self.entity.make_server(
+            (self.settings.host, port),
+            server_class=_Server,
+            request_handler=Connection,
+            listener=self,
+            tls_context=tls_context,
+            handshake_seconds=handshake_seconds,
+        )
+        self.entity._servers.append(server)  # its shutdown() takes the server off this list
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="dicom-listener", daemon=True).start()
+        return server
+
+
+class _Contexts:
+    """The presentation contexts that are accepted, each made once and shared by all associations: negotiation only reads them."""
+
+    def __init__(self) -> None:
+        self._syntaxes = [syntax.uid for syntax in TRANSFER_SYNTAXES]
+        self._made: dict[str, Any] = {}
+        self._verification = build_context(VERIFICATION)
+
+    def of(self, requested: set[str]) -> list[Any]:
+        """Return the contexts for those of the abstract syntaxes that the table has."""
+        for uid in requested - self._made.keys():
+            if storage_class(uid) is not None:
+                self._made[uid] = build_context(uid, self._syntaxes)
+        return [self._verification, *(self._made[uid] for uid in sorted(requested) if uid in self._made)]
+
+
+class _Server(AssociationServer):  # type: ignore[misc]  # pynetdicom is untyped here
+    """The accepting socket. Its loop accepts and starts threads; nothing in it waits for a peer."""
+
+    request_queue_size = 128
+
+    def __init__(
+        self,
+        *args: Any,
+        listener: Listener,
+        tls_context: Callable[[], ssl.SSLContext] | None,
+        handshake_seconds: float,
+        **kwargs: Any,
+    ) -> None:
+        self.listener = listener
+        self.tls_context = tls_context
+        self.handshake_seconds = handshake_seconds
+        super().__init__(*args, **kwargs)
+
+    def server_bind(self) -> None:
+        """Bind; several processes may share the port if the settings say so."""
+        if self.listener.settings.processes > 1:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
+        self.socket.settimeout(None)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept and no more: pynetdicom's makes the TLS handshake here, in front of everybody else."""
         try:
-            return self._may_send(calling)
-        except Exception:  # noqa: BLE001  the DIMSE boundary: pynetdicom would go on and let the caller in
-            _log.exception("the registry could not be asked")
-            return False
+            connection, address = self.socket.accept()
+        except OSError as error:  # out of descriptors: the connection stays in the queue, so don't spin on it
+            _log.error("a connection could not be accepted", reason=error.strerror)
+            time.sleep(0.05)
+            raise
+        return connection, address
 
-    def _answer_store(self, event: Any) -> Dataset:
-        """Hand one C-STORE request over and return its status; the one place that turns an error into an answer."""
-        calling, called = _titles(event.assoc)
-        try:
-            received = ReceivedInstance(
-                association=event.assoc.number,
-                calling_ae_title=calling,
-                called_ae_title=called,
-                context_sop_class_uid=str(event.context.abstract_syntax),
-                sop_class_uid=str(event.request.AffectedSOPClassUID or ""),
-                sop_instance_uid=str(event.request.AffectedSOPInstanceUID or ""),
-                transfer_syntax_uid=str(event.context.transfer_syntax),
-                dataset=event.request.DataSet.getvalue() if event.request.DataSet else b"",
-            )
-            self._store(received)
-        except StoreRefused as refusal:
-            return _status(refusal.dimse_status, str(refusal))
-        except Exception:  # noqa: BLE001  the DIMSE boundary: the peer gets a status, the log the traceback
-            _log.exception("storing failed", calling_ae_title=calling, status=f"0x{ProcessingFailure.dimse_status:04X}")
-            return _status(ProcessingFailure.dimse_status, "the node failed; send again later")
-        return _status(SUCCESS)
+    def service_actions(self) -> None:
+        """Do nothing: pynetdicom's runs the garbage collector in the accept loop."""
 
-    def _association_ended(self, association: Any) -> None:
-        """Report the end of an association that was let in."""
-        if association.number is None:
-            return
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what the accept loop could not do, e.g. start a thread; socketserver's prints it."""
+        del request, client_address
+        _log.exception("a connection could not be served")
+
+
+class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped here
+    """One connection from its first byte to its last, in a thread of its own.
+
+    socketserver makes it in the accept loop and calls handle(), which starts the thread.
+    """
+
+    server: _Server
+
+    def setup(self) -> None:
+        """Note whose connection it is; from here on the socket is ours to close."""
+        self.address = str(self.client_address[0])
+        self._socket: socket.socket = self.request
+        self._gave_way: str | None = None
+        self._listener = self.server.listener
+
+    def handle(self) -> None:
+        """Count the connection and start its thread."""
+        self._listener.guard.opened(self)
         try:
-            self._released(association.number)
+            threading.Thread(target=self._run, name=f"connection-{self.address}", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._listener.guard.closed(self)
+            self._socket.close()
+            raise
+
+    def give_way(self, reason: str) -> None:
+        """End soon: whatever the thread waits for on this connection ends now."""
+        self._gave_way = reason
+        with contextlib.suppress(OSError):  # ended already
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # also below TLS, whose own method is for the thread alone
+
+    def _run(self) -> None:
+        try:
+            self._serve()
         except Exception:  # noqa: BLE001  the DIMSE boundary: nobody above this thread would see it
-            _log.exception("an association's end could not be recorded")
+            _log.exception("a connection failed", host=self.address)
+        finally:
+            self._listener.guard.closed(self)
+            self._socket.close()
+
+    def _serve(self) -> None:
+        """Shake hands, read the association request, and serve the association."""
+        deadline = time.monotonic() + self._listener.settings.association_seconds
+        try:
+            if self.server.tls_context is not None:
+                self._shake_hands(self.server.tls_context())
+            wire = Wire(self._socket)
+        except ssl.SSLError as error:
+            self._refuse("TLS handshake", kind=error.reason or type(error).__name__)
+            return
+        except (ConnectionLost, OSError):
+            self._lost()
+            return
+        try:
+            kind, length = pdu_header(wire, deadline)
+            if kind != ASSOCIATE_RQ:
+                raise Aborted("not an association request", UNEXPECTED_PDU if kind in range(1, 8) else UNRECOGNIZED_PDU)
+            if length > self._listener.settings.maximum_association_request_bytes:
+                raise Aborted("association request too large", INVALID_VALUE)
+            request = b"".join([struct.pack(">BBL", kind, 0, length), *map(bytes, wire.chunks(length, deadline))])
+        except Aborted as aborted:
+            self._refuse(aborted.why)
+            send_abort(wire, aborted.reason)
+            wire.linger(deadline)
+        except DeadlineMissed:
+            self._refuse("no association request in time")
+        except ConnectionLost:
+            self._lost()
+        else:
+            AcceptedAssociation(self._listener, self, wire).serve(request)
+
+    def _shake_hands(self, context: ssl.SSLContext) -> None:
+        self._socket.settimeout(self.server.handshake_seconds)
+        try:
+            self._socket = context.wrap_socket(self._socket, server_side=True, do_handshake_on_connect=False)
+            if self._gave_way:
+                raise ConnectionLost
+            self._socket.do_handshake()
+        except TimeoutError as error:
+            raise ssl.SSLError("the handshake took too long") from error
+
+    def certificate(self) -> bytes | None:
+        """The client's certificate, DER, if the connection is TLS."""
+        return self._socket.getpeercert(binary_form=True) if isinstance(self._socket, ssl.SSLSocket) else None
+
+    @property
+    def gave_way(self) -> str | None:
+        """The limit for which this connection had to go, if it had."""
+        return self._gave_way
+
+    def _lost(self) -> None:
+        if self._gave_way:  # who comes and goes without a word, like a load balancer's probe, is nobody's trouble
+            self._refuse(self._gave_way)
+
+    def _refuse(self, reason: str, **told: object) -> None:
+        self._listener.refuse("connection refused", reason, host=self.address, **told)
 
 
 def send_without_delay(event: Any) -> None:
     """Set TCP_NODELAY on a connection that has just opened: DIMSE waits for each response (pynetdicom: EVT_CONN_OPEN)."""
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _titles(association: Any) -> tuple[str, str]:
-    """Calling and called AE title of an association's request, without padding."""
-    request = association.requestor.primitive
-    return request.calling_ae_title.strip(), request.called_ae_title.strip()
-
-
-def _loggable(ae_title: str) -> str:
-    return ae_title if ae_title.isprintable() else "(not printable)"
-
-
-def _status(code: int, comment: str = "") -> Dataset:
-    """A status with its Error Comment (0000,0902), which has at most 64 characters (PS3.7 C.3)."""
-    status = Dataset()
-    status.Status = code
-    if comment:
-        status.ErrorComment = comment.encode("ascii", "replace").decode("ascii")[:64]
-    return status
-
-
-class _Association(Association):  # type: ignore[misc]  # pynetdicom is untyped here
-    """An association that says when its thread ends, and serves every class of the table as storage."""
-
-    number: int | None = None
-    connection: socket.socket
-
-    def run(self) -> None:
-        """Run the association to its end, then close its socket, which pynetdicom leaves open if shutting it down fails, and say so."""
-        try:
-            super().run()
-        finally:
-            self.connection.close()
-            self._server.ended(self)
-
-    def _serve_request(self, msg: Any, context_id: int) -> None:
-        """Serve a C-STORE request by its context.
-
-        pynetdicom goes by the command's SOP class: for one it doesn't know it aborts, and a request without data set or
-        with an empty UID it drops without an answer. Here each gets a status.
-        """
-        context = self._accepted_cx.get(context_id)
-        if not isinstance(msg, C_STORE) or context is None or context.abstract_syntax == VERIFICATION:
-            super()._serve_request(msg, context_id)
-            return
-        if msg.MessageID is None:
-            self.abort()
-            return
-        self._is_paused = True
-        StorageServiceClass(self).SCP(msg, context)
-        self._is_paused = False
-
-
-class _RequestHandler(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped here
-    """Makes associations of our kind: pynetdicom names its own class inside this method and offers no other way."""
-
-    def _create_association(self) -> Any:
-        association = super()._create_association()
-        association.__class__ = _Association
-        association.connection = self.request
-        return association
-
-
-class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # pynetdicom is untyped here
-    """The accepting socket. Lets many scanners connect at the same moment."""
-
-    request_queue_size = 128
-    ended: Callable[[Any], None]

@@ -18,6 +18,7 @@ from pydicom import dcmread
 
 from dicomnode.analysis.package import digest_of
 from dicomnode.config import ListenerSection, Settings
+from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance
 from dicomnode.dimse.scu import Outgoing, send
@@ -68,10 +69,9 @@ class Pacs:
         self.received: dict[str, list[str]] = defaultdict(list)
         self._listener = Listener(
             ListenerSection(host=LOOPBACK, port=0),
-            "PACS",
-            may_send=lambda _title: True,
-            store=self._store,
-            released=lambda _association: None,
+            ["PACS"],
+            admit=lambda _caller: None,
+            receive=in_memory(self._store),
         )
         self._listener.start()
         self.port = self._listener.port

@@ -22,6 +22,7 @@ from pydicom.uid import JPEG2000Lossless
 from dicomnode.cli import run
 from dicomnode.cli.peers import add_package
 from dicomnode.config import ListenerSection, load_settings
+from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send
@@ -44,7 +45,7 @@ class Pacs:
     def __init__(self, ae_title: str, port: int = 0) -> None:
         self.received: dict[str, list[bytes]] = defaultdict(list)
         settings = ListenerSection(host=LOOPBACK, port=port)
-        self._listener = Listener(settings, ae_title, may_send=lambda _title: True, store=self._store, released=lambda _association: None)
+        self._listener = Listener(settings, [ae_title], admit=lambda _caller: None, receive=in_memory(self._store))
         self._listener.start()
         self.port = self._listener.port
 
