@@ -51,7 +51,7 @@ PAIRS = [(CT, EXPLICIT), (CT, IMPLICIT), (CT, JPEG_2000)]
 
 @pytest.fixture(autouse=True)
 def _calm_network_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Here malformed UIDs and broken connections are wanted: pydicom warns of the former, pynetdicom logs the latter and leaves sockets open."""
+    """Malformed UIDs and broken connections are wanted here: pydicom warns of those, pynetdicom logs these and leaves sockets open."""
     monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.IGNORE)
     logger = logging.getLogger("pynetdicom")
     level = logger.level

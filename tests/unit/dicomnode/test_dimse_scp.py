@@ -17,7 +17,6 @@ from dicomnode.dimse.scp import ReceivedInstance, decode_text, is_uid, part10_pr
 from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
 from storage.records import InstanceHeader
 
-
 LIMITS = Limits()
 
 
