@@ -97,7 +97,7 @@ def _lines(settings: Settings) -> Iterator[str]:
     offered = offered_syntaxes(accept_deflated=listener.accept_deflated)
     yield from _table(("Transfer syntax", "UID"), ((row.name, f"`{row.uid}`") for row in offered))
     yield "Not accepted:"
-    excluded = EXCLUDED_TRANSFER_SYNTAXES
+    excluded: tuple[tuple[str, str, str], ...] = EXCLUDED_TRANSFER_SYNTAXES
     if DEFLATED not in offered:
         excluded = ((DEFLATED.uid, DEFLATED.name, "accepted only with `listener.accept_deflated`"), *excluded)
     yield from _table(("Transfer syntax", "UID", "Why"), ((name, f"`{uid}`", why) for uid, name, why in excluded))

@@ -34,9 +34,10 @@ from dicomnode.dimse.association import (
     pdu_header,
     send_abort,
 )
-from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, TRANSFER_SYNTAXES, VERIFICATION, storage_class
+from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, VERIFICATION, offered_syntaxes, storage_class
 from dicomnode.dimse.guard import Guard
 from dicomnode.dimse.scp import StoreRequest
+from dicomnode.dimse.tls import ServerContexts
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
 from dicomnode.logs import get_logger
 
@@ -63,7 +64,6 @@ class Listener:
         is_peer: Callable[[str], bool] = lambda _address: False,
         count: Callable[[str], None] = lambda _refusal: None,
         tls: TlsSection | None = None,
-        tls_context: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self.settings = settings
         self.ae_titles = tuple(ae_titles)
@@ -73,14 +73,13 @@ class Listener:
         self.count = count
         self.numbers = itertools.count(1)
         self.guard = Guard(settings, is_peer)
-        self.contexts = _Contexts()
+        self.contexts = _Contexts([syntax.uid for syntax in offered_syntaxes(accept_deflated=settings.accept_deflated)])
         self.entity = AE(self.ae_titles[0])
         self.entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         self.entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         self.entity.maximum_pdu_size = settings.maximum_pdu_bytes
         self.entity.add_supported_context(VERIFICATION)
-        self._tls = tls if tls is not None and tls_context is not None else None
-        self._tls_context = tls_context
+        self._tls = tls if tls is not None and tls.certificate is not None else None
         self._servers: list[_Server] = []
         pynetdicom_config.LOG_HANDLER_LEVEL = "none"  # its handlers would format each PDU of ours for a log that nobody keeps
 
@@ -95,15 +94,22 @@ class Listener:
         return int(self._servers[1].server_address[1]) if len(self._servers) > 1 else None
 
     def start(self) -> None:
-        """Bind and listen; returns at once. Raises OSError if an address can't be bound."""
+        """Bind and listen; returns at once.
+
+        Raises:
+            OSError: an address can't be bound.
+            ConfigError: the TLS files can't be used.
+        """
+        contexts = ServerContexts(self._tls) if self._tls is not None else None
         self._servers.append(self._serve(self.settings.port, None, 0.0))
         try:
-            if self._tls is not None:
-                self._servers.append(self._serve(self._tls.port, self._tls_context, self._tls.handshake_seconds))
+            if self._tls is not None and contexts is not None:
+                self._servers.append(self._serve(self._tls.port, contexts.current, self._tls.handshake_seconds))
         except OSError:
             self.stop(0)
             raise
-        _log.info("listening", host=self.settings.host, port=self.port, ae_title=self.ae_titles[0])
+        for port in filter(None, (self.port, self.tls_port)):
+            _log.info("listening", host=self.settings.host, port=port, ae_title=self.ae_titles[0])
 
     def stop(self, drain_seconds: float) -> None:
         """Accept no more associations, wait up to `drain_seconds` for those that run, abort the rest, and return."""
@@ -137,8 +143,8 @@ class Listener:
 class _Contexts:
     """The presentation contexts that are accepted, each made once and shared by all associations: negotiation only reads them."""
 
-    def __init__(self) -> None:
-        self._syntaxes = [syntax.uid for syntax in TRANSFER_SYNTAXES]
+    def __init__(self, syntaxes: list[str]) -> None:
+        self._syntaxes = syntaxes
         self._made: dict[str, Any] = {}
         self._verification = build_context(VERIFICATION)
 
