@@ -101,17 +101,19 @@ def inflate(data: Encoded, start: int, maximum_bytes: int) -> bytes:
     """
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)  # without the header and check sum of zlib
     inflated = BytesIO()  # its value is taken without a copy
-    position, size = start, len(data)
+    position = start
     pending = b""
     try:
         while not inflater.eof:
             if not pending:
-                if position >= size:
-                    raise CannotUnderstand("the deflated data set is cut off")
                 pending = data[position : position + _INFLATE_STEP]
                 position += len(pending)
-            inflated.write(inflater.decompress(pending, _INFLATE_STEP * 4))
+            at_end = not pending
+            part = inflater.decompress(pending, _INFLATE_STEP * 4)
             pending = inflater.unconsumed_tail
+            if at_end and not part and not inflater.eof:
+                raise CannotUnderstand("the deflated data set is cut off")
+            inflated.write(part)
             if inflated.tell() > maximum_bytes:
                 raise CannotUnderstand("the data set is too large when inflated")
     except zlib.error:

@@ -57,6 +57,14 @@ _WANTED: Final = frozenset(
 _NESTED: Final = frozenset({(REQUEST_ATTRIBUTES, PRIORITY)})
 
 _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
+# Defined terms of PS3.3 C.12.1.1.2 -> codecs, and escape sequences of PS3.3 C.12-3 and C.12-4 -> codecs of what follows.
+_ENCODINGS: Final = python_encoding | {"ISO_IR 203": "iso8859_15", "ISO 2022 IR 203": "iso8859_15"}
+_ENCODING_OF_ESCAPE: Final = {code: name for code, name in CODES_TO_ENCODINGS.items() if code != b"\x1b(B"} | {b"\x1b-b": "iso8859_15"}
+_READ_ESCAPES: Final = frozenset({"iso2022_jp", "iso2022_jp_2"})  # codecs that read the escape sequence themselves
+
+TEXT_DELIMITERS: Final = re.compile(rb"[\\\t\n\f\r]")
+NAME_DELIMITERS: Final = re.compile(rb"[\\\t\n\f\r^=]")
+
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ESCAPE: Final = re.compile(rb"\x1b(?:\$[()]?|[()-]).", re.DOTALL)
 _MAXIMUM_TEXT: Final = 324  # characters kept of a text in the index: five components of 64 of a PN and what joins them
@@ -132,30 +140,38 @@ def part10_prefix(request: StoreRequest) -> bytes:
     return b"\x00" * 128 + b"DICM" + _meta_element(0x0000, b"UL", struct.pack("<L", len(group))) + group
 
 
-def decode_text(value: bytes, character_sets: tuple[str, ...]) -> str:
+def decode_text(value: bytes, character_sets: tuple[str, ...], *, delimiters: re.Pattern[bytes] = TEXT_DELIMITERS) -> str:
     """Decode a text value by its Specific Character Set (PS3.5 6.1.2); what can't be decoded becomes U+FFFD.
 
     Unknown character sets count as ISO 8859-1. Control characters and outer spaces are dropped, and long texts cut.
+    `delimiters` are those after which the first character set holds again: NAME_DELIMITERS for a PN.
     """
-    first = python_encoding.get(character_sets[0] if character_sets else "", "iso8859")
-    if b"\x1b" not in value:
-        text = value.decode(first, "replace")
-    else:  # ISO 2022 code extensions (PS3.5 6.1.2.5): an escape sequence names the character set of what follows it
-        marks = [(0, 0, first)]
-        marks += [(m.start(), m.end(), CODES_TO_ENCODINGS.get(m.group(), first)) for m in _ESCAPE.finditer(value)]
-        ends = [start for start, _, _ in marks[1:]] + [len(value)]
-        text = "".join(_decode_part(value, mark, end) for mark, end in zip(marks, ends, strict=True))
+    first = _ENCODINGS.get(character_sets[0] if character_sets else "", "latin_1")
+    text = _without_codes(value, first, delimiters) if b"\x1b" in value else value.decode(first, "replace")
     if not text.isprintable():
         text = _CONTROL.sub(" ", text)
     return text.strip()[:_MAXIMUM_TEXT]
 
 
-def _decode_part(value: bytes, mark: tuple[int, int, str], end: int) -> str:
-    start, after_escape, encoding = mark
-    keeps_escape = encoding in {"iso2022_jp", "iso2022_jp_2"}  # these codecs read the escape sequence themselves
-    if encoding == "iso_ir_58":
-        encoding = "gb2312"
-    return value[start if keeps_escape else after_escape : end].decode(encoding, "replace")
+def _without_codes(value: bytes, first: str, delimiters: re.Pattern[bytes]) -> str:
+    """Decode a value with ISO 2022 code extensions (PS3.5 6.1.2.5).
+
+    An escape sequence names the character set of what follows it, up to the next one or to a delimiter.
+    """
+    parts: list[str] = []
+    position, encoding = 0, first
+    for escape in [*_ESCAPE.finditer(value), None]:
+        part = value[position : escape.start() if escape else len(value)]
+        if encoding in _READ_ESCAPES:  # two bytes a character, any of which may look like a delimiter
+            parts.append(part.decode(encoding, "replace"))
+        else:
+            delimiter = delimiters.search(part)
+            changes = delimiter.start() if delimiter else len(part)
+            parts += part[:changes].decode(encoding, "replace"), part[changes:].decode(first, "replace")
+        if escape:
+            encoding = _ENCODING_OF_ESCAPE.get(escape.group(), first)
+            position = escape.start() if encoding in _READ_ESCAPES else escape.end()
+    return "".join(parts)
 
 
 def _checked_header(
@@ -197,7 +213,7 @@ def _checked_header(
         modality=decode_text(values.get(MODALITY, b""), ())[:16],
         instance_number=_number(values.get(INSTANCE_NUMBER)),
         patient_id=decode_text(values.get(PATIENT_ID, b""), character_sets),
-        patient_name=decode_text(values.get(PATIENT_NAME, b""), character_sets),
+        patient_name=decode_text(values.get(PATIENT_NAME, b""), character_sets, delimiters=NAME_DELIMITERS),
         study_date=decode_text(values.get(STUDY_DATE, b""), ())[:16],
         study_description=decode_text(values.get(STUDY_DESCRIPTION, b""), character_sets),
         accession_number=decode_text(values.get(ACCESSION_NUMBER, b""), character_sets),
