@@ -6,13 +6,17 @@
 #   make test-long    the tests marked `long`: hours or high counts
 #   make format       let ruff rewrite the code in the project's style
 #
-# ARGS is handed to `dicomnode demo` (make demo ARGS='--input FOLDER --out DIR'), PYTEST_ARGS to pytest.
+# ARGS is handed to `dicomnode demo` (make demo ARGS='--input FOLDER --out DIR'), PYTEST_ARGS to pytest. The tests run in WORKERS
+# processes; PYTEST_ARGS=-n0 runs them in one, for a debugger or an order of your own.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
+# Images of containers like to set this. Then each of the hundred processes that tests and node start would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 start := $(shell date +%s)
 seconds = $$(( $$(date +%s) - $(start) ))
@@ -31,7 +35,7 @@ demo: $(VENV)/run.stamp
 
 test: check
 	@echo "set-up and static checks took $(seconds) s; pytest tells its own time below"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-system:
 	@bash .ci/run

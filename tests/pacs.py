@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ NODE_AET = "DICOMNODE"
 ORTHANC_AET = "ORTHANC"
 SCANNER_AET = "SCANNER"
 WORKSTATION_AET = "WORKST"
+TEST_PORTS = (20000, 32000)  # outgoing connections begin at 32768 (/proc/sys/net/ipv4/ip_local_port_range)
 # Debian's DCMTK and Orthanc leave Nagle's algorithm on, which costs 44 ms an image.
 QUICK = {"TCP_NODELAY": "1"}
 
@@ -46,10 +48,22 @@ end
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that is free now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
+    """Return a TCP port of the loopback address that is free now and that no other test is given while this process lives.
+
+    The kernel's own choice would not do: until the server under test listens there, any connection on its way out may take it.
+    So it lies below the ports of outgoing connections, and a socket by its name in Linux's abstract namespace reserves it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*TEST_PORTS)  # the plain generator has the same seed in every worker
+        reservation = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe:
+            try:
+                reservation.bind(f"\0dicomnode tests: port {port}")
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                reservation.close()
+                continue
+        reservation.detach()  # its file descriptor stays open as long as this process
         return port
 
 

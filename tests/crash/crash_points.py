@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,8 @@ POINTS = {
 
 
 def run_node(settings: Any, point: str | None, up: Any) -> None:
-    """The child's main: import the node with its stub model in the child alone, and run it."""
+    """The child's main: run the node, with its stub model, that the fork server has imported. The test's own process never does."""
+    assert "crash_node" in sys.modules, "the fork server didn't find the node: each child would import it anew"
     import crash_node
 
     crash_node.run_node(settings, point, up)

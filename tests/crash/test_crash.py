@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +119,25 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
     )
 
 
+@pytest.fixture(scope="module")
+def fork_server() -> ForkServerContext:
+    """A fork server that has the whole node imported.
+
+    It is handed our import path by the environment: of its own it has none at the time of its preload, and keeps quiet about that.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crash_node"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(str(Path(path).absolute()) for path in sys.path))
+        forkserver.ensure_running()
+    return context
+
+
 class Node:
     """The node as a process forked from a server that has everything imported."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["crash_node"])
+    def __init__(self, settings: Settings, context: ForkServerContext) -> None:
+        self._context = context
         self._settings = settings
         self._process: Any = None
 
@@ -142,8 +158,8 @@ class Node:
 
 
 @pytest.fixture
-def node(settings: Settings) -> Iterator[Node]:
-    node = Node(settings)
+def node(settings: Settings, fork_server: ForkServerContext) -> Iterator[Node]:
+    node = Node(settings, fork_server)
     yield node
     node.kill()
 
