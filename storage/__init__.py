@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.counters import Counters
 from storage.database import Database
 from storage.errors import StorageError
 from storage.index import Index
@@ -28,6 +29,7 @@ class Storage:
     registry: Registry
     jobs: Jobs
     leases: Leases
+    counters: Counters
 
 
 def prepare_storage(database_url: str, folder: Path) -> None:
@@ -73,4 +75,5 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
         leases=Leases(database),
+        counters=Counters(database),
     )

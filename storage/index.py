@@ -252,7 +252,6 @@ class Index:
                 "sop_instance_uid": header.sop_instance_uid,
                 "sop_class_uid": header.sop_class_uid,
                 "transfer_syntax_uid": header.transfer_syntax_uid,
-                "dataset_sha256": header.dataset_sha256,
                 "kind": header.kind,
                 "made_here": made_here,
                 "instance_number": header.instance_number,
@@ -262,6 +261,7 @@ class Index:
                 "note": header.note,
                 "received_at": received_at,
                 **_stored_values(stored),
+                "sha256": header.dataset_sha256,
             },
         )
         if row_id is None:  # another transaction was first, with this UID in another study
@@ -272,11 +272,11 @@ class Index:
         return "stored"
 
     def _known(self, connection: Connection, header: InstanceHeader) -> Literal["duplicate", "conflict"] | None:
-        columns = select(INSTANCE.c.dataset_sha256, INSTANCE.c.transfer_syntax_uid)
+        columns = select(INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid)
         row = connection.execute(columns.where(INSTANCE.c.sop_instance_uid == header.sop_instance_uid)).one_or_none()
         if row is None:
             return None
-        same = (row.dataset_sha256, row.transfer_syntax_uid) == (header.dataset_sha256, header.transfer_syntax_uid)
+        same = (row.sha256, row.transfer_syntax_uid) == (header.dataset_sha256, header.transfer_syntax_uid)
         return "duplicate" if same else "conflict"
 
     def _locked_study(self, connection: Connection, header: InstanceHeader) -> Row[Any]:
@@ -366,7 +366,6 @@ def _instance(row: Row[Any]) -> Instance:
         transfer_syntax_uid=row.transfer_syntax_uid,
         series_instance_uid=row.series_instance_uid,
         study_instance_uid=row.study_instance_uid,
-        dataset_sha256=row.dataset_sha256,
         kind=row.kind,
         made_here=row.made_here,
         instance_number=row.instance_number,

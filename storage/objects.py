@@ -36,6 +36,8 @@ class ObjectStore:
     def put(self, *chunks: bytes | memoryview) -> StoredObject:
         """Write the chunks as one new file; when this returns they survive a power cut.
 
+        Preamble and file meta information, if the first chunk has them, are no part of the digest.
+
         Raises:
             OutOfSpace: the disk is full, or would be below its reserve; nothing is left behind.
             StorageError: the disk failed; nothing is left behind.
@@ -48,12 +50,14 @@ class ObjectStore:
         final = self.path(object_id)
         temporary = self._incoming / f"{object_id}.part"
         digest = hashlib.sha256()
+        unhashed = meta_length(chunks[0])
         whole = False
         try:
             with temporary.open("xb") as file:
                 for chunk in chunks:
                     file.write(chunk)
-                    digest.update(chunk)
+                    digest.update(memoryview(chunk)[unhashed:])
+                    unhashed = 0
                 file.flush()
                 final.parent.mkdir(parents=True, exist_ok=True)  # before the sync: the journal takes both in one go
                 os.fsync(file.fileno())
@@ -123,6 +127,13 @@ class ObjectStore:
             sync_folder(folder.parent)
             sync_folder(self._folder)
             self._durable.add(folder)
+
+
+def meta_length(content: bytes | memoryview) -> int:
+    """Return how many bytes of a DICOM file its preamble and file meta information take (PS3.10 7.1); 0 if it has none."""
+    if bytes(content[128:140]) != b"DICM\x02\x00\x00\x00UL\x04\x00":
+        return 0
+    return 144 + int.from_bytes(content[140:144], "little")
 
 
 def sync_folder(folder: Path) -> None:

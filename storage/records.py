@@ -22,7 +22,7 @@ class StoredObject:
     """A file in the object store that is synced and will not change."""
 
     object_id: str  # 32 hex digits of our own; the path derives from it and from nothing else
-    sha256: str  # of the whole file
+    sha256: str  # of the data set: what follows the file meta information
     size: int
 
 
@@ -61,7 +61,6 @@ class Instance:
     transfer_syntax_uid: str
     series_instance_uid: str
     study_instance_uid: str
-    dataset_sha256: str
     kind: ObjectKind
     made_here: bool  # a result of this node that came back: stored and linked, never analysed
     instance_number: int | None
@@ -70,6 +69,11 @@ class Instance:
     note: str
     received_at: datetime
     stored: StoredObject
+
+    @property
+    def dataset_sha256(self) -> str:
+        """The digest of the data set as it was received."""
+        return self.stored.sha256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,9 @@ class Registry:
             "receives": peer.receives,
             "tls": peer.tls,
             "client_cert": peer.client_cert,
+            "networks": list(peer.networks),
+            "user": peer.user,
+            "passcode_hash": peer.passcode_hash,
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -192,6 +195,9 @@ def _peer(row: Row[Any]) -> Peer:
         receives=row.receives,
         tls=row.tls,
         client_cert=row.client_cert,
+        networks=tuple(row.networks),
+        user=row.user,
+        passcode_hash=row.passcode_hash,
     )
 
 

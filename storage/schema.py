@@ -120,7 +120,6 @@ INSTANCE = Table(
     Column("sop_instance_uid", WireText, nullable=False, unique=True),
     Column("sop_class_uid", WireText, nullable=False),
     Column("transfer_syntax_uid", WireText, nullable=False),
-    Column("dataset_sha256", Text, nullable=False),
     Column("kind", Text, nullable=False),
     Column("made_here", Boolean, nullable=False),
     Column("instance_number", BigInteger),
@@ -130,7 +129,7 @@ INSTANCE = Table(
     Column("note", WireText, nullable=False),
     Column("received_at", UtcTime, nullable=False),
     Column("object_id", Text, nullable=False, unique=True),
-    Column("sha256", Text, nullable=False),
+    Column("sha256", Text, nullable=False),  # of the data set, as everywhere here
     Column("size", BigInteger, nullable=False),
     Index(None, "study_row", "id"),
     Index(None, "series_row"),
@@ -176,6 +175,9 @@ PEER = Table(
     Column("receives", Boolean, nullable=False),
     Column("tls", Boolean, nullable=False),
     Column("client_cert", Text),
+    Column("networks", JSON, nullable=False, server_default="[]"),
+    Column("user", Text),
+    Column("passcode_hash", Text),
 )
 
 ROUTE = Table(
@@ -278,4 +280,11 @@ LEASE = Table(
     Column("name", Text, primary_key=True),
     Column("owner", Text, nullable=False),
     Column("expires_at", UtcTime, nullable=False),
+)
+
+COUNTER = Table(
+    "counter",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("count", BigInteger, nullable=False),
 )

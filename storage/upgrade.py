@@ -19,8 +19,8 @@ from storage.errors import StorageError
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def upgrade(database: Database) -> None:
-    """Bring the tables to this program's revision; several processes at once take turns.
+def upgrade(database: Database, revision: str = "head") -> None:
+    """Bring the tables to this program's revision, or to an earlier one; several processes at once take turns.
 
     Raises:
         StorageError: the database is at a revision that this program doesn't know.
@@ -30,7 +30,7 @@ def upgrade(database: Database) -> None:
         database.lock(connection, "migrations")
         config.attributes["connection"] = connection
         try:
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
         except CommandError as error:
             raise StorageError(f"the database cannot be brought up to date: {error}") from error
 

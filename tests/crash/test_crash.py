@@ -256,7 +256,7 @@ def assert_every_image_is_there(storage: Storage, study: list[Outgoing]) -> None
         stored = storage.objects.read(found.stored.object_id)
         sent = item.path.read_bytes()
         assert dataset_bytes(stored) == dataset_bytes(sent)
-        assert hashlib.sha256(stored).hexdigest() == found.stored.sha256
+        assert hashlib.sha256(dataset_bytes(stored)).hexdigest() == found.stored.sha256
 
 
 def assert_no_object_is_partial(storage: Storage) -> None:
@@ -269,7 +269,7 @@ def assert_no_object_is_partial(storage: Storage) -> None:
     assert {path.stem for path in root.rglob("*.dcm")} == {stored.object_id for stored in named}
     assert list((root / "incoming").iterdir()) == []
     for stored in named:
-        assert hashlib.sha256(storage.objects.read(stored.object_id)).hexdigest() == stored.sha256
+        assert hashlib.sha256(dataset_bytes(storage.objects.read(stored.object_id))).hexdigest() == stored.sha256
 
 
 def dataset_bytes(part10: bytes) -> bytes:

@@ -16,7 +16,10 @@ from alembic.runtime.migration import MigrationContext
 from storage import Storage, open_storage, prepare_storage
 from storage.database import Database
 from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
+from storage.objects import make_folder
+from storage.records import Peer, StoredObject
 from storage.schema import LEASE, METADATA, PEER
+from storage.upgrade import upgrade
 
 LEASE_ROW = {"name": "n", "owner": "o", "expires_at": datetime(2026, 1, 1, tzinfo=UTC)}
 
@@ -39,6 +42,44 @@ def test_the_migrated_tables_are_those_of_the_schema(storage: Storage) -> None:
     with storage.database.writing() as connection:
         connection.exec_driver_sql("ALTER TABLE lease ADD COLUMN stray TEXT")
     assert len(differences(storage.database)) == 1
+
+
+RELEASE_0_1_0 = """
+INSERT INTO peer (ae_title, host, port, sends, receives, tls, client_cert) VALUES ('PACS', 'pacs.example', 104, true, true, false, NULL);
+INSERT INTO patient VALUES (1, 'P1', 'Doe^Jane');
+INSERT INTO study VALUES (1, 1, '1.2', '20261122', 'Chest', 'A1', '2026-11-22 10:00:00', '2026-11-22 10:00:01', NULL, 1, 0, 0);
+INSERT INTO series VALUES (1, 1, '1.2.1', 'CT', 1, 'Lung');
+INSERT INTO instance VALUES (1, 1, 1, '1.2.1.1', '1.2.840.10008.5.1.4.1.1.2', '1.2.840.10008.1.2.1', 'the data set', 'image', false, 1,
+  'routine', 'CT1', 'NODE', '', '2026-11-22 10:00:01', '0123456789ab4def8123456789abcdef', 'the file', 1000);
+INSERT INTO quarantine VALUES (1, '1.2.1.1', '1.2', 'CT1', 49155, 'other content', '2026-11-22 10:00:02', 2,
+  '1123456789ab4def8123456789abcdef', 'another file', 1001);
+INSERT INTO route VALUES ('chest', '*', '*', 'lung', NULL, NULL, 30.0, true);
+INSERT INTO route_destination VALUES ('chest', 0, 'PACS')
+"""
+
+
+def test_what_release_0_1_0_kept_is_there_after_the_upgrade(database_url: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "objects" / "incoming")
+    database = Database(database_url)
+    upgrade(database, "0001")
+    with database.writing() as connection:
+        for statement in RELEASE_0_1_0.split(";"):
+            connection.exec_driver_sql(statement)
+    database.close()
+    prepare_storage(database_url, tmp_path)
+    storage = open_storage(database_url, tmp_path)
+    peer = Peer(ae_title="PACS", host="pacs.example", port=104, sends=True, receives=True, tls=False, client_cert=None)
+    assert storage.registry.peers() == [peer]
+    assert [route.to_ae_titles for route in storage.registry.routes()] == [("PACS",)]
+    (instance,) = storage.index.instances("1.2")
+    assert (instance.dataset_sha256, instance.stored.size, instance.calling_ae_title) == ("the data set", 1000, "CT1")
+    (kept,) = storage.index.quarantined()
+    assert kept.stored == StoredObject(object_id="1123456789ab4def8123456789abcdef", sha256="another file", size=1001)
+    assert differences(storage.database) == []
+    assert storage.index.is_known([instance.stored.object_id, kept.stored.object_id]) == {instance.stored.object_id, kept.stored.object_id}
+    with pytest.raises(Conflict, match="chest"):
+        storage.registry.remove_peer("PACS")
+    storage.database.close()
 
 
 def test_tables_have_singular_names(storage: Storage) -> None:

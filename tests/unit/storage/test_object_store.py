@@ -56,6 +56,14 @@ def test_the_file_holds_the_chunks_one_after_the_other(objects: ObjectStore) -> 
     assert (stored.size, stored.sha256) == (10, hashlib.sha256(b"DICMpixels").hexdigest())
 
 
+def test_the_digest_of_a_dicom_file_is_that_of_its_data_set(objects: ObjectStore) -> None:
+    prefix = bytes(128) + b"DICM" + b"\x02\x00\x00\x00UL\x04\x00" + (6).to_bytes(4, "little") + b"meta.."
+    in_two, in_one = objects.put(prefix, b"pixels"), objects.put(prefix + b"pixels")
+    assert in_two.sha256 == in_one.sha256 == hashlib.sha256(b"pixels").hexdigest()
+    assert in_two.size == len(prefix) + 6
+    assert objects.put(b"pixels").sha256 == in_two.sha256
+
+
 def test_the_path_is_made_from_the_id_alone(objects: ObjectStore, tmp_path: Path) -> None:
     object_id = objects.put(b"x").object_id
     assert re.fullmatch("[0-9a-f]{32}", object_id)

@@ -33,7 +33,16 @@ def test_a_peer_is_kept_replaced_and_removed(storage: Storage) -> None:
     registry.add_peer(PACS)
     assert registry.peer("PACS") == PACS
     assert registry.peer("pacs") is None  # AE titles are case-sensitive
-    moved = dataclasses.replace(PACS, host="10.0.0.7", tls=True, client_cert="node.pem", sends=False)
+    moved = dataclasses.replace(
+        PACS,
+        host="10.0.0.7",
+        tls=True,
+        client_cert="ab" * 32,
+        sends=False,
+        networks=("10.0.0.0/8", "fd00::/8"),
+        user="ct",
+        passcode_hash="x",
+    )
     registry.add_peer(moved)
     registry.add_peer(dataclasses.replace(PACS, ae_title="ARCHIVE"))
     assert [p.ae_title for p in registry.peers()] == ["ARCHIVE", "PACS"]
