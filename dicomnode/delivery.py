@@ -43,9 +43,8 @@ class Sender:
         waiting = self._waiting(job)
         schedule = self._settings.engine.retry_schedule_seconds
         wait = schedule[attempt] if attempt < len(schedule) else None
-        outcomes = (
-            send(peer, [self._outgoing(result) for result in waiting], calling_ae_title=self._settings.node.ae_title) if waiting else []
-        )
+        objects = [self._outgoing(result) for result in waiting]
+        outcomes = send(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls) if objects else []
         next_at = None if wait is None else datetime.now(UTC) + timedelta(seconds=wait)
         for outcome in outcomes:
             retrying = outcome.state == "transient" and wait is not None

@@ -1,6 +1,7 @@
 """The Storage SCU and Verification SCU: send stored objects to a peer exactly as they are stored.
 
-Must never re-encode a data set, and never try again by itself: outcomes say what happened, and the engine decides.
+A peer marked as TLS is called over TLS with the node's own certificate, or not at all. Must never re-encode a data set, and never try
+again by itself: outcomes say what happened, and the engine decides.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any, Literal
 from pynetdicom import AE, _config, evt
 from pynetdicom.presentation import build_context
 
+from dicomnode.config import TlsSection
 from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MAXIMUM_CONTEXTS, VERIFICATION
 from dicomnode.dimse.listener import send_without_delay
-from dicomnode.errors import PeerRefused, PeerUnavailable
+from dicomnode.dimse.tls import PeerContext, peer_context
+from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable
 from storage.records import Peer
 
 SUCCESS = 0x0000
@@ -26,6 +29,7 @@ WARNINGS = frozenset({0x0001, 0x0107, 0x0116, *range(0xB000, 0xC000)})  # PS3.7 
 # PS3.4 B.2.3 Refused: Out of Resources; PS3.7 C.5 Processing failure and Resource limitation: later it can work.
 TRANSIENT = frozenset({*range(0xA700, 0xA800), 0x0110, 0x0213})
 _MAXIMUM_PDU_BYTES = 131072  # responses are small; what we send is cut to what the peer asks for
+_LACKING = "peer {} is called over TLS, and this node has no certificate: set tls.certificate, tls.key and tls.ca in dicomnode.toml"
 
 Pair = tuple[str, str]  # SOP Class UID, Transfer Syntax UID
 
@@ -55,16 +59,18 @@ def send(
     objects: Sequence[Outgoing],
     *,
     calling_ae_title: str,
+    tls: TlsSection | None = None,
     timeout_seconds: float = 30,
     progress: Callable[[int], None] | None = None,
 ) -> list[SendOutcome]:
     """Send `objects` to `peer` and return an outcome for each, in their order.
 
     One association proposes exactly the pairs of SOP class and transfer syntax that it sends; there are more associations
-    only where there are more than 128 pairs. `progress` is called with the number of objects that have an outcome.
+    only where there are more than 128 pairs. `tls` is the node's own certificate, for peers that are called over TLS. `progress` is
+    called with the number of objects that have an outcome.
     """
-    if peer.tls:
-        return [_outcome(item, "permanent", f"peer {peer.ae_title} demands TLS, which this node does not send with") for item in objects]
+    if _lacks_certificate(peer, tls):
+        return [_outcome(item, "permanent", _LACKING.format(peer.ae_title)) for item in objects]
     # pynetdicom sends a file's bytes as they are only under this process-wide switch; without it each data set is decoded and
     # encoded again. It is set here, at the first sending, and stays: this function is the only sender of files.
     _config.STORE_SEND_CHUNKED_DATASET = True
@@ -72,7 +78,7 @@ def send(
     outcomes: dict[str, SendOutcome] = {}
     for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
         proposed = pairs[first : first + MAXIMUM_CONTEXTS]
-        with _association(peer, proposed, calling_ae_title, timeout_seconds) as (association, no_association):
+        with _association(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
             trouble = no_association
             accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
             for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
@@ -88,16 +94,16 @@ def send(
     return [outcomes[item.sop_instance_uid] for item in objects]
 
 
-def echo(peer: Peer, *, calling_ae_title: str, timeout_seconds: float = 10) -> None:
+def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> None:
     """Verify that `peer` answers C-ECHO (PS3.4 A).
 
     Raises:
         PeerUnavailable: no association, or no Success.
-        PeerRefused: the peer demands TLS.
+        PeerRefused: the peer is to be called over TLS, and this node has no certificate.
     """
-    if peer.tls:
-        raise PeerRefused(f"peer {peer.ae_title} demands TLS, which this node does not send with")
-    with _association(peer, [(VERIFICATION, "1.2.840.10008.1.2")], calling_ae_title, timeout_seconds) as (association, trouble):
+    if _lacks_certificate(peer, tls):
+        raise PeerRefused(_LACKING.format(peer.ae_title))
+    with _association(peer, [(VERIFICATION, "1.2.840.10008.1.2")], calling_ae_title, tls, timeout_seconds) as (association, trouble):
         if trouble is not None:
             raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {trouble}")
         status = association.send_c_echo().get("Status") if association.accepted_contexts else None
@@ -113,8 +119,14 @@ def classify(status: int) -> Literal["sent", "transient", "permanent"]:
     return "transient" if status in TRANSIENT else "permanent"
 
 
+def _lacks_certificate(peer: Peer, tls: TlsSection | None) -> bool:
+    return peer.tls and (tls is None or tls.certificate is None)
+
+
 @contextmanager
-def _association(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeout_seconds: float) -> Iterator[tuple[Any, str | None]]:
+def _association(
+    peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, tls: TlsSection | None, timeout_seconds: float
+) -> Iterator[tuple[Any, str | None]]:
     """Open an association; give it, and in words why nothing can be sent on it, or None; release it at the end.
 
     A peer that accepts the association but none of its contexts is no trouble of the association: each object's context
@@ -124,10 +136,17 @@ def _association(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeo
     entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
     entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = timeout_seconds
+    context: PeerContext | None = None
+    nothing = SimpleNamespace(accepted_contexts=())
     try:
         socket.getaddrinfo(peer.host, peer.port)
+        if peer.tls and tls is not None:
+            context = peer_context(tls, pin=peer.client_cert, timeout_seconds=timeout_seconds)
     except (OSError, UnicodeError) as error:  # associate() would raise it
-        yield SimpleNamespace(accepted_contexts=()), f"the host {peer.host} is not known: {getattr(error, 'strerror', None) or error}"
+        yield nothing, f"the host {peer.host} is not known: {getattr(error, 'strerror', None) or error}"
+        return
+    except ConfigError as error:
+        yield nothing, str(error)
         return
     try:
         association = entity.associate(
@@ -136,23 +155,26 @@ def _association(peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, timeo
             contexts=[build_context(sop_class, syntax) for sop_class, syntax in pairs],
             ae_title=peer.ae_title,
             max_pdu=_MAXIMUM_PDU_BYTES,
+            tls_args=None if context is None else (context, peer.host),
             evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay)],
         )
-        yield association, _trouble(association)
+        yield association, _trouble(association, context)
         if association.is_established:
             association.release()
     finally:
-        for connection in entity.connections:
+        for connection in [*entity.connections, *(context.connections if context is not None else ())]:
             connection.close()
 
 
-def _trouble(association: Any) -> str | None:
+def _trouble(association: Any, context: PeerContext | None) -> str | None:
     """Why an association can't be used, or None."""
     if association.is_established or (association.rejected_contexts and not association.accepted_contexts):
         return None
     if association.is_rejected:
         answer = association.acceptor.primitive
         return f"the peer rejected the association: {answer.result_str}, {answer.reason_str}"
+    if context is not None and context.trouble is not None:
+        return context.trouble
     return "the peer cannot be reached, or broke off the association request"
 
 

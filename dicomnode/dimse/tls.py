@@ -108,6 +108,7 @@ def peer_context(settings: TlsSection, *, pin: str | None, timeout_seconds: floa
     context.sslsocket_class = _PeerSocket
     context.pin, context.timeout_seconds, context.trouble, context.connections = pin, timeout_seconds, None, []
     context.check_hostname = pin is None
+    context.hostname_checks_common_name = False  # RFC 9525: a certificate's host names are its subjectAltName alone
     _fill(context, settings)
     return context
 
