@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -25,6 +26,7 @@ from dicomnode.dimse.scp import ReceivedInstance
 IMPLICIT = "1.2.840.10008.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
+DEFLATED = "1.2.840.10008.1.2.1.99"
 JPEG_2000 = "1.2.840.10008.1.2.4.90"
 HEVC = "1.2.840.10008.1.2.4.107"
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -77,6 +79,12 @@ def encoded(dataset: Dataset, syntax: str = EXPLICIT) -> bytes:
     buffer.is_little_endian = syntax != BIG_ENDIAN
     write_dataset(buffer, dataset)
     return buffer.getvalue()
+
+
+def deflated(data: bytes, level: int = 6) -> bytes:
+    """Bytes as a raw deflate stream (PS3.5 A.5)."""
+    compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return compressor.compress(data) + compressor.flush()
 
 
 def encapsulated(*fragments: bytes, offset_table: bytes = b"", delimiter: bool = True) -> bytes:

@@ -153,6 +153,12 @@ def _top_level(wanted: frozenset[int]) -> _ByGroup:
     return _by_group(wanted | _PIXELS)
 
 
+@cache
+def _within(nested: frozenset[tuple[int, int]]) -> Mapping[int, _ByGroup]:
+    """What is kept of the items of each top-level sequence."""
+    return {sequence: _by_group(tag for above, tag in nested if above == sequence) for sequence, _ in nested}
+
+
 class _ByteOrder:
     """What the walk reads numbers with in one byte order; a VR is read as one number, too, which is faster than two letters."""
 
@@ -189,7 +195,7 @@ class _Walk:
         self._data = data
         self._contents = contents
         self._wanted = wanted
-        self._nested = nested
+        self._within = _within(nested)
         self._explicit = syntax.explicit_vr
         self._encapsulated = syntax.pixels != "native"
         self._deepest = limits.maximum_nesting
@@ -325,7 +331,7 @@ class _Walk:
         if depth > self._deepest:
             raise CannotUnderstand(f"sequences nest deeper than {self._deepest}")
         data, header = self._data, self._order.tag_and_32
-        wanted = _by_group(tag for above, tag in self._nested if above == sequence) if depth == 1 else _NO_GROUPS
+        wanted = self._within.get(sequence, _NO_GROUPS) if depth == 1 else _NO_GROUPS
         elements = self._explicit_elements if explicit else self._implicit_elements
         while delimited or position < end:
             if end - position < 8:
