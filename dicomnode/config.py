@@ -70,6 +70,12 @@ class ListenerSection(_Section):
     accept_deflated: bool = Field(False, description="take Deflated Explicit VR Little Endian")
     maximum_inflated_bytes: int = Field(536870912, ge=1024, description="largest deflated data set, inflated; it is held in memory")
 
+    @model_validator(mode="after")
+    def _one_port(self) -> ListenerSection:
+        if self.processes > 1 and self.port == 0:
+            raise ValueError("several processes need a port to share: port 0 gives each its own")
+        return self
+
 
 class TlsSection(_Section):
     """A second port for DICOM over TLS (PS3.15 B.12). Without a certificate there is none."""

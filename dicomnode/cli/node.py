@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def serve(config: ConfigOption = None) -> None:
     """Run every role on this machine, each as a process of its own. SIGTERM drains."""
     settings = _start_logs(config)
     _prepare(settings)
-    raise typer.Exit(Supervisor(config, roles=("receiver", "analyser", "sender"), drain_seconds=DRAIN_SECONDS + 15).run())
+    raise typer.Exit(_supervise(settings, config, "analyser", "sender"))
 
 
 def run(
@@ -66,6 +67,8 @@ def run(
     """Run one role. SIGTERM drains."""
     settings = _start_logs(config)
     _prepare(settings)
+    if role == "receiver" and settings.listener.processes > 1 and not supervised:
+        raise typer.Exit(_supervise(settings, config))
     roles: dict[str, Callable[[Settings, Storage, EngineClient], Callable[[], None]]] = {
         "receiver": _start_receiver,
         "analyser": _start_analyser,
@@ -109,6 +112,25 @@ def demo(
 
     configure_logs("warning", json_lines=False)
     raise typer.Exit(run_demo(source, out, timeout, Console(width=None if sys.stdout.isatty() else 160), enable_packages=enable_packages))
+
+
+def _supervise(settings: Settings, config: Path | None, *roles: str) -> int:
+    """Run the listener processes and these roles as children; return the exit code."""
+    if settings.listener.processes > 1:
+        _check_ports(settings)
+    receivers = ("receiver",) * settings.listener.processes
+    return Supervisor(config, roles=(*receivers, *roles), drain_seconds=DRAIN_SECONDS + 15).run()
+
+
+def _check_ports(settings: Settings) -> None:
+    """Make sure that nobody else listens: processes that share a port would take half of another node's associations unasked."""
+    for port in (settings.listener.port, *([settings.tls.port] if settings.tls.certificate else [])):
+        with socket.socket(socket.AF_INET6 if ":" in settings.listener.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((settings.listener.host, port))
+            except OSError as error:
+                raise NodeError(f"cannot listen on {settings.listener.host}:{port}: {error.strerror or error}") from error
 
 
 def _wait_for_end_of_input(stop_asked: threading.Event) -> None:

@@ -289,9 +289,14 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         in_message = self._message_begin is not None
         wait = settings.dimse_timeout_seconds if in_message else settings.network_timeout_seconds
         try:
-            kind, length = pdu_header(self._wire, time.monotonic() + wait)
+            self._wire.wait(time.monotonic() + wait)
         except DeadlineMissed as missed:
             raise Aborted("message does not go on" if in_message else "idle for too long", NOT_SPECIFIED) from missed
+        deadline = time.monotonic() + settings.pdu_seconds
+        try:
+            kind, length = pdu_header(self._wire, deadline)
+        except DeadlineMissed as missed:
+            raise Aborted("PDU too slow", NOT_SPECIFIED) from missed
         self._received += 6 + length
         if self._received > settings.maximum_association_bytes:
             raise Aborted("association sends too much", NOT_SPECIFIED)
@@ -299,13 +304,13 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             if length > settings.accepted_pdu_bytes:
                 raise Aborted("PDU too large", INVALID_VALUE)
             try:
-                self._data_pdu(length, time.monotonic() + settings.pdu_seconds)
+                self._data_pdu(length, deadline)
             except DeadlineMissed as missed:
                 raise Aborted("PDU too slow", NOT_SPECIFIED) from missed
             self._check_rate()
             return True
         if kind == _RELEASE_RQ and length == 4 and not in_message:
-            self._wire.take(4, time.monotonic() + settings.pdu_seconds)
+            self._wire.take(4, deadline)
             self.acse.send_release(is_response=True)
             self.is_released, self.is_established = True, False
             return False
@@ -321,7 +326,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
                 raise Aborted("PDU malformed", INVALID_VALUE)
             size, context_id, control = struct.unpack(">LBB", self._wire.take(6, deadline))
             length -= 4 + size
-            if size < 2 or length < 0:
+            if size < 2 or length < 0 or (size == 2 and not control & 2):  # of fragments without a byte there could be any number
                 raise Aborted("PDU malformed", INVALID_VALUE)
             if context_id not in self._accepted_cx:
                 raise Aborted("presentation context not accepted", INVALID_VALUE)
@@ -353,6 +358,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             command = commands.command_set(encoded)
         except ValueError as error:
             raise Aborted("command set malformed", INVALID_VALUE) from error
+        if commands.COMMAND_FIELD not in command or commands.COMMAND_DATA_SET_TYPE not in command:
+            raise Aborted("command set malformed", INVALID_VALUE)
         has_data = commands.unsigned(command.get(commands.COMMAND_DATA_SET_TYPE)) != commands.NO_DATA_SET
         if commands.unsigned(command.get(commands.COMMAND_FIELD)) != commands.C_STORE_RQ:
             self._other = (context_id, encoded, bytearray())
@@ -450,7 +457,10 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
                 store.refusal = self._failed()
         failure = store.refusal
         response = commands.store_response(store.command, failure.dimse_status if failure else SUCCESS, str(failure) if failure else "")
-        self._wire.send(commands.pdus(store.context_id, response, self.requestor.maximum_length or 0), self._settings.pdu_seconds)
+        try:
+            self._wire.send(commands.pdus(store.context_id, response, self.requestor.maximum_length or 0), self._settings.pdu_seconds)
+        except DeadlineMissed as missed:
+            raise Aborted("response not taken", NOT_SPECIFIED) from missed
         self._message_ended()
 
     def _failed(self) -> StoreRefused:
@@ -472,8 +482,10 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             while not self.dimse.msg_queue.empty():
                 _, message = self.dimse.msg_queue.get_nowait()
                 self._serve_request(message, context_id)
-        except (ConnectionLost, DeadlineMissed):
+        except ConnectionLost:
             raise
+        except DeadlineMissed as missed:
+            raise Aborted("response not taken", NOT_SPECIFIED) from missed
         except Exception as error:
             raise Aborted("request malformed", INVALID_VALUE) from error
         if self._abort_asked or not self.dul.event_queue.empty() or self.dimse.message is not None:

@@ -212,6 +212,7 @@ class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped
         """Note whose connection it is; from here on the socket is ours to close."""
         self.address = str(self.client_address[0])
         self._socket: socket.socket = self.request
+        self._wire: Wire | None = None
         self._gave_way: str | None = None
         self._listener = self.server.listener
 
@@ -228,8 +229,11 @@ class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped
     def give_way(self, reason: str) -> None:
         """End soon: whatever the thread waits for on this connection ends now."""
         self._gave_way = reason
-        with contextlib.suppress(OSError):  # ended already
-            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # also below TLS, whose own method is for the thread alone
+        if self._wire is not None:
+            self._wire.end()
+        else:  # in its TLS handshake
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RD)
 
     def _run(self) -> None:
         try:
@@ -246,7 +250,9 @@ class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped
         try:
             if self.server.tls_context is not None:
                 self._shake_hands(self.server.tls_context())
-            wire = Wire(self._socket)
+            wire = self._wire = Wire(self._socket)
+            if self._gave_way:
+                raise ConnectionLost
         except ssl.SSLError as error:
             self._refuse("TLS handshake", kind=error.reason or type(error).__name__)
             return

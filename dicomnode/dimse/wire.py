@@ -24,7 +24,7 @@ class DeadlineMissed(Exception):
 
 
 class Wire:
-    """A connected socket with its receive buffer. One thread at a time.
+    """A connected socket with its receive buffer. One thread at a time, but for `end`.
 
     `waited` counts the seconds spent waiting for the peer's bytes, so that the time we take ourselves is never held against it.
     """
@@ -36,13 +36,22 @@ class Wire:
         self._view = memoryview(self._buffer)
         self._begin = 0  # of what was received and not yet taken
         self._end = 0
+        self._ended = False  # shutting down alone doesn't stop what a peer goes on to send
         self.waited = 0.0
         if self._quick_ack:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def has_bytes(self) -> bool:
-        """Whether something was received that nobody took yet."""
-        return self._end > self._begin
+    def wait(self, deadline: float) -> None:
+        """Wait until there is a byte. Raises as `take` does."""
+        if self._begin == self._end:
+            self._begin = self._end = 0
+            self._receive(deadline)
+
+    def end(self) -> None:
+        """Make the thread that reads see the end of the connection, now and for good. The one call that another thread may make."""
+        self._ended = True
+        with contextlib.suppress(OSError):  # ended already
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)  # also below TLS, whose own method is for the reading thread alone
 
     def take(self, count: int, deadline: float) -> memoryview:
         """Return the next `count` bytes, at most BUFFER_BYTES, as a view that holds until the next call.
@@ -98,6 +107,8 @@ class Wire:
 
     def _receive(self, deadline: float) -> None:
         start = time.monotonic()
+        if self._ended:
+            raise ConnectionLost
         if start >= deadline:
             raise DeadlineMissed
         try:
