@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from dicomnode.config import check_ae_title
 from dicomnode.dimse.tls import fingerprint
@@ -35,6 +35,9 @@ from dicomnode.logs import get_logger
 from storage.errors import StorageError
 from storage.records import Peer
 from storage.registry import Registry
+
+if TYPE_CHECKING:
+    from dicomnode.dimse.association import Caller  # with pynetdicom, which a command about peers needs not load
 
 NAME_SECONDS: Final = 60.0  # for so long the addresses of a host name are remembered
 _UNKNOWN_NAME_SECONDS = 10.0  # and so long that it has none
@@ -46,34 +49,6 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _log = get_logger(__name__)
-
-
-class Caller(Protocol):
-    """Who asks for an association."""
-
-    @property
-    def calling_ae_title(self) -> str:
-        """As the request has it."""
-
-    @property
-    def called_ae_title(self) -> str:
-        """As the request has it."""
-
-    @property
-    def address(self) -> str:
-        """The IP address that it connects from."""
-
-    @property
-    def certificate(self) -> bytes | None:
-        """Its TLS certificate, DER, signed by the site's CA; None without TLS."""
-
-    @property
-    def user(self) -> str | None:
-        """Of user identity negotiation of type 1 or 2."""
-
-    @property
-    def passcode(self) -> str | None:
-        """Of user identity negotiation of type 2."""
 
 
 class Admission:
@@ -172,6 +147,13 @@ def network(text: str) -> Network:
     if isinstance(parsed, ipaddress.IPv6Network) and parsed.prefixlen >= 96 and (mapped := parsed.network_address.ipv4_mapped):
         return ipaddress.IPv4Network((mapped, parsed.prefixlen - 96))
     return parsed
+
+
+def check_user_name(text: str) -> str:
+    """Return `text` if it can be the user name of an association request (PS3.7 D.3.3.7), else raise ValueError."""
+    if not text or not text.isprintable() or len(text.encode()) > 65535:
+        raise ValueError("a user name has characters that print, and at least one")
+    return text
 
 
 def hash_passcode(passcode: str) -> str:

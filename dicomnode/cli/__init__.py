@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from dicomnode.cli import check, node, peers, site, training, work
+from dicomnode.cli import check, metrics, node, peers, site, training, work
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs
 from dicomnode.version import VERSION
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 node.register(app)
 check.register(app)
+metrics.register(app)
 peers.register(app)
 site.register(app)
 work.register(app)

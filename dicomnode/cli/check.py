@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +25,7 @@ from storage.records import PackageRecord, Peer, Route
 
 LOOPBACK = "127.0.0.1"
 SEND_SECONDS = 300.0
+EXPIRY_NOTICE = timedelta(days=30)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +38,7 @@ def check(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check configuration, database, disk, packages, routes and receiving peers; with --send push a phantom through the node."""
+    """Check configuration, database, disk, TLS, packages, routes and receiving peers; with --send push a phantom through the node."""
     rows: list[dict[str, object]] = []
 
     def item(what: str, probe: Callable[[], str]) -> None:
@@ -48,6 +51,11 @@ def check(
         item("configuration", lambda: f"AE title {settings.node.ae_title}, port {settings.listener.port}")
         item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
         item("disk", lambda: _disk(settings, storage))
+        over_tls = [peer.ae_title for peer in storage.registry.peers() if peer.tls]
+        if settings.tls.certificate is not None or over_tls:
+            item("TLS certificate", lambda: _certificate(settings, over_tls))
+        if settings.tls.certificate is not None and settings.tls.port:
+            item("TLS port", lambda: _answers_over_tls(settings))
         for known in storage.registry.packages():
             item(f"package {known.name}@{known.version} ({known.state})", partial(_digest, storage, known))
         for route in storage.registry.routes():
@@ -67,6 +75,44 @@ def _disk(settings: Settings, storage: Storage) -> str:
     if free < settings.storage.reserve_bytes:
         raise NodeError(f"{free} bytes free, below the reserve of {settings.storage.reserve_bytes}: images are refused")
     return f"{free} bytes free, reserve {settings.storage.reserve_bytes}"
+
+
+def _certificate(settings: Settings, peers: list[str]) -> str:
+    """Whether the node's TLS files can be used today."""
+    from dicomnode.dimse.tls import own_certificate, server_context, validity
+
+    if settings.tls.certificate is None:
+        raise NodeError(f"{', '.join(peers)} use TLS, and this node has no certificate: nothing goes either way")
+    server_context(settings.tls)
+    begin, end = validity(own_certificate(settings.tls))
+    now = datetime.now(UTC)
+    if not begin <= now <= end:
+        raise NodeError(f"{settings.tls.certificate} is valid from {begin:%F} to {end:%F}: peers refuse it")
+    soon = f": IT EXPIRES IN {(end - now).days} DAYS" if end - now < EXPIRY_NOTICE else ""
+    return f"valid until {end:%F}{soon}; its key matches, the CA can be read"
+
+
+def _answers_over_tls(settings: Settings) -> str:
+    """Whether the node that runs here shows its certificate and takes it."""
+    from dicomnode.dimse.tls import fingerprint, own_certificate, peer_context
+
+    address = (_own_host(settings), settings.tls.port)
+    context = peer_context(settings.tls, pin=fingerprint(own_certificate(settings.tls)), timeout_seconds=settings.tls.handshake_seconds)
+    try:
+        with socket.create_connection(address, settings.tls.handshake_seconds) as plain, context.wrap_socket(plain) as connection:
+            connection.settimeout(0.5)
+            with suppress(TimeoutError):  # by TLS 1.3 the node refuses a certificate after the handshake: silence is good news
+                connection.recv(1)
+            return f"{address[0]}:{address[1]} answers with this certificate over {connection.version()}"
+    except ConnectionRefusedError:
+        return f"nothing listens on {address[0]}:{address[1]} now"
+    except OSError as error:
+        raise NodeError(f"{address[0]}:{address[1]}: {context.trouble or error}") from error
+
+
+def _own_host(settings: Settings) -> str:
+    """The address that the listener of this machine can be called at."""
+    return LOOPBACK if settings.listener.host in {"0.0.0.0", "::"} else settings.listener.host  # noqa: S104  a comparison, nothing binds
 
 
 def _digest(storage: Storage, package: PackageRecord) -> str:
@@ -91,7 +137,7 @@ def _leads_on(storage: Storage, route: Route) -> str:
 def _answers(settings: Settings, peer: Peer) -> str:
     from dicomnode.dimse.scu import echo
 
-    echo(peer, calling_ae_title=settings.node.ae_title)
+    echo(peer, calling_ae_title=settings.node.ae_title, tls=settings.tls)
     return "answers C-ECHO"
 
 
@@ -100,9 +146,14 @@ def _send_phantom(settings: Settings, storage: Storage) -> str:
     from dicomnode.demo.scanner import scan_folder, send_study
     from dicomnode.phantoms.studies import write_check_study
 
-    host = LOOPBACK if settings.listener.host in {"0.0.0.0", "::"} else settings.listener.host  # noqa: S104  a comparison, nothing binds
     node = Peer(
-        ae_title=settings.node.ae_title, host=host, port=settings.listener.port, sends=False, receives=True, tls=False, client_cert=None
+        ae_title=settings.node.ae_title,
+        host=_own_host(settings),
+        port=settings.listener.port,
+        sends=False,
+        receives=True,
+        tls=False,
+        client_cert=None,
     )
     with tempfile.TemporaryDirectory(prefix="dicomnode-check-") as name, _route_to_here(settings, storage) as has_segmentation:
         write_check_study(Path(name), f"check {uuid.uuid4()}")
@@ -119,6 +170,12 @@ def _send_phantom(settings: Settings, storage: Storage) -> str:
             if time.monotonic() - began > SEND_SECONDS:
                 raise NodeError(f"no SEG within {SEND_SECONDS:g} s; see `dicomnode study show {study.study_instance_uid}`")
         return f"SEG received after {time.monotonic() - began:.1f} s; study {study.study_instance_uid}"
+
+
+def _own_addresses(settings: Settings) -> tuple[str, ...]:
+    """What a call from this machine to its own listener comes from."""
+    found = socket.getaddrinfo(_own_host(settings), None, type=socket.SOCK_STREAM)
+    return tuple({LOOPBACK, *(str(entry[4][0]).partition("%")[0] for entry in found)})
 
 
 @contextmanager
@@ -150,7 +207,16 @@ def _route_to_here(settings: Settings, storage: Storage) -> Iterator[threading.E
     routes = [f"{SELF_TEST}-{package.name}" for package in enabled]
     try:
         storage.registry.add_peer(
-            Peer(ae_title=SELF_TEST, host=LOOPBACK, port=listener.port, sends=True, receives=True, tls=False, client_cert=None)
+            Peer(
+                ae_title=SELF_TEST,
+                host=LOOPBACK,
+                port=listener.port,
+                sends=True,
+                receives=True,
+                tls=False,
+                client_cert=None,
+                networks=_own_addresses(settings),
+            )
         )
         for route, package in zip(routes, enabled, strict=True):
             storage.registry.add_route(

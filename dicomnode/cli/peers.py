@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,14 +33,50 @@ def peer_add(
     port: Annotated[int, typer.Argument(min=1, max=65535)],
     sends: Annotated[bool, typer.Option("--sends", help="may send studies here")] = False,
     receives: Annotated[bool, typer.Option("--receives", help="gets results")] = False,
+    networks: Annotated[
+        list[str] | None,
+        typer.Option("--network", metavar="CIDR", help="where it may call from, several times; else the addresses of HOST"),
+    ] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="comes and is called over TLS, and in no other way")] = False,
+    client_cert: Annotated[
+        Path | None,
+        typer.Option("--client-cert", metavar="FILE", help="its one certificate, PEM or DER; else any that the site's CA signed"),
+    ] = None,
+    user: Annotated[str | None, typer.Option("--user", help="user name that it must give (user identity negotiation)")] = None,
+    passcode_file: Annotated[
+        str | None, typer.Option("--passcode-file", metavar="FILE|prompt", help="its passcode: the first line of a file, or asked for")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Add a peer, or change the one with this AE title."""
+    """Add a peer, or change the one with this AE title: what is not given again is taken back."""
+    from dicomnode.admission import check_user_name, hash_passcode, network
+    from dicomnode.dimse.tls import fingerprint, read_certificate
+
     if not (sends or receives):
         raise UsageError("a peer needs --sends, --receives or both")
     if not host or any(not 0x20 < ord(character) < 0x7F for character in host):
         raise UsageError(f"{host!r} is no host name or address")
-    added = Peer(ae_title=ae_title(aet), host=host, port=port, sends=sends, receives=receives, tls=False, client_cert=None)
+    if client_cert is not None and not tls:
+        raise UsageError("--client-cert needs --tls")
+    if passcode_file is not None and user is None:
+        raise UsageError("--passcode-file needs --user")
+    try:
+        allowed = tuple(str(network(text)) for text in networks or ())
+        user = check_user_name(user) if user is not None else None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    added = Peer(
+        ae_title=ae_title(aet),
+        host=host,
+        port=port,
+        sends=sends,
+        receives=receives,
+        tls=tls,
+        client_cert=fingerprint(read_certificate(client_cert)) if client_cert is not None else None,
+        networks=allowed,
+        user=user,
+        passcode_hash=hash_passcode(_passcode(passcode_file)) if passcode_file is not None else None,
+    )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
         if used and not receives:
@@ -51,7 +88,8 @@ def peer_add(
 def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
     """List the peers."""
     with opened(config) as (_, storage):
-        show(storage.registry.peers(), ["ae_title", "host", "port", "sends", "receives"], as_json=json)
+        columns = ["ae_title", "host", "port", "sends", "receives", "networks", "tls", "client_cert", "user", "passcode"]
+        show([_shown(known, whole=json) for known in storage.registry.peers()], columns, as_json=json)
 
 
 @peer.command("remove")
@@ -69,7 +107,7 @@ def peer_echo(aet: str, config: ConfigOption = None) -> None:
 
     with opened(config) as (settings, storage):
         known = _known_peer(storage, aet)
-        echo(known, calling_ae_title=settings.node.ae_title)
+        echo(known, calling_ae_title=settings.node.ae_title, tls=settings.tls)
         typer.echo(f"{known.ae_title} at {known.host}:{known.port} answers")
 
 
@@ -250,6 +288,31 @@ def _is_intact(folder: Path, digest: str) -> bool:
         return digest_of(folder) == digest
     except PackageError:  # a file that must be there is gone
         return False
+
+
+def _passcode(file: str) -> str:
+    """Read a passcode from the first line of a file, or ask for it."""
+    if file == "prompt":
+        passcode = str(typer.prompt("Passcode", hide_input=True, confirmation_prompt=True))
+    else:
+        try:
+            passcode = next(iter(Path(file).read_text(encoding="utf-8").splitlines()), "")
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not text in UTF-8") from error
+    if not passcode:
+        raise UsageError("a passcode has at least one character")
+    return passcode
+
+
+def _shown(peer: Peer, *, whole: bool) -> dict[str, Any]:
+    """A peer as it is listed: whether it has a passcode, and nothing of it; of a fingerprint the begin, but for programs."""
+    row = dataclasses.asdict(peer)
+    row["passcode"] = row.pop("passcode_hash") is not None
+    if not whole and peer.client_cert is not None:
+        row["client_cert"] = f"{peer.client_cert[:12]}…"
+    return row
 
 
 def _known_peer(storage: Storage, aet: str) -> Peer:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dicomnode.admission import check_passcode_hash, check_user_name, network
 from dicomnode.cli.terminal import ConfigOption, opened
 from dicomnode.config import check_ae_title, toml_value
 from dicomnode.errors import UsageError
@@ -39,11 +40,39 @@ class PeerEntry(_Entry):
     port: Annotated[int, Field(ge=1, le=65535)]
     sends: bool = False
     receives: bool = False
+    networks: tuple[str, ...] = ()
+    tls: bool = False
+    client_cert: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = None
+    user: str | None = None
+    passcode_hash: str | None = None
 
     @field_validator("ae_title")
     @classmethod
     def _ae_title(cls, value: str) -> str:
         return check_ae_title(value)
+
+    @field_validator("networks")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(network(text)) for text in value)
+
+    @field_validator("user")
+    @classmethod
+    def _user(cls, value: str | None) -> str | None:
+        return None if value is None else check_user_name(value)
+
+    @field_validator("passcode_hash")
+    @classmethod
+    def _passcode_hash(cls, value: str | None) -> str | None:
+        return None if value is None else check_passcode_hash(value)
+
+    @model_validator(mode="after")
+    def _in_full(self) -> PeerEntry:
+        if self.client_cert is not None and not self.tls:
+            raise ValueError("client_cert needs tls")
+        if self.passcode_hash is not None and self.user is None:
+            raise ValueError("passcode_hash needs user")
+        return self
 
 
 class RouteEntry(_Entry):
@@ -73,6 +102,7 @@ def registry_export(file: Annotated[Path, typer.Argument(help="site.toml")], con
     if file.exists():
         raise UsageError(f"{file} exists already and is left as it is")
     with opened(config) as (_, storage):
+        file.touch(mode=0o600)  # it holds hashes of passcodes
         file.write_text(_as_toml(storage), encoding="utf-8")
 
 
@@ -97,7 +127,7 @@ def registry_import(file: Annotated[Path, typer.Argument(help="site.toml")], con
         if mistakes:
             raise UsageError(f"{file} has {len(mistakes)} mistake(s): " + "; ".join(mistakes))
         for peer in site.peers:
-            storage.registry.add_peer(Peer(**peer.model_dump(), tls=False, client_cert=None))
+            storage.registry.add_peer(Peer(**peer.model_dump()))
         for entry in site.routes:
             storage.registry.add_route(Route(**entry.model_dump()))
         typer.echo(f"{len(site.peers)} peer(s) and {len(site.routes)} route(s) imported")

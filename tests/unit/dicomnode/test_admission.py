@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
 from dicomnode.admission import Admission, check_passcode_hash, hash_passcode, is_passcode, network
+from dicomnode.dimse.association import Caller
 from dicomnode.dimse.tls import fingerprint
 from storage.errors import Unavailable
 from storage.records import Peer
@@ -19,14 +20,10 @@ PLAIN = Peer(ae_title="SCANNER", host="10.0.0.5", port=104, sends=True, receives
 PASSCODE_HASH = hash_passcode("geheim")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Caller:
-    calling_ae_title: str = "SCANNER"
-    called_ae_title: str = "DICOMNODE"
-    address: str = "10.0.0.5"
-    certificate: bytes | None = None
-    user: str | None = None
-    passcode: str | None = None
+def a_caller(**values: Any) -> Caller:
+    """The scanner, in plain DICOM, but for these values."""
+    known = {"calling_ae_title": "SCANNER", "called_ae_title": "DICOMNODE", "address": "10.0.0.5"}
+    return Caller(**{**known, "certificate": None, "user": None, "passcode": None, **values})
 
 
 class Peers:
@@ -48,7 +45,7 @@ class Peers:
 
 
 def reason(peer: Peer, **caller: Any) -> str | None:
-    return admission(peer).admit(Caller(**caller))
+    return admission(peer).admit(a_caller(**caller))
 
 
 def admission(*peers: Peer) -> Admission:
@@ -128,9 +125,9 @@ def test_a_host_name_stands_for_its_addresses_and_is_asked_for_once(monkeypatch:
     known = admission(replace(PLAIN, host="ct.example"))
     assert asked == []
     assert not known.is_peer("10.0.0.9"), "nobody has called yet, and the accept loop must not wait for a name server"
-    assert known.admit(Caller(address="10.0.0.8")) == "network"
+    assert known.admit(a_caller(address="10.0.0.8")) == "network"
     for address in ("10.0.0.9", "::ffff:10.0.0.9", "2001:db8::9"):
-        assert known.admit(Caller(address=address)) is None
+        assert known.admit(a_caller(address=address)) is None
         assert known.is_peer(address)
     assert not known.is_peer("10.0.0.8")
     assert asked == ["ct.example"]
@@ -203,22 +200,22 @@ def test_a_passcode_is_kept_salted_and_never_as_it_is() -> None:
 def test_a_registry_that_does_not_answer_lets_nobody_in() -> None:
     registry = Peers(PLAIN)
     known = Admission(registry, ["DICOMNODE"])  # type: ignore[arg-type]
-    assert known.admit(Caller()) is None
+    assert known.admit(a_caller()) is None
     registry.away = True
-    assert known.admit(Caller()) == "registry"
+    assert known.admit(a_caller()) == "registry"
     assert known.is_peer("10.0.0.5"), "what is in memory stays"
     away = Peers(PLAIN)
     away.away = True
     fresh = Admission(away, ["DICOMNODE"])  # type: ignore[arg-type]
-    assert fresh.admit(Caller()) == "registry"
+    assert fresh.admit(a_caller()) == "registry"
     assert not fresh.is_peer("10.0.0.5")
 
 
 def test_changes_of_the_registry_hold_from_the_next_association_on() -> None:
     registry = Peers()
     known = Admission(registry, ["DICOMNODE"])  # type: ignore[arg-type]
-    assert known.admit(Caller()) == "calling AE title"
+    assert known.admit(a_caller()) == "calling AE title"
     registry.known["SCANNER"] = PLAIN
-    assert known.admit(Caller()) is None
+    assert known.admit(a_caller()) is None
     del registry.known["SCANNER"]
-    assert known.admit(Caller()) == "calling AE title"
+    assert known.admit(a_caller()) == "calling AE title"
