@@ -96,8 +96,10 @@ def walk(
 def inflate(data: Encoded, start: int, maximum_bytes: int) -> bytes:
     """Inflate the deflated data set that begins at `start` (PS3.5 A.5), holding hardly more than `maximum_bytes` of it.
 
+    What may follow the stream is one padding byte, or the check sum and length that gzip writes and dicom3tools leaves there.
+
     Raises:
-        CannotUnderstand: it isn't a deflate stream, is cut off, becomes too large, or more than a padding byte follows it.
+        CannotUnderstand: it isn't a deflate stream, is cut off, becomes too large, or something else follows it.
     """
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)  # without the header and check sum of zlib
     inflated = BytesIO()  # its value is taken without a copy
@@ -118,10 +120,11 @@ def inflate(data: Encoded, start: int, maximum_bytes: int) -> bytes:
                 raise CannotUnderstand("the data set is too large when inflated")
     except zlib.error:
         raise CannotUnderstand("the data set is not deflated, or damaged") from None
-    rest = inflater.unused_data + data[position : position + 2]
-    if rest not in {b"", b"\x00"}:
+    rest = inflater.unused_data + data[position : position + 9]
+    content = inflated.getvalue()
+    if rest not in {b"", b"\x00"} and rest != struct.pack("<LL", zlib.crc32(content), len(content) & 0xFFFFFFFF):
         raise CannotUnderstand("something follows the deflated data set")
-    return inflated.getvalue()
+    return content
 
 
 _ByGroup = Mapping[int, frozenset[int]]  # group number -> element numbers
@@ -253,8 +256,12 @@ class _Walk:
                     raise CannotUnderstand("an undefined length that its VR does not allow")
                 self._left -= count - counted
                 counted = count
-                explicit = vr == order.sq  # what is unknown is implicit (PS3.5 6.2.2 note 2)
-                position = self._items(position, end, depth + 1, tag, explicit=explicit, delimited=True)
+                if vr == order.sq:
+                    position = self._items(position, end, depth + 1, tag, explicit=True, delimited=True)
+                    continue
+                self._order = _LITTLE_ENDIAN  # what is unknown is Implicit VR Little Endian everywhere (PS3.5 6.2.2 note 2)
+                position = self._items(position, end, depth + 1, tag, explicit=False, delimited=True)
+                self._order = order
                 continue
             following = position + length
             if following > end:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import mmap
+import struct
 import tracemalloc
 import zlib
 from io import BytesIO
@@ -61,6 +63,9 @@ def test_the_pieces_are_sound():
     assert elements(SQ + u32(len(inner) + 8) + ITEM + u32(len(inner)) + inner).nested_values == {}
     assert elements(UN + UNDEFINED + OPEN_ITEM + IMPLICIT_ELEMENT + CLOSE_ITEM + CLOSE_SEQUENCE).nested_values
     assert elements(UN + u32(4) + b"\xff\xff\xff\xff" + OB + u32(0)).values == {}
+    big_endian = b"\x7f\xf0\x00\x01UN\x00\x00" + UNDEFINED
+    unknown = OPEN_ITEM + IMPLICIT_ELEMENT + CLOSE_ITEM + ITEM + u32(10) + IMPLICIT_ELEMENT + CLOSE_SEQUENCE  # always little endian
+    assert elements(big_endian + unknown + b"\x7f\xf0\x00\x02US\x00\x02\x00\x01", BIG_ENDIAN).nested_values
     implicit = OPEN_ITEM + IMPLICIT_ELEMENT + CLOSE_ITEM
     assert elements(IMPLICIT_SQ + UNDEFINED + implicit + CLOSE_SEQUENCE, IMPLICIT)
     assert elements(IMPLICIT_SQ + u32(len(implicit)) + implicit, IMPLICIT)
@@ -246,6 +251,8 @@ def test_a_deflated_data_set_is_checked_as_what_it_inflates_to(size, level):
     data = deflated(encoded(dataset), level)
     assert read_deflated(data, dataset.SOPInstanceUID) == "Doe^Jane"
     assert read_deflated(data + b"\x00", dataset.SOPInstanceUID) == "Doe^Jane"
+    gzipped = gzip.compress(encoded(dataset), level)[10:]  # without gzip's header: dicom3tools writes data sets so
+    assert read_deflated(gzipped, dataset.SOPInstanceUID) == "Doe^Jane"
     with pytest.raises(PixelDataTooShort):
         read_deflated(deflated(encoded(a_dataset(SOPInstanceUID="1.2.3", PixelData=bytes(46))), level), "1.2.3")
     with pytest.raises(CannotUnderstand):
@@ -279,6 +286,9 @@ def test_no_part_of_a_deflated_data_set_passes_for_the_whole():
     [
         pytest.param(lambda data: deflated(data) + b"\x00\x00", id="two bytes after it"),
         pytest.param(lambda data: deflated(data) + b"x", id="no padding after it"),
+        pytest.param(lambda data: deflated(data) + struct.pack("<LL", zlib.crc32(data) ^ 1, len(data)), id="wrong check sum after it"),
+        pytest.param(lambda data: deflated(data) + struct.pack("<LL", zlib.crc32(data), len(data) + 1), id="wrong length after it"),
+        pytest.param(lambda data: deflated(data) + struct.pack("<LLB", zlib.crc32(data), len(data), 0), id="more than the length after it"),
         pytest.param(lambda data: deflated(data) * 2, id="another stream after it"),
         pytest.param(zlib.compress, id="zlib format"),
         pytest.param(lambda data: data, id="not deflated"),
