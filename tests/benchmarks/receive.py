@@ -29,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # measure this tree, wherever the package may be installed from
 
 import pytest  # noqa: E402  after the path is set, like the rest
-from receivers import RECEIVERS, Receiver  # noqa: E402
+from receivers import RECEIVERS, Altered, Receiver  # noqa: E402
 from replay import CtScanner, Image, Sent, send, send_raw  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+
+from pacs import tail  # noqa: E402
 
 CASES = {"1 association": 1, "4 associations": 4, "16 associations": 16, "one image per association": None}
 ONE_BY_ONE = "one image per association"
@@ -191,11 +193,15 @@ def _measure(row: Row, scanner: CtScanner, count: int) -> None:
         groups = scanner.studies(associations, max(1, count // associations))
     images: list[Image] = [image for group in groups for image in group]
     os.sync()
-    if row.receiver.called is None:
-        sent = send_raw(row.receiver.port, images, quickack=row.quickack)
-    else:
-        sent = send(row.receiver.port, row.receiver.called, groups, at_once=associations is not None, quickack=row.quickack)
-    row.receiver.check(images)
+    try:
+        if row.receiver.called is None:
+            sent = send_raw(row.receiver.port, images, quickack=row.quickack)
+        else:
+            sent = send(row.receiver.port, row.receiver.called, groups, at_once=associations is not None, quickack=row.quickack)
+        row.receiver.check(images)
+    except (OSError, EOFError, Altered) as error:
+        error.add_note(f"by {row.receiver.name}, {row.case}; the end of its log:\n{tail(row.receiver.log)}")
+        raise
     row.rounds.append(sent)
 
 

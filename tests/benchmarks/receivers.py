@@ -38,6 +38,7 @@ class Receiver:
     nodelay: bool  # whether it sets TCP_NODELAY: DCMTK and Orthanc don't unless their environment says so
     promises: str  # what it has done when it answers
     check: Callable[[Sequence[Image]], None]  # compare these acknowledged images, then remove them; raises Altered
+    log: Path
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def raw(folder: Path) -> Iterator[Receiver]:
     port = free_port()
     promises = "file and folder synced; no DICOM, no index"
     with _running("limit", port, None, [sys.executable, _PLAIN, "raw", str(port), folder], folder):
-        yield Receiver(name="limit", port=port, called=None, nodelay=True, promises=promises, check=check)
+        yield Receiver(name="limit", port=port, called=None, nodelay=True, promises=promises, check=check, log=_log(folder))
 
 
 @contextmanager
@@ -62,7 +63,15 @@ def save_as(folder: Path) -> Iterator[Receiver]:
     with _running("pynetdicom", port, called, [sys.executable, _PLAIN, "save_as", str(port), folder], folder):
         check = _files(folder, "{}.dcm")
         # It sends each response in one piece, so that Nagle's algorithm, which it leaves on, delays nothing.
-        yield Receiver(name="pynetdicom save_as", port=port, called=called, nodelay=False, promises="nothing synced, no index", check=check)
+        yield Receiver(
+            name="pynetdicom save_as",
+            port=port,
+            called=called,
+            nodelay=False,
+            promises="nothing synced, no index",
+            check=check,
+            log=_log(folder),
+        )
 
 
 @contextmanager
@@ -72,7 +81,15 @@ def storescp(folder: Path, *, nodelay: bool) -> Iterator[Receiver]:
     command = [program("storescp", "dcmtk"), "--fork", "+B", "--aetitle", called, "-od", folder, str(port)]
     with _running("storescp", port, called, command, folder, environment=QUICK if nodelay else {}):
         check = _files(folder, "CT.{}")
-        yield Receiver(name="storescp --fork", port=port, called=called, nodelay=nodelay, promises="nothing synced, no index", check=check)
+        yield Receiver(
+            name="storescp --fork",
+            port=port,
+            called=called,
+            nodelay=nodelay,
+            promises="nothing synced, no index",
+            check=check,
+            log=_log(folder),
+        )
 
 
 @contextmanager
@@ -116,7 +133,7 @@ def orthanc(folder: Path, *, nodelay: bool) -> Iterator[Receiver]:
     environment = QUICK if nodelay else {}
     promises = "file synced by fdatasync, index on SQLite"
     with _running("Orthanc", port, ORTHANC_AET, [program("Orthanc", "orthanc"), file], folder, environment=environment):
-        yield Receiver(name="Orthanc", port=port, called=ORTHANC_AET, nodelay=nodelay, promises=promises, check=check)
+        yield Receiver(name="Orthanc", port=port, called=ORTHANC_AET, nodelay=nodelay, promises=promises, check=check, log=_log(folder))
 
 
 @contextmanager
@@ -148,7 +165,7 @@ def node(folder: Path, *, processes: int) -> Iterator[Receiver]:
     name = f"node, {processes} process" + "es" * (processes > 1)
     promises = "file and folder synced, row committed with full sync"
     with _running(name, port, NODE_AET, [*dicomnode, "run", "receiver", "--config", file], folder):
-        yield Receiver(name=name, port=port, called=NODE_AET, nodelay=True, promises=promises, check=check)
+        yield Receiver(name=name, port=port, called=NODE_AET, nodelay=True, promises=promises, check=check, log=_log(folder))
 
 
 # Every receiver by the name it has on the command line.
@@ -169,10 +186,14 @@ def _running(
     name: str, port: int, called: str | None, command: Sequence[str | Path], folder: Path, *, environment: Mapping[str, str] = {}
 ) -> Iterator[None]:
     """Run a receiver until it has accepted something and the block is left; its log lies beside its folder."""
-    log = folder.with_suffix(".log")
+    log = _log(folder)
     with running(command, log=log, environment={**_THIS_TREE, **environment}):
         wait_until(lambda: answers(port, called), seconds=START_SECONDS, what=f"{name} to answer", log=log)
         yield
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_suffix(".log")
 
 
 def _files(folder: Path, pattern: str) -> Callable[[Sequence[Image]], None]:
