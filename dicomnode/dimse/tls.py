@@ -238,10 +238,14 @@ class _PeerSocket(ssl.SSLSocket):
 
     context: PeerContext
 
+    def connect(self, address: Any) -> None:
+        """Connect and shake hands; whoever made the context closes what became of it."""
+        self.context.connections.append(self)
+        super().connect(address)
+
     def do_handshake(self, block: bool = False) -> None:
         """Shake hands, then compare the peer's certificate with its pin."""
         context = self.context
-        context.connections.append(self)
         try:
             super().do_handshake(block)
             if context.pin is not None and fingerprint(self.getpeercert(binary_form=True) or b"") != context.pin:

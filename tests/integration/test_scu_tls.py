@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import ssl
@@ -166,6 +167,15 @@ def test_a_tls_peer_that_speaks_plain_dicom_or_an_old_version_gets_nothing(site:
     assert outcome.state == "transient"
     assert "no TLS connection" in str(outcome.error)
     assert b"DICOMNODE" not in heard[0]
+
+
+def test_a_tls_peer_that_is_down_cannot_be_reached(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    peer = Peer(ae_title="PACS", host="127.0.0.1", port=port, sends=False, receives=True, tls=True, client_cert=None)
+    with pytest.raises(PeerUnavailable, match="cannot be reached"):
+        echo(peer, calling_ae_title="DICOMNODE", tls=of_the_node(site))
+    gc.collect()  # a socket left open would be a warning, and so an error
 
 
 def test_a_silent_tls_peer_is_waited_for_no_longer_than_said(site: Site) -> None:
