@@ -19,6 +19,7 @@ from dicomnode.dimse.contexts import (
     offered_syntaxes,
 )
 from dicomnode.dimse.scu import TRANSIENT, WARNINGS
+from dicomnode.dimse.tls import SUITES
 from dicomnode.errors import StoreRefused
 from dicomnode.version import VERSION
 
@@ -53,26 +54,31 @@ def _lines(settings: Settings) -> Iterator[str]:
             ("Application context", "`1.2.840.10008.3.1.1.1`"),
             ("Implementation Class UID", f"`{IMPLEMENTATION_CLASS_UID}`"),
             ("Implementation Version Name", f"`{IMPLEMENTATION_VERSION_NAME}`"),
-            ("AE title", f"`{settings.node.ae_title}` (`node.ae_title`)"),
+            ("AE titles", f"{', '.join(f'`{title}`' for title in settings.node.ae_titles)} (`node.ae_title`, `node.more_ae_titles`)"),
             ("TCP port", f"{listener.port} (`listener.port`)"),
+            ("TCP port of DICOM over TLS", f"{settings.tls.port} (`tls.port`), if `tls.certificate` is set"),
             ("Associations at a time, as acceptor", f"{listener.maximum_associations} (`listener.maximum_associations`)"),
             ("Maximum PDU, as acceptor", f"{listener.maximum_pdu_bytes} bytes (`listener.maximum_pdu_bytes`)"),
             ("Wait for an association message", f"{listener.association_seconds:g} s (`listener.association_seconds`)"),
             ("Idle association is aborted after", f"{listener.network_timeout_seconds:g} s (`listener.network_timeout_seconds`)"),
             ("Asynchronous operations", "one at a time"),
-            ("Extended negotiation, role selection, user identity", "not used"),
-            ("TLS", "not supported; a peer marked as TLS is not sent to"),
+            ("Extended negotiation, role selection", "not used"),
+            ("User identity", "as acceptor: types 1 and 2, for peers that are registered with a user name; no positive response is sent"),
+            ("TLS", "PS3.15 B.12 in both directions: 1.2 and 1.3, each side with a certificate of the site's certification authority"),
+            ("Cipher suites of TLS 1.2", ", ".join(f"`{suite}`" for suite in SUITES)),
         ],
     )
-    yield "**As acceptor.** Only an AE title that is registered as a peer that may send, calling this node by its own AE title, is let"
-    yield "in. Everybody else gets the same A-ASSOCIATE-RJ: rejected permanent, DICOM UL service user, no reason given. The registry is"
-    yield "asked at every association. The calling AE title is a name, not a proof: keep the port inside the hospital's network."
+    yield "**As acceptor.** Who is let in calls this node by one of its AE titles and matches one registered peer that may send in all that"
+    yield "is known of it: calling AE title, network, way (TLS or not), certificate, user identity. Everybody else gets the same"
+    yield "A-ASSOCIATE-RJ: rejected permanent, DICOM UL service user, no reason given. The registry is asked at every association. Without"
+    yield "TLS the calling AE title is a name and not a proof: keep that port inside the hospital's network."
     yield "Every proposed context of the classes below is accepted with the first transfer syntax that the peer names and this"
     yield "statement lists. Above the number of associations the answer is rejected transient, local limit exceeded."
     yield ""
     yield "**As requestor.** One association proposes exactly the pairs of SOP class and transfer syntax of the objects it sends"
     yield f"(more than one association only above {MAXIMUM_CONTEXTS} pairs). Nothing is re-encoded: a peer that doesn't accept"
-    yield "an object's pair doesn't get it."
+    yield "an object's pair doesn't get it. A peer that is registered with TLS is called over TLS alone; its certificate must be the"
+    yield "registered one, or name the host that it is called at, and in either case be signed by the site's certification authority."
     yield ""
     yield "## Storage SCP: statuses"
     yield "Success is answered after the object is on disk with its folder and row synced. The same SOP Instance UID with the same data"

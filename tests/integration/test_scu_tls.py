@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from pynetdicom import AE, evt
 from pynetdicom.transport import ThreadedAssociationServer
 
 from certificates import Authority, Identity, self_signed
-from dicomnode.config import TlsSection
+from dicomnode.config import Settings, TlsSection
+from dicomnode.delivery import Sender
 from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import Outgoing, echo, send
 from dicomnode.dimse.tls import server_context
@@ -233,3 +235,42 @@ def test_files_that_cannot_be_used_now_leave_the_objects_waiting(site: Site, tmp
         (outcome,) = send(peer, [item], calling_ae_title="DICOMNODE", tls=settings)
     assert outcome.state == "transient"
     assert "absent.key cannot be read" in str(outcome.error)
+
+
+def test_results_are_delivered_over_tls(site: Site, tmp_path: Path) -> None:
+    item, data = stored(tmp_path)
+    got: list[bytes] = []
+    with pacs(of_the_pacs(site), got) as peer:
+        jobs = OneDelivery(item)
+        storage: Any = SimpleNamespace(
+            jobs=jobs, registry=SimpleNamespace(peer=lambda _: peer), objects=SimpleNamespace(path=lambda _: item.path)
+        )
+        assert Sender(Settings(tls=of_the_node(site)), storage).deliver("deliver", 0) is None
+    assert (jobs.delivered, jobs.ended) == (["sent"], "done")
+    assert got == [data]
+
+
+class OneDelivery:
+    """The jobs of a storage that holds one result for one peer."""
+
+    def __init__(self, item: Outgoing) -> None:
+        self.delivered: list[str] = []
+        self.ended = ""
+        self._item = item
+
+    def start(self, key: str) -> Any:
+        return SimpleNamespace(key=key, state="running", attempts=1, peer="PACS", study_instance_uid="1.2.3.4")
+
+    def deliveries(self, **_: Any) -> list[Any]:
+        return [SimpleNamespace(sop_instance_uid=self._item.sop_instance_uid, state="waiting")]
+
+    def results(self, **_: Any) -> list[Any]:
+        item = self._item
+        uids = {"sop_class_uid": item.sop_class_uid, "sop_instance_uid": item.sop_instance_uid, "transfer_syntax_uid": EXPLICIT}
+        return [SimpleNamespace(**uids, stored=SimpleNamespace(object_id="0"))]
+
+    def record_delivery(self, uid: str, peer: str, *, state: str, **_: Any) -> None:
+        self.delivered.append(state)
+
+    def finish(self, key: str, state: str, **_: Any) -> None:
+        self.ended = state
