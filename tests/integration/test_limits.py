@@ -476,6 +476,6 @@ def test_stopping_ends_an_association_that_never_stops_sending() -> None:
 def connects(port: int) -> bool:
     try:
         Connection(port).close()
-    except ConnectionRefusedError:
+    except ConnectionError:  # refused, or reset in the queue of a socket that is closed
         return False
     return True
