@@ -93,7 +93,7 @@ def server_context(settings: TlsSection) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_TICKET
-    context.num_tickets = 0  # nor those of TLS 1.3: each association shows its certificate anew
+    context.num_tickets = 0  # nor those of TLS 1.3: what a certificate was good for ends with the context that took it
     _fill(context, settings)
     return context
 
@@ -146,10 +146,18 @@ def validity(certificate: bytes) -> tuple[datetime, datetime]:
     """Return from when until when a DER certificate, which OpenSSL has taken, is valid (RFC 5280 4.1).
 
     The standard library shows the dates of a peer's certificate alone.
+
+    Raises:
+        ConfigError: the dates are not written as RFC 5280 4.1.2.5 demands.
     """
-    ((_, content),) = _elements(certificate)
-    fields = [element for element in _elements(next(_elements(content))[1]) if element[0] != 0xA0]  # without the version
-    begin, end = (datetime.strptime(date.decode("ascii"), _DATE_FORMATS[tag]).replace(tzinfo=UTC) for tag, date in _elements(fields[3][1]))
+    try:
+        ((_, content),) = _elements(certificate)
+        fields = [element for element in _elements(next(_elements(content))[1]) if element[0] != 0xA0]  # without the version
+        begin, end = (
+            datetime.strptime(date.decode("ascii"), _DATE_FORMATS[tag]).replace(tzinfo=UTC) for tag, date in _elements(fields[3][1])
+        )
+    except (ValueError, KeyError, IndexError, StopIteration) as error:
+        raise ConfigError("the dates of the certificate cannot be read") from error
     return begin, end
 
 

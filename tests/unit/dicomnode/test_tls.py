@@ -184,6 +184,14 @@ def test_the_dates_of_a_certificate_are_read(site: Site) -> None:
     assert abs(validity(read_certificate(far.certificate))[1] - now - timedelta(days=365 * 40)) < timedelta(minutes=5)
 
 
+@pytest.mark.parametrize("date", [b"991332000000Z", b"9901010000Z", b"990101000000+0100"])
+def test_dates_that_are_none_are_said_to_be_so(site: Site, date: bytes) -> None:
+    der = read_certificate(site.node.certificate)
+    at = der.index(b"\x17\x0d")
+    with pytest.raises(ConfigError, match="dates of the certificate cannot be read"):
+        validity(der[:at] + b"\x17\x0d" + date.ljust(13, b"0")[:13] + der[at + 15 :])
+
+
 def test_a_certificate_is_read_from_pem_der_and_from_among_others(site: Site, tmp_path: Path) -> None:
     der = read_certificate(site.scanner.certificate)
     assert openssl_fingerprint(site, tmp_path) == fingerprint(der)
