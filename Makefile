@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PYTEST_ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 # Images of containers like to set this. Then each of the hundred processes that tests and node start would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -10,20 +9,27 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
-import structlog
 
-from pacs import Node, Orthanc, orthanc as run_orthanc
+from pacs import Node, Orthanc, logs_kept, orthanc as run_orthanc
 from postgres import postgres_cluster, postgres_programs
+
+# Whose single tests take up to a minute. They come first, so that no worker ends with one of them while the others are done.
+LONG_FIRST = ("e2e", "crash", "conformance", "integration")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by their folder; within it they keep the order that the seed gave them."""
+    rank = {folder: number for number, folder in enumerate(LONG_FIRST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: rank.get(item.path.relative_to(here).parts[0], len(rank)))
 
 
 @pytest.fixture
 def logs_restored() -> Iterator[None]:
     """Undo what a command that ran in this process did to the logs: it sends them to a standard error that is only the test's."""
-    root, pydicom, configuration = logging.root.handlers[:], logging.getLogger("pydicom").level, structlog.get_config()
-    yield
-    logging.root.handlers[:] = root
-    logging.getLogger("pydicom").setLevel(pydicom)
-    structlog.configure(**configuration)
+    with logs_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from dicomnode import engine
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient, Queue, Worker
 from storage import open_storage
@@ -33,6 +34,7 @@ def main(url: str, folder: str, journal: str, behaviour: str) -> None:
         storage.jobs.finish(key, "done")
         return None
 
+    engine.AWAY_SECONDS = 0.5
     settings = EngineSection(lease_seconds=1.5, poll_seconds=0.1)
     worker = Worker(settings, storage, client, database_url=url, queues=(Queue(kind="analyse", work=work, concurrency=1),))
     stop = threading.Event()

@@ -5,7 +5,9 @@ Every process is started with a log in the test's folder and ended by its own pr
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -15,15 +17,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from pydicom import Dataset, dcmread
 
+from dicomnode.cli import run
 from dicomnode.dimse.scu import echo
 from dicomnode.errors import PeerUnavailable
 from storage.records import Peer
@@ -89,6 +94,18 @@ def tail(log: Path | None, lines: int = 40) -> str:
     if log is None or not log.exists():
         return ""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+@contextmanager
+def logs_kept() -> Iterator[None]:
+    """Undo what a command that runs in this process does to the logs."""
+    root, pydicom, configuration = logging.root.handlers[:], logging.getLogger("pydicom").level, structlog.get_config()
+    try:
+        yield
+    finally:
+        logging.root.handlers[:] = root
+        logging.getLogger("pydicom").setLevel(pydicom)
+        structlog.configure(**configuration)
 
 
 @contextmanager
@@ -273,11 +290,15 @@ threads = 1
         return loopback_peer(NODE_AET, self.port)
 
     def cli(self, *words: str | int | Path) -> str:
-        """Run a command of `dicomnode` with this node's configuration and return what it printed; fail unless it exits with 0."""
-        command = [sys.executable, "-m", "dicomnode", *map(str, words), "--config", str(self.configuration)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, f"{' '.join(map(str, words))} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        """Run a command of `dicomnode` with this node's configuration and return what it printed; fail unless it exits with 0.
+
+        It runs in this process: that the executable does the same is for test_cli to say, and a start of it takes a second.
+        """
+        output, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(output), redirect_stderr(errors), logs_kept(), warnings.catch_warnings():
+            code = run([*map(str, words), "--config", str(self.configuration)])
+        assert code == 0, f"{' '.join(map(str, words))} ended with {code}\n{output.getvalue()}\n{errors.getvalue()}"
+        return output.getvalue()
 
     def listing(self, *words: str) -> list[dict[str, Any]]:
         """Run a listing command with --json."""

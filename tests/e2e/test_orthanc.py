@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import pytest
 from pydicom import Dataset, dcmread
 
-from dicomnode.phantoms.studies import TrueStudy, write_demo_studies
+from dicomnode.phantoms.studies import TrueStudy, write_check_study, write_demo_studies
 from pacs import LOOPBACK, ORTHANC_AET, SCANNER_AET, Node, Orthanc, free_port, storescu, wait_until
 from validators import complaints
 
@@ -22,10 +22,12 @@ ANALYSIS_SECONDS = 240  # a generous limit for a busy machine; nothing is measur
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def chest(tmp_path_factory: pytest.TempPathFactory) -> TrueStudy:
-    """A chest CT with one nodule of known place and volume."""
-    return write_demo_studies(tmp_path_factory.mktemp("studies"))[0]
+@pytest.fixture
+def chest(database_url: str, tmp_path: Path) -> TrueStudy:
+    """A chest CT with one nodule: a whole one for the node on SQLite, twenty slices of one for the node on PostgreSQL."""
+    if database_url.startswith("sqlite"):
+        return write_demo_studies(tmp_path / "studies")[0]
+    return write_check_study(tmp_path / "study", "orthanc")
 
 
 def test_orthanc_forwards_a_study_and_gets_seg_and_sr_back_within_it_once(
