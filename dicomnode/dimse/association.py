@@ -225,7 +225,12 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             return False
         requested = {str(context.abstract_syntax) for context in primitive.presentation_context_definition_list}
         self.acceptor.supported_contexts = self._listener.contexts.of(requested)
-        self.acse.negotiate_association()
+        try:
+            self.acse.negotiate_association()
+        except (ConnectionLost, DeadlineMissed):
+            raise
+        except Exception as error:  # e.g. of a presentation context without an abstract syntax
+            raise Aborted("association request malformed", INVALID_VALUE) from error
         return bool(self.is_established)
 
     def _caller(self, primitive: A_ASSOCIATE) -> Caller:
