@@ -6,8 +6,9 @@ Must never state what the code doesn't do: what can be read from a table is read
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from dicomnode.config import Settings
+from dicomnode.config import ListenerSection, Settings, TlsSection
 from dicomnode.dimse.contexts import (
     DEFLATED,
     EXCLUDED_TRANSFER_SYNTAXES,
@@ -18,6 +19,9 @@ from dicomnode.dimse.contexts import (
     VERIFICATION,
     offered_syntaxes,
 )
+from dicomnode.dimse.encoding import Limits
+from dicomnode.dimse.guard import IDLE_SECONDS
+from dicomnode.dimse.scp import CHARACTER_SETS
 from dicomnode.dimse.scu import TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
 from dicomnode.errors import StoreRefused
@@ -30,7 +34,6 @@ def conformance_statement(settings: Settings) -> str:
 
 
 def _lines(settings: Settings) -> Iterator[str]:
-    listener = settings.listener
     yield "# DICOM conformance statement"
     yield ""
     yield f"dicomnode {VERSION}. Rendered by `dicomnode conformance` from the tables the node runs on; don't edit it by hand."
@@ -47,6 +50,19 @@ def _lines(settings: Settings) -> Iterator[str]:
             ("Storage", f"the {len(STORAGE_CLASSES)} below", "yes, in the transfer syntax an object is stored in", "yes"),
         ],
     )
+    yield from _associations(settings)
+    yield from _limits(settings.listener)
+    yield from _security(settings.tls)
+    yield from _checks(settings.listener)
+    yield from _statuses()
+    yield from _tables(settings.listener)
+    yield "## Character sets"
+    yield "Patient name, patient ID, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022"
+    yield "extensions included, for the node's own lists; what can't be decoded shows as U+FFFD. The stored object is not changed."
+    yield f"Known are {', '.join(f'`{term}`' for term in sorted(CHARACTER_SETS) if term)}."
+
+
+def _associations(settings: Settings) -> Iterator[str]:
     yield "## Associations"
     yield from _table(
         ("", ""),
@@ -55,17 +71,11 @@ def _lines(settings: Settings) -> Iterator[str]:
             ("Implementation Class UID", f"`{IMPLEMENTATION_CLASS_UID}`"),
             ("Implementation Version Name", f"`{IMPLEMENTATION_VERSION_NAME}`"),
             ("AE titles", f"{', '.join(f'`{title}`' for title in settings.node.ae_titles)} (`node.ae_title`, `node.more_ae_titles`)"),
-            ("TCP port", f"{listener.port} (`listener.port`)"),
-            ("TCP port of DICOM over TLS", f"{settings.tls.port} (`tls.port`), if `tls.certificate` is set"),
-            ("Associations at a time, as acceptor", f"{listener.maximum_associations} (`listener.maximum_associations`)"),
-            ("Maximum PDU, as acceptor", f"{listener.maximum_pdu_bytes} bytes (`listener.maximum_pdu_bytes`)"),
-            ("Wait for an association message", f"{listener.association_seconds:g} s (`listener.association_seconds`)"),
-            ("Idle association is aborted after", f"{listener.network_timeout_seconds:g} s (`listener.network_timeout_seconds`)"),
+            ("TCP port", f"{settings.listener.port} (`listener.port`)"),
+            ("TCP port of DICOM over TLS", _tls_port(settings.tls)),
             ("Asynchronous operations", "one at a time"),
             ("Extended negotiation, role selection", "not used"),
             ("User identity", "as acceptor: types 1 and 2, for peers that are registered with a user name; no positive response is sent"),
-            ("TLS", "PS3.15 B.12 in both directions: 1.2 and 1.3, each side with a certificate of the site's certification authority"),
-            ("Cipher suites of TLS 1.2", ", ".join(f"`{suite}`" for suite in SUITES)),
         ],
     )
     yield "**As acceptor.** Who is let in calls this node by one of its AE titles and matches one registered peer that may send in all that"
@@ -73,13 +83,51 @@ def _lines(settings: Settings) -> Iterator[str]:
     yield "A-ASSOCIATE-RJ: rejected permanent, DICOM UL service user, no reason given. The registry is asked at every association. Without"
     yield "TLS the calling AE title is a name and not a proof: keep that port inside the hospital's network."
     yield "Every proposed context of the classes below is accepted with the first transfer syntax that the peer names and this"
-    yield "statement lists. Above the number of associations the answer is rejected transient, local limit exceeded."
+    yield "statement lists."
     yield ""
     yield "**As requestor.** One association proposes exactly the pairs of SOP class and transfer syntax of the objects it sends"
     yield f"(more than one association only above {MAXIMUM_CONTEXTS} pairs). Nothing is re-encoded: a peer that doesn't accept"
     yield "an object's pair doesn't get it. A peer that is registered with TLS is called over TLS alone; its certificate must be the"
     yield "registered one, or name the host that it is called at, and in either case be signed by the site's certification authority."
     yield ""
+
+
+def _limits(listener: ListenerSection) -> Iterator[str]:
+    yield "## Limits of the acceptor"
+    yield "Counts hold for each listener process. More associations than these are rejected transient, local limit exceeded, unless"
+    yield f"one has been idle for {IDLE_SECONDS:g} s: the longest idle is aborted for the new one. An association above another limit, or"
+    yield "too slow, is aborted (A-ABORT by the service provider). A connection without an association request in time is closed, and at"
+    yield "the limits on those the oldest. A data set that nests too deep or inflates to too much is refused with C001."
+    yield from _table(("Setting", "Value", "Meaning"), _setting_rows("listener", listener, without=frozenset({"host", "port"})))
+
+
+def _security(tls: TlsSection) -> Iterator[str]:
+    yield "## Security"
+    yield "DICOM over TLS follows PS3.15 B.12 (BCP 195) in both directions: TLS 1.2 and 1.3, no compression, no renegotiation; as acceptor"
+    yield "no session tickets. Each side shows a certificate that the site's certification authority signed. The cipher suites of TLS 1.2"
+    yield f"are {', '.join(f'`{suite}`' for suite in SUITES)}."
+    yield "Changed certificate files hold from the next connection on; associations that run go on. There is no fallback, neither to"
+    yield "older versions nor to plain DICOM."
+    yield from _table(("Setting", "Value", "Meaning"), _setting_rows("tls", tls, without=frozenset()))
+    yield "A peer that is registered with a user name must give it in user identity negotiation (PS3.7 D.3.3.7): by type 1, or with its"
+    yield "passcode by type 2. Kerberos, SAML and JWT (types 3 to 5) count as no identity. Passcodes are kept as scrypt hashes; on the wire"
+    yield "they are readable unless the peer comes by TLS."
+    yield ""
+
+
+def _checks(listener: ListenerSection) -> Iterator[str]:
+    yield "## Storage SCP: checks before Success"
+    yield "Command, presentation context and data set name the same SOP class and instance. The data set can be read to its last byte in"
+    yield "the negotiated transfer syntax. Study, Series and SOP Instance UID are well-formed. Native pixel data is at least as long as"
+    yield "its header says; encapsulated pixel data is whole. Refused are, too, elements of odd length (but for native pixel data without"
+    yield f"its padding byte), a second pixel data element, more than {listener.maximum_nesting} sequences inside each other, and more than"
+    yield f"{Limits().maximum_elements:,} elements, items and fragments."
+    yield "A deflated data set is checked as what it inflates to, and stored as it came. The preamble of a stored file is 128 zero bytes,"
+    yield "its file meta information the node's own."
+    yield ""
+
+
+def _statuses() -> Iterator[str]:
     yield "## Storage SCP: statuses"
     yield "Success is answered after the object is on disk with its folder and row synced. The same SOP Instance UID with the same data"
     yield "set in the same transfer syntax is Success again. A failure carries an Error Comment (0000,0902) without patient data."
@@ -95,6 +143,9 @@ def _lines(settings: Settings) -> Iterator[str]:
             ("any other, or a context that is not accepted", "failed: a person must look"),
         ],
     )
+
+
+def _tables(listener: ListenerSection) -> Iterator[str]:
     yield "## Storage SOP classes"
     yield "*image*: makes the next revision of its study, which is analysed. *other*: stored and linked."
     yield from _table(("SOP class", "UID", "Kind"), ((row.name, f"`{row.uid}`", row.kind) for row in STORAGE_CLASSES))
@@ -107,9 +158,30 @@ def _lines(settings: Settings) -> Iterator[str]:
     if DEFLATED not in offered:
         excluded = ((DEFLATED.uid, DEFLATED.name, "accepted only with `listener.accept_deflated`"), *excluded)
     yield from _table(("Transfer syntax", "UID", "Why"), ((name, f"`{uid}`", why) for uid, name, why in excluded))
-    yield "## Character sets"
-    yield "Patient name, patient ID, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022"
-    yield "extensions included, for the node's own lists; what can't be decoded shows as U+FFFD. The stored object is not changed."
+
+
+def _tls_port(tls: TlsSection) -> str:
+    return (
+        f"{tls.port} (`tls.port`)" if tls.certificate is not None else f"none: `tls.certificate` is not set; else {tls.port} (`tls.port`)"
+    )
+
+
+def _setting_rows(name: str, section: ListenerSection | TlsSection, *, without: frozenset[str]) -> Iterator[tuple[str, str, str]]:
+    """Each setting of a section as it is, with its description; files by their names only, as the statement goes to others."""
+    for key, field in type(section).model_fields.items():
+        if key not in without:
+            value = getattr(section, key)
+            yield f"`{name}.{key}`", _shown(value), (field.description or "").removesuffix("; relative to this file")
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:g}" if isinstance(value, float) else f"{value}"
+    return f"`{value.name if isinstance(value, Path) else value}`"
 
 
 def _scp_statuses() -> Iterator[tuple[str, str, str]]:

@@ -58,7 +58,7 @@ _NESTED: Final = frozenset({(REQUEST_ATTRIBUTES, PRIORITY)})
 
 _UID: Final = re.compile(r"[0-9]+(\.[0-9]+)*", re.ASCII)
 # Defined terms of PS3.3 C.12.1.1.2 -> codecs, and escape sequences of PS3.3 C.12-3 and C.12-4 -> codecs of what follows.
-_ENCODINGS: Final = python_encoding | {"ISO_IR 203": "iso8859_15", "ISO 2022 IR 203": "iso8859_15"}
+CHARACTER_SETS: Final = python_encoding | {"ISO_IR 203": "iso8859_15", "ISO 2022 IR 203": "iso8859_15"}
 _ENCODING_OF_ESCAPE: Final = {code: name for code, name in CODES_TO_ENCODINGS.items() if code != b"\x1b(B"} | {b"\x1b-b": "iso8859_15"}
 _READ_ESCAPES: Final = frozenset({"iso2022_jp", "iso2022_jp_2"})  # codecs that read the escape sequence themselves
 
@@ -146,7 +146,7 @@ def decode_text(value: bytes, character_sets: tuple[str, ...], *, delimiters: re
     Unknown character sets count as ISO 8859-1. Control characters and outer spaces are dropped, and long texts cut.
     `delimiters` are those after which the first character set holds again: NAME_DELIMITERS for a PN.
     """
-    first = _ENCODINGS.get(character_sets[0] if character_sets else "", "latin_1")
+    first = CHARACTER_SETS.get(character_sets[0] if character_sets else "", "latin_1")
     text = _without_codes(value, first, delimiters) if b"\x1b" in value else value.decode(first, "replace")
     if not text.isprintable():
         text = _CONTROL.sub(" ", text)
