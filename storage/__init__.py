@@ -11,10 +11,12 @@ from pathlib import Path
 from storage.counters import Counters
 from storage.database import Database
 from storage.errors import StorageError
+from storage.folders import make_folder, sync_folder
 from storage.index import Index
+from storage.intake import Intake
 from storage.jobs import Jobs
 from storage.leases import Leases
-from storage.objects import ObjectStore, make_folder, sync_folder
+from storage.objects import ObjectStore
 from storage.registry import Registry
 from storage.upgrade import is_current, upgrade
 
@@ -26,6 +28,7 @@ class Storage:
     database: Database
     objects: ObjectStore
     index: Index
+    intake: Intake
     registry: Registry
     jobs: Jobs
     leases: Leases
@@ -68,10 +71,12 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
     except StorageError:
         database.close()
         raise
+    objects, index = ObjectStore(folder / "objects", reserve_bytes=reserve_bytes), Index(database)
     return Storage(
         database=database,
-        objects=ObjectStore(folder / "objects", reserve_bytes=reserve_bytes),
-        index=Index(database),
+        objects=objects,
+        index=index,
+        intake=Intake(objects, index),
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
         leases=Leases(database),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Connection, Engine, Table, event
+from sqlalchemy import Column, Connection, Engine, Table, event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, StatementError, TimeoutError as PoolTimeout
 
@@ -95,16 +95,25 @@ class Database:
 
     def insert_new(self, connection: Connection, table: Table, values: dict[str, Any]) -> Any | None:
         """Insert a row unless a unique constraint says it is there already; return the first column of its key, or None."""
-        dialect = sqlite if self.is_sqlite else postgresql
         key = next(iter(table.primary_key.columns))
-        statement = dialect.insert(table).values(values).on_conflict_do_nothing().returning(key)
-        return connection.execute(statement).scalar_one_or_none()
+        return connection.execute(self.inserting_new(table, key).values(values)).scalar_one_or_none()
+
+    def inserting_new(self, table: Table, *returned: Column[Any]) -> Any:  # the two dialects' types have nothing in common
+        """Return the statement that inserts rows unless a unique constraint says that they are there already."""
+        dialect = sqlite if self.is_sqlite else postgresql
+        return dialect.insert(table).on_conflict_do_nothing().returning(*returned)
 
     def lock(self, connection: Connection, name: str) -> None:
         """Let one transaction at a time pass for `name`, until it ends. On SQLite every write transaction is alone anyway."""
         if not self.is_sqlite:
             key = sqlalchemy.func.hashtextextended(name, 0)
             connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
+
+    def wait_for_writers(self, connection: Connection, tables: Sequence[Table]) -> None:
+        """In a write transaction, wait until nobody else has unfinished changes in these tables. On SQLite nobody has."""
+        if not self.is_sqlite:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
+            connection.exec_driver_sql(f"LOCK TABLE {', '.join(table.name for table in tables)} IN SHARE MODE")
 
     def close(self) -> None:
         """Close the pooled connections."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, null, select, union_all, update
 
 from storage.database import Database
 from storage.errors import Conflict
@@ -20,12 +20,44 @@ from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERI
 KEPT_PER_UID = 10  # contract 2: copies in quarantine of one SOP Instance UID
 _BATCH = 500
 
+Outcome = Literal["stored", "duplicate", "conflict"]
+
+# The statements of every image: made once, so that SQLAlchemy finds them compiled.
+_SAME_CONTENT = select(INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid).where(INSTANCE.c.sop_instance_uid == bindparam("uid"))
+_KNOWN = union_all(
+    select(INSTANCE.c.sop_instance_uid, INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid, INSTANCE.c.object_id).where(
+        INSTANCE.c.sop_instance_uid.in_(bindparam("uids", expanding=True))
+    ),
+    select(RESULT.c.sop_instance_uid, null(), null(), null()).where(RESULT.c.sop_instance_uid.in_(bindparam("uids", expanding=True))),
+)
+_LOCK_STUDIES = (
+    select(STUDY.c.id, STUDY.c.study_instance_uid, STUDY.c.last_received_at, SERIES.c.id.label("series_row"), SERIES.c.series_instance_uid)
+    .outerjoin_from(
+        STUDY, SERIES, and_(SERIES.c.study_row == STUDY.c.id, SERIES.c.series_instance_uid.in_(bindparam("series", expanding=True)))
+    )
+    .where(STUDY.c.study_instance_uid.in_(bindparam("studies", expanding=True)))
+    .order_by(STUDY.c.study_instance_uid)
+    .with_for_update(of=STUDY)
+)
+_COUNT_IMAGES = (
+    update(STUDY).where(STUDY.c.id == bindparam("row_id")).values(last_image=bindparam("image"), last_received_at=bindparam("at"))
+)
+
+
+class _StudyRow(NamedTuple):
+    """A study's row, locked, and the rows of those of its series that matter, by UID."""
+
+    row_id: int
+    last_received_at: datetime
+    series: dict[str, int]
+
 
 class Index:
     """The index of received instances. Any number of threads and processes may use it."""
 
     def __init__(self, database: Database):
         self._database = database
+        self._insert_instances = database.inserting_new(INSTANCE, INSTANCE.c.sop_instance_uid, INSTANCE.c.id)
 
     def find(self, sop_instance_uid: str) -> Instance | None:
         """Return the stored instance with this UID."""
@@ -33,17 +65,31 @@ class Index:
             row = connection.execute(_select_instances().where(INSTANCE.c.sop_instance_uid == sop_instance_uid)).one_or_none()
         return _instance(row) if row else None
 
-    def add_instance(self, header: InstanceHeader, stored: StoredObject) -> Literal["stored", "duplicate", "conflict"]:
-        """Add the row of a stored object, unless its SOP Instance UID is there already.
+    def holds(self, header: InstanceHeader) -> bool:
+        """Return whether the same content (equal data set bytes in the same transfer syntax) is stored under this UID."""
+        with self._database.reading() as connection:
+            row = connection.execute(_SAME_CONTENT, {"uid": header.sop_instance_uid}).one_or_none()
+        return row is not None and (row.sha256, row.transfer_syntax_uid) == (header.dataset_sha256, header.transfer_syntax_uid)
+
+    def add_instance(self, header: InstanceHeader, stored: StoredObject) -> Outcome:
+        """Add the row of one stored object, as `add_instances` does."""
+        return self.add_instances([(header, stored)])[0]
+
+    def add_instances(self, batch: Sequence[tuple[InstanceHeader, StoredObject]]) -> list[Outcome]:
+        """Add the rows of stored objects in one transaction, each unless its SOP Instance UID is there already.
 
         "duplicate" (same data set bytes, same transfer syntax) and "conflict" leave the index as it was: the caller
-        removes the object or moves it to quarantine. Of several callers with one UID exactly one gets "stored".
+        removes the object or moves it to quarantine. Of several callers with one UID, and of several in one batch,
+        exactly one gets "stored".
         """
-        with self._database.writing() as connection:
-            answer = self._add_instance(connection, header, stored)
-            if answer != "stored":
-                connection.rollback()
-            return answer
+        for _ in range(len(batch) + 1):  # each time one more of the UIDs is known
+            with self._database.writing() as connection:
+                outcomes = self._add_instances(connection, batch)
+                if outcomes is None or "stored" not in outcomes:
+                    connection.rollback()
+            if outcomes is not None:
+                return outcomes
+        raise Conflict("an object id is used by another instance")
 
     def quarantine(
         self,
@@ -224,105 +270,140 @@ class Index:
         return revision
 
     def is_known(self, object_ids: Sequence[str]) -> set[str]:
-        """Return those of the object ids that a row of an instance, a result or the quarantine names."""
+        """Return those of the object ids that a row of an instance, a result or the quarantine names.
+
+        What is not among them no transaction that is running now will name either: not even one of a process that is
+        dead, or whose connection broke, and whose commit the server is still at.
+        """
         known: set[str] = set()
-        with self._database.reading() as connection:
+        with self._database.writing() as connection:
+            self._database.wait_for_writers(connection, (INSTANCE, RESULT, QUARANTINE))
             for start in range(0, len(object_ids), _BATCH):
                 batch = object_ids[start : start + _BATCH]
                 for table in (INSTANCE, RESULT, QUARANTINE):
                     known.update(connection.execute(select(table.c.object_id).where(table.c.object_id.in_(batch))).scalars())
         return known
 
-    def _add_instance(
-        self, connection: Connection, header: InstanceHeader, stored: StoredObject
-    ) -> Literal["stored", "duplicate", "conflict"]:
-        known = self._known(connection, header)
-        if known:
-            return known
-        study = self._locked_study(connection, header)
-        series_row = self._series_row(connection, study.id, header)
-        made_here = connection.execute(select(exists().where(RESULT.c.sop_instance_uid == header.sop_instance_uid))).scalar_one()
-        received_at = _after(self._database.now(connection), study.last_received_at)
-        row_id = self._database.insert_new(
-            connection,
-            INSTANCE,
-            {
-                "study_row": study.id,
-                "series_row": series_row,
-                "sop_instance_uid": header.sop_instance_uid,
-                "sop_class_uid": header.sop_class_uid,
-                "transfer_syntax_uid": header.transfer_syntax_uid,
-                "kind": header.kind,
-                "made_here": made_here,
-                "instance_number": header.instance_number,
-                "requested_priority": header.requested_priority,
-                "calling_ae_title": header.calling_ae_title,
-                "called_ae_title": header.called_ae_title,
-                "note": header.note,
-                "received_at": received_at,
-                **_stored_values(stored),
-                "sha256": header.dataset_sha256,
-            },
-        )
-        if row_id is None:  # another transaction was first, with this UID in another study
-            return self._known(connection, header) or "conflict"
-        if header.kind == "image" and not made_here:
-            counts = update(STUDY).where(STUDY.c.id == study.id).values(last_image=row_id, last_received_at=received_at)
-            connection.execute(counts)
-        return "stored"
-
-    def _known(self, connection: Connection, header: InstanceHeader) -> Literal["duplicate", "conflict"] | None:
-        columns = select(INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid)
-        row = connection.execute(columns.where(INSTANCE.c.sop_instance_uid == header.sop_instance_uid)).one_or_none()
-        if row is None:
-            return None
-        same = (row.sha256, row.transfer_syntax_uid) == (header.dataset_sha256, header.transfer_syntax_uid)
-        return "duplicate" if same else "conflict"
-
-    def _locked_study(self, connection: Connection, header: InstanceHeader) -> Row[Any]:
-        """Return the study's row, made if absent, locked until the transaction ends."""
-        locked = select(STUDY).where(STUDY.c.study_instance_uid == header.study_instance_uid).with_for_update()
-        row = connection.execute(locked).one_or_none()
-        if row is not None:
-            return row
+    def _add_instances(self, connection: Connection, batch: Sequence[tuple[InstanceHeader, StoredObject]]) -> list[Outcome] | None:
+        """Add what is new. None if another transaction, not seen before, was first with one of the UIDs: then all has to be undone."""
+        known: dict[str, tuple[str, str, str]] = {}
+        made_here: set[str] = set()
+        for row in connection.execute(_KNOWN, {"uids": [header.sop_instance_uid for header, _ in batch]}):
+            if row.object_id is None:
+                made_here.add(row.sop_instance_uid)
+            else:
+                known[row.sop_instance_uid] = (row.sha256, row.transfer_syntax_uid, row.object_id)
+        outcomes: list[Outcome] = []
+        new = []
+        for header, stored in batch:
+            outcome = _outcome(header, stored, known.get(header.sop_instance_uid))
+            if header.sop_instance_uid not in known:
+                known[header.sop_instance_uid] = (header.dataset_sha256, header.transfer_syntax_uid, stored.object_id)
+                new.append((header, stored))
+            outcomes.append(outcome)
+        if not new:
+            return outcomes
+        studies = self._locked_studies(connection, [header for header, _ in new])
         now = self._database.now(connection)
-        self._database.insert_new(
-            connection,
-            STUDY,
-            {
-                "patient_row": self._patient_row(connection, header),
-                "study_instance_uid": header.study_instance_uid,
-                "study_date": header.study_date,
-                "study_description": header.study_description,
-                "accession_number": header.accession_number,
-                "first_received_at": now,
-                "last_received_at": now,
-                "last_image": 0,
-                "closed_image": 0,
-                "revision": 0,
-            },
-        )
-        return connection.execute(locked).one()
+        rows = []
+        for header, stored in new:
+            study = studies[header.study_instance_uid]
+            rows.append(
+                {
+                    "study_row": study.row_id,
+                    "series_row": study.series.get(header.series_instance_uid) or self._new_series_row(connection, study, header),
+                    "sop_instance_uid": header.sop_instance_uid,
+                    "sop_class_uid": header.sop_class_uid,
+                    "transfer_syntax_uid": header.transfer_syntax_uid,
+                    "kind": header.kind,
+                    "made_here": header.sop_instance_uid in made_here,
+                    "instance_number": header.instance_number,
+                    "requested_priority": header.requested_priority,
+                    "calling_ae_title": header.calling_ae_title,
+                    "called_ae_title": header.called_ae_title,
+                    "note": header.note,
+                    "received_at": _after(now, study.last_received_at),
+                    "object_id": stored.object_id,
+                    "sha256": header.dataset_sha256,
+                    "size": stored.size,
+                }
+            )
+        row_ids = {row.sop_instance_uid: row.id for row in connection.execute(self._insert_instances, rows)}
+        if len(row_ids) < len(rows):
+            return None
+        last_images = {
+            row["study_row"]: {"row_id": row["study_row"], "image": row_ids[row["sop_instance_uid"]], "at": row["received_at"]}
+            for row in rows
+            if row["kind"] == "image" and not row["made_here"]
+        }
+        if last_images:
+            connection.execute(_COUNT_IMAGES, list(last_images.values()))
+        return outcomes
 
-    def _patient_row(self, connection: Connection, header: InstanceHeader) -> int:
-        values = {"patient_id": header.patient_id, "patient_name": header.patient_name}
-        same = select(PATIENT.c.id).where(PATIENT.c.patient_id == header.patient_id, PATIENT.c.patient_name == header.patient_name)
+    def _locked_studies(self, connection: Connection, headers: Sequence[InstanceHeader]) -> dict[str, _StudyRow]:
+        """Return the studies' rows, made if absent, with their series, locked until the transaction ends."""
+        first_of = {header.study_instance_uid: header for header in reversed(headers)}
+        series = list({header.series_instance_uid for header in headers})
+        studies = self._lock_studies(connection, list(first_of), series)
+        missing = [header for uid, header in sorted(first_of.items()) if uid not in studies]
+        if missing:
+            now = self._database.now(connection)
+            patients = {key: self._patient_row(connection, key) for key in sorted({(h.patient_id, h.patient_name) for h in missing})}
+            for header in missing:
+                values = {
+                    "patient_row": patients[header.patient_id, header.patient_name],
+                    "study_instance_uid": header.study_instance_uid,
+                    "study_date": header.study_date,
+                    "study_description": header.study_description,
+                    "accession_number": header.accession_number,
+                    "first_received_at": now,
+                    "last_received_at": now,
+                    "last_image": 0,
+                    "closed_image": 0,
+                    "revision": 0,
+                }
+                self._database.insert_new(connection, STUDY, values)
+            studies |= self._lock_studies(connection, [header.study_instance_uid for header in missing], series)
+        return studies
+
+    def _lock_studies(self, connection: Connection, studies: Sequence[str], series: Sequence[str]) -> dict[str, _StudyRow]:
+        """Lock those of the studies that exist, in one order everywhere, so that locks never wait in a ring."""
+        found: dict[str, _StudyRow] = {}
+        for row in connection.execute(_LOCK_STUDIES, {"studies": studies, "series": series}):
+            study = found.get(row.study_instance_uid)
+            if study is None:
+                study = found[row.study_instance_uid] = _StudyRow(row.id, row.last_received_at, {})
+            if row.series_row is not None:
+                study.series[row.series_instance_uid] = row.series_row
+        return found
+
+    def _patient_row(self, connection: Connection, id_and_name: tuple[str, str]) -> int:
+        patient_id, patient_name = id_and_name
+        same = select(PATIENT.c.id).where(PATIENT.c.patient_id == patient_id, PATIENT.c.patient_name == patient_name)
+        values = {"patient_id": patient_id, "patient_name": patient_name}
         row_id = connection.execute(same).scalar_one_or_none() or self._database.insert_new(connection, PATIENT, values)
         return int(row_id or connection.execute(same).scalar_one())
 
-    def _series_row(self, connection: Connection, study_row: int, header: InstanceHeader) -> int:
-        same = select(SERIES.c.id).where(SERIES.c.study_row == study_row, SERIES.c.series_instance_uid == header.series_instance_uid)
-        row_id = connection.execute(same).scalar_one_or_none()
-        if row_id is None:  # the study's lock is held, so nobody else makes it now
-            values = {
-                "study_row": study_row,
-                "series_instance_uid": header.series_instance_uid,
-                "modality": header.modality,
-                "series_number": header.series_number,
-                "series_description": header.series_description,
-            }
-            row_id = connection.execute(SERIES.insert().values(**values).returning(SERIES.c.id)).scalar_one()
+    def _new_series_row(self, connection: Connection, study: _StudyRow, header: InstanceHeader) -> int:
+        """Make the series; who held the study's lock before us may have made it after our snapshot."""
+        values = {
+            "study_row": study.row_id,
+            "series_instance_uid": header.series_instance_uid,
+            "modality": header.modality,
+            "series_number": header.series_number,
+            "series_description": header.series_description,
+        }
+        same = select(SERIES.c.id).where(SERIES.c.study_row == study.row_id, SERIES.c.series_instance_uid == header.series_instance_uid)
+        row_id = self._database.insert_new(connection, SERIES, values) or connection.execute(same).scalar_one()
+        study.series[header.series_instance_uid] = int(row_id)
         return int(row_id)
+
+
+def _outcome(header: InstanceHeader, stored: StoredObject, known: tuple[str, str, str] | None) -> Outcome:
+    """Compare with the row of this UID: (digest, transfer syntax, object id)."""
+    if known is None or known[2] == stored.object_id:  # the row is ours if an earlier try was committed and its answer lost
+        return "stored"
+    return "duplicate" if known[:2] == (header.dataset_sha256, header.transfer_syntax_uid) else "conflict"
 
 
 def _after(now: datetime, last: datetime) -> datetime:

@@ -6,32 +6,75 @@ name, in `incoming`, on the same file system.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import re
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from storage.errors import OutOfSpace, StorageError
+from storage.folders import sync_folder
+from storage.incoming import Incoming, failure
 from storage.records import StoredObject
+from storage.writers import OBJECT_ID, Writer, burying, folder_of, folders_between, is_object_of, tags
 
-_OBJECT_ID = re.compile(r"[0-9a-f]{32}")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_BATCH = 500
+# Between the moment an object gets its name and the one its row is committed lie waits for locks, and for a result the
+# encoding of those that go with it; clocks may differ by some of it too.
+_NAMED_BEFORE_ROW_SECONDS = 3600.0
+_REMEMBERED_FOLDERS = 100
 
 
 class ObjectStore:
     """The files below one folder. Any number of threads and processes may use the same folder."""
 
     def __init__(self, folder: Path, *, reserve_bytes: int = 0):
-        self._folder = folder
-        self._incoming = folder / "incoming"
+        self._folder = str(folder)
+        self._incoming = f"{folder}/incoming"
         self._reserve_bytes = reserve_bytes
-        self._durable: set[Path] = set()  # folders whose names this process has synced
+        self._durable: set[str] = set()  # folders whose names this process has synced
+        self._writer: Writer | None = None
+        self._lock = threading.Lock()
+        os.register_at_fork(after_in_child=partial(_forget_writer, weakref.ref(self)))
+
+    def create(self, prefix: bytes) -> Incoming:
+        """Begin a file with `prefix` (what precedes the data set), for the caller to write, then keep or discard.
+
+        Raises:
+            OutOfSpace: the disk is full, or below its reserve; nothing is left behind.
+            StorageError: the disk failed; nothing is left behind.
+        """
+        self.demand(len(prefix))
+        try:
+            part = self._own_writer().new_part()
+            return Incoming(part, prefix, demand=self.demand)
+        except OSError as error:
+            raise failure(error) from error
+
+    def keep(self, group: Sequence[Incoming]) -> list[StoredObject | StorageError]:
+        """Give these files, each synced, their final names, and sync each folder once; of those that fail nothing is left.
+
+        What is returned as stored survives a power cut.
+        """
+        outcomes: list[StoredObject | StorageError] = []
+        for incoming in group:
+            object_id = self._own_writer().new_id()
+            folder = f"{self._folder}/{folder_of(object_id)}"
+            try:
+                if folder not in self._durable:
+                    os.makedirs(folder, exist_ok=True)
+                incoming.rename(f"{folder}/{object_id}.dcm")
+                outcomes.append(StoredObject(object_id=object_id, sha256=incoming.sha256, size=incoming.size))
+            except OSError as error:
+                incoming.discard()
+                outcomes.append(failure(error))
+        folders = {folder_of(outcome.object_id) for outcome in outcomes if isinstance(outcome, StoredObject)}
+        failures = {folder: unsynced for folder in folders if (unsynced := self._sync_folders(folder))}
+        for position, outcome in enumerate(outcomes):
+            if isinstance(outcome, StoredObject) and (error_of_folder := failures.get(folder_of(outcome.object_id))):
+                self.remove(outcome.object_id)
+                outcomes[position] = failure(error_of_folder)
+        return outcomes
 
     def put(self, *chunks: bytes | memoryview) -> StoredObject:
         """Write the chunks as one new file; when this returns they survive a power cut.
@@ -42,42 +85,26 @@ class ObjectStore:
             OutOfSpace: the disk is full, or would be below its reserve; nothing is left behind.
             StorageError: the disk failed; nothing is left behind.
         """
-        size = sum(memoryview(chunk).nbytes for chunk in chunks)
-        free = self.free_bytes()
-        if free - size < self._reserve_bytes:
-            raise OutOfSpace(f"{free} bytes are free, and {self._reserve_bytes} of them are the reserve")
-        object_id = uuid.uuid4().hex
-        final = self.path(object_id)
-        temporary = self._incoming / f"{object_id}.part"
-        digest = hashlib.sha256()
-        unhashed = meta_length(chunks[0])
-        whole = False
+        self.demand(sum(memoryview(chunk).nbytes for chunk in chunks))
+        first = memoryview(chunks[0])
+        begin = meta_length(first)
+        incoming = self.create(bytes(first[:begin]))
         try:
-            with temporary.open("xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                    digest.update(memoryview(chunk)[unhashed:])
-                    unhashed = 0
-                file.flush()
-                final.parent.mkdir(parents=True, exist_ok=True)  # before the sync: the journal takes both in one go
-                os.fsync(file.fileno())
-            temporary.rename(final)
-            self._sync_folders(final.parent)
-            whole = True
-        except OSError as error:
-            kind = OutOfSpace if error.errno in _NO_SPACE else StorageError
-            raise kind(f"the object could not be written: {error.strerror}") from error
+            for chunk in (first[begin:], *chunks[1:]):
+                incoming.write(chunk)
+            incoming.sync()
+            (outcome,) = self.keep([incoming])
         finally:
-            if not whole:
-                temporary.unlink(missing_ok=True)
-                final.unlink(missing_ok=True)
-        return StoredObject(object_id=object_id, sha256=digest.hexdigest(), size=size)
+            incoming.discard()  # no more than a name by now, unless something failed
+        if isinstance(outcome, StorageError):
+            raise outcome
+        return outcome
 
     def path(self, object_id: str) -> Path:
         """Return where the object lies, whether it exists or not. Raises StorageError for what is no id of ours."""
-        if not _OBJECT_ID.fullmatch(object_id):
+        if not OBJECT_ID.fullmatch(object_id):
             raise StorageError("an object id is 32 hexadecimal digits")
-        return self._folder / object_id[:2] / object_id[2:4] / f"{object_id}.dcm"
+        return Path(self._folder, folder_of(object_id), f"{object_id}.dcm")
 
     def read(self, object_id: str) -> bytes:
         """Return the object's bytes. Raises StorageError if it is absent or cannot be read."""
@@ -92,41 +119,71 @@ class ObjectStore:
 
     def free_bytes(self) -> int:
         """Return how many bytes the file system of the objects still takes."""
-        return shutil.disk_usage(self._folder).free
+        free = os.statvfs(self._folder)
+        return free.f_bavail * free.f_frsize
 
-    def sweep(self, is_known: Callable[[Sequence[str]], set[str]], *, older_than_seconds: float) -> int:
-        """Remove temporary files and objects that no row knows, if older than so many seconds; return how many.
+    def demand(self, size: int) -> None:
+        """Raise OutOfSpace if so many bytes more would take of the disk's reserve."""
+        free = self.free_bytes()
+        if free - size < self._reserve_bytes:
+            raise OutOfSpace(f"{free} bytes are free, and {self._reserve_bytes} of them are the reserve")
 
-        An object is written before its row is committed: the age must exceed what a living process takes in between.
+    def sweep(self, is_known: Callable[[Sequence[str]], set[str]], *, older_than_seconds: float = 0) -> int:  # noqa: ARG002
+        """Remove what writers that are dead left behind, unfinished files and objects that no row knows; return how many.
+
+        Whatever a living process is at is left alone. `is_known` must not answer before a transaction of a dead
+        process, which the database may still be committing, has ended.
+
+        Raises:
+            StorageError: the rows can't be asked; what is left stays for the next time.
         """
-        before = time.time() - older_than_seconds
+        try:
+            parts = [name for name in os.listdir(self._incoming) if name.endswith(".part")]  # of release 0.1.0: no tags yet
+            removed = sum(_unlink(f"{self._incoming}/{name}") for name in parts)
+            for tag in tags(self._incoming):
+                with burying(self._incoming, tag) as folder:
+                    if folder is not None and os.path.isdir(folder):
+                        removed += self._sweep_objects(tag, os.stat(folder).st_mtime, is_known)
+                        removed += sum(_unlink(f"{folder}/{name}") for name in os.listdir(folder))  # this changes that time
+        except OSError as error:
+            raise StorageError(f"what dead processes left cannot be removed: {error.strerror}") from error
+        return removed
+
+    def _sweep_objects(self, tag: str, last_active: float, is_known: Callable[[Sequence[str]], set[str]]) -> int:
+        """Remove the writer's objects that no row knows: they lie close to its last act, which was giving one its name."""
         removed = 0
-        for file in _files(self._incoming):
-            removed += _remove_if(file, before)
-        batch: list[str] = []
-        for file in _files(self._folder, depth=2):
-            if file.name.endswith(".dcm") and _OBJECT_ID.fullmatch(file.name[:-4]):
-                batch.append(file.name[:-4])
-            if len(batch) == _BATCH:
-                removed += self._sweep_batch(batch, is_known, before)
-                batch = []
-        return removed + self._sweep_batch(batch, is_known, before)
+        for folder in folders_between(last_active - _NAMED_BEFORE_ROW_SECONDS, last_active + _NAMED_BEFORE_ROW_SECONDS):
+            path = f"{self._folder}/{folder}"
+            names = os.listdir(path) if os.path.isdir(path) else []
+            object_ids = [name[:-4] for name in names if name.endswith(".dcm") and is_object_of(name[:-4], tag)]
+            known = is_known(object_ids) if object_ids else set()
+            removed += sum(_unlink(f"{path}/{object_id}.dcm") for object_id in object_ids if object_id not in known)
+        return removed
 
-    def _sweep_batch(self, object_ids: list[str], is_known: Callable[[Sequence[str]], set[str]], before: float) -> int:
-        old = [object_id for object_id in object_ids if _is_older(self.path(object_id), before)]
-        known = is_known(old) if old else set()
-        return sum(_remove_if(self.path(object_id), before) for object_id in old if object_id not in known)
+    def _own_writer(self) -> Writer:
+        writer = self._writer
+        if writer is None:
+            with self._lock:
+                writer = self._writer = self._writer or Writer(self._incoming)
+        return writer
 
-    def _sync_folders(self, folder: Path) -> None:
-        """Sync `folder`, and its parents too unless this process has done so.
+    def _sync_folders(self, relative: str) -> OSError | None:
+        """Sync a folder of objects, and its parents too unless this process has done so.
 
         That a folder exists says nothing: another thread may have made it and not synced its parent yet.
         """
-        sync_folder(folder)
-        if folder not in self._durable:
-            sync_folder(folder.parent)
-            sync_folder(self._folder)
-            self._durable.add(folder)
+        folder = f"{self._folder}/{relative}"
+        try:
+            sync_folder(folder)
+            if folder not in self._durable:
+                sync_folder(os.path.dirname(folder))
+                sync_folder(self._folder)
+                if len(self._durable) >= _REMEMBERED_FOLDERS:
+                    self._durable.clear()
+                self._durable.add(folder)
+        except OSError as error:
+            return error
+        return None
 
 
 def meta_length(content: bytes | memoryview) -> int:
@@ -136,41 +193,18 @@ def meta_length(content: bytes | memoryview) -> int:
     return 144 + int.from_bytes(content[140:144], "little")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _forget_writer(store: weakref.ref[ObjectStore]) -> None:
+    """After fork(), in the child: be another writer than the parent."""
+    if (forked := store()) is not None:
+        forked._lock = threading.Lock()  # a thread of the parent may have held it
+        if forked._writer is not None:
+            forked._writer.leave_to_parent()
+            forked._writer = None
+
+
+def _unlink(path: str) -> bool:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents, and sync the name of each that was new."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in reversed(missing):
-        sync_folder(path.parent)
-
-
-def _files(folder: Path, *, depth: int = 0) -> Iterator[Path]:
-    """Yield the files so many levels below the folder, one folder of names in memory at a time."""
-    for path in sorted(folder.iterdir()):
-        if depth == 0:
-            yield path
-        elif len(path.name) == 2 and path.is_dir():
-            yield from _files(path, depth=depth - 1)
-
-
-def _is_older(path: Path, before: float) -> bool:
-    try:
-        return path.stat().st_mtime < before
-    except FileNotFoundError:  # another process removed it
+        os.unlink(path)
+    except FileNotFoundError:
         return False
-
-
-def _remove_if(path: Path, before: float) -> bool:
-    if not _is_older(path, before):
-        return False
-    path.unlink(missing_ok=True)
     return True

@@ -19,9 +19,9 @@ class Point:
 
 POINTS = {
     # reception
-    "file written, not synced": Point(owner="os", name="fsync", when="before"),
-    "file synced, not renamed": Point(owner="pathlib:Path", name="rename", when="before"),
-    "file renamed, folder not synced": Point(owner="pathlib:Path", name="rename", when="after"),
+    "file written, not synced": Point(owner="storage.incoming:Incoming", name="sync", when="before"),
+    "file synced, not renamed": Point(owner="storage.incoming:Incoming", name="rename", when="before"),
+    "file renamed, folder not synced": Point(owner="storage.incoming:Incoming", name="rename", when="after"),
     "third file stored, no row": Point(owner="dicomnode.receiver:Receiver", name="_index", when="before", call=3),
     "row committed, no response": Point(owner="dicomnode.receiver:Receiver", name="_index", when="after"),
     "last row committed, no response": Point(owner="dicomnode.receiver:Receiver", name="_index", when="after", call=8),

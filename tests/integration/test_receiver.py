@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -93,7 +96,7 @@ def scanner(receiver: Receiver) -> Iterator[Any]:
 
 
 def object_files(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "objects").rglob("*") if path.is_file()]
+    return [path for path in (tmp_path / "objects").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 def stored_bytes(storage: Storage, uid: str) -> bytes:
@@ -418,16 +421,29 @@ def test_stopping_does_not_wait_for_ever(tmp_path, storage):
     assert not association.is_established
 
 
-def test_what_a_crash_left_behind_is_swept_at_start(tmp_path, storage, monkeypatch):
-    orphan = storage.objects.put(b"never indexed")
-    partial = tmp_path / "objects" / "incoming" / "0.part"
-    partial.write_bytes(b"half")
-    monkeypatch.setattr("dicomnode.receiver.SWEEP_AGE_SECONDS", -60.0)
+def _write_and_die(url: str, folder: Path, told: Any) -> None:
+    objects = open_storage(url, folder).objects
+    orphan = objects.put(b"never indexed")
+    objects.create(b"never whole").write(b"half")
+    told.send(orphan.object_id)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_crash_left_behind_is_swept_at_start(tmp_path, storage):
+    context = multiprocessing.get_context("spawn")
+    heard, told = context.Pipe(duplex=False)
+    process = context.Process(target=_write_and_die, args=(f"sqlite:///{tmp_path / 'node.sqlite'}", tmp_path, told))
+    process.start()
+    orphan = heard.recv()
+    process.join(60)
+    assert {path.suffix for path in object_files(tmp_path)} == {".dcm", ".part"}
     receiver = Receiver(settings_for(tmp_path), storage)
     receiver.start()
     receiver.stop()
-    assert not storage.objects.path(orphan.object_id).exists()
-    assert not partial.exists()
+    assert not storage.objects.path(orphan).exists()
+    assert object_files(tmp_path) == []
+    heard.close()
+    told.close()
 
 
 def test_every_kind_of_object_is_negotiated_in_every_accepted_syntax(receiver):

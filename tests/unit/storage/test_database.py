@@ -16,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from storage import Storage, open_storage, prepare_storage
 from storage.database import Database
 from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
-from storage.objects import make_folder
+from storage.folders import make_folder
 from storage.records import Peer, StoredObject
 from storage.schema import LEASE, METADATA, PEER
 from storage.upgrade import upgrade

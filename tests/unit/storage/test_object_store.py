@@ -6,14 +6,21 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
 
-from storage.errors import OutOfSpace, StorageError
-from storage.objects import ObjectStore, make_folder
+from storage.errors import OutOfSpace, StorageError, Unavailable
+from storage.folders import make_folder
+from storage.objects import ObjectStore
+from storage.records import StoredObject
 
 
 @pytest.fixture
@@ -26,28 +33,23 @@ def objects(tmp_path: Path) -> ObjectStore:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
     """Every sync and rename in order, with the path it went to."""
     seen: list[tuple[str, Path]] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, os.rename
 
     def noted_fsync(descriptor: int) -> None:
         fsync(descriptor)
         seen.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
 
-    def noted_rename(self: Path, target: Path) -> Path:
-        seen.append(("rename", target))
-        return rename(self, target)
+    def noted_rename(source: str, target: str) -> None:
+        seen.append(("rename", Path(target)))
+        rename(source, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(Path, "rename", noted_rename)
+    monkeypatch.setattr(os, "rename", noted_rename)
     return seen
 
 
 def files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def age(path: Path, seconds: float) -> None:
-    at = path.stat().st_mtime - seconds
-    os.utime(path, (at, at))
 
 
 def test_the_file_holds_the_chunks_one_after_the_other(objects: ObjectStore) -> None:
@@ -67,7 +69,25 @@ def test_the_digest_of_a_dicom_file_is_that_of_its_data_set(objects: ObjectStore
 def test_the_path_is_made_from_the_id_alone(objects: ObjectStore, tmp_path: Path) -> None:
     object_id = objects.put(b"x").object_id
     assert re.fullmatch("[0-9a-f]{32}", object_id)
-    assert objects.path(object_id) == tmp_path / "objects" / object_id[:2] / object_id[2:4] / f"{object_id}.dcm"
+    assert objects.path(object_id) == tmp_path / "objects" / object_id[:5] / object_id[5:8] / f"{object_id}.dcm"
+
+
+def test_an_id_tells_the_time_and_ids_of_one_store_sort_as_they_were_given(objects: ObjectStore) -> None:
+    before = time.time_ns() // 1_000_000
+    ids = [objects.put(b"x").object_id for _ in range(20)]
+    assert before <= int(ids[0][:12], 16) <= int(ids[-1][:12], 16) <= time.time_ns() // 1_000_000
+    assert ids == sorted(set(ids))
+    assert {object_id[12] for object_id in ids} == {"7"}
+
+
+def test_an_object_of_release_0_1_0_stays_where_it_is(objects: ObjectStore, tmp_path: Path) -> None:
+    path = tmp_path / "objects" / "01" / "23" / "0123456789ab4def8123456789abcdef.dcm"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"old")
+    assert objects.read(path.stem) == b"old"
+    assert objects.sweep(lambda _ids: set()) == 0
+    objects.remove(path.stem)
+    assert not path.exists()
 
 
 @given(st.text())
@@ -91,7 +111,8 @@ def test_the_file_is_synced_before_it_gets_its_name_and_every_new_name_is_synced
     final = objects.path(object_id)
     root = tmp_path / "objects"
     assert calls == [
-        ("sync", root / "incoming" / f"{object_id}.part"),
+        ("sync", root / "incoming"),
+        ("sync", root / "incoming" / object_id[-12:] / "0.part"),
         ("rename", final),
         ("sync", final.parent),
         ("sync", final.parent.parent),
@@ -102,24 +123,14 @@ def test_the_file_is_synced_before_it_gets_its_name_and_every_new_name_is_synced
 def test_a_folder_that_another_process_made_is_not_taken_for_durable(
     objects: ObjectStore, calls: list[tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.objects.uuid.uuid4", iter_uuids())
+    monkeypatch.setattr(time, "time_ns", lambda: 1_800_000_000_000_000_000)  # so that all go to one folder
     first = objects.path(objects.put(b"x").object_id)
     again = len(calls)
     objects.put(b"x")
     assert [path for what, path in calls[again:] if what == "sync"][1:] == [first.parent]  # this process has synced the rest
     again = len(calls)
     ObjectStore(tmp_path / "objects").put(b"x")  # another process has not
-    assert [path for what, path in calls[again:] if what == "sync"][1:] == [first.parent, first.parent.parent, tmp_path / "objects"]
-
-
-def iter_uuids() -> Callable[[], object]:
-    numbers = iter(range(1, 100))
-
-    class Id:
-        def __init__(self) -> None:
-            self.hex = f"abcd{next(numbers):028x}"
-
-    return Id
+    assert [path for what, path in calls[again:] if what == "sync"][2:] == [first.parent, first.parent.parent, tmp_path / "objects"]
 
 
 def test_new_parent_folders_are_synced_too(tmp_path: Path, calls: list[tuple[str, Path]]) -> None:
@@ -128,23 +139,102 @@ def test_new_parent_folders_are_synced_too(tmp_path: Path, calls: list[tuple[str
 
 
 @pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, OutOfSpace), (errno.EDQUOT, OutOfSpace), (errno.EIO, StorageError)])
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("fsync", 1), ("fsync", 2), ("fsync", 3), ("write", 1), ("write", 2), ("open", 1), ("rename", 1), ("makedirs", 1)],
+)
 def test_a_disk_that_fails_leaves_nothing_behind(
-    objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], which: int
+    objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], name: str, call: int
 ) -> None:
-    count = iter(range(10))
-    fsync = os.fsync
+    objects.remove(objects.put(b"the first makes this writer's folder").object_id)
+    objects._durable.clear()
+    before, opened = files_below(tmp_path), open_below(tmp_path)
+    count = iter(range(1, 10))
+    original = getattr(os, name)
 
-    def failing(descriptor: int) -> None:
-        if next(count) == which:  # 0: the file, 1: its folder, 2: the folder's parent
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == call:  # of fsync 1: the file, 2: its folder, 3: the folder's parent
             raise OSError(number, os.strerror(number))
-        fsync(descriptor)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(error) as raised:
-        objects.put(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, failing)
+        with pytest.raises(error) as raised:
+            objects.put(b"x")
     assert raised.type is error
-    assert files_below(tmp_path) == []
+    assert files_below(tmp_path) == before
+    assert open_below(tmp_path) == opened
+    assert objects.put(b"x").size == 1
+
+
+def open_below(folder: Path) -> list[str]:
+    """The files below the folder that this process has open."""
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of this very listing
+            links.append(str(link.readlink()))
+    return sorted(path for path in links if path.startswith(str(folder)))
+
+
+def test_a_disk_that_takes_less_than_it_is_given_gets_the_rest(objects: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:3]))
+        stored = objects.put(b"0123456789", memoryview(b"abcd"))
+    assert objects.read(stored.object_id) == b"0123456789abcd"
+
+
+def test_what_is_written_can_be_read_before_it_is_whole_and_is_nowhere_to_be_seen(objects: ObjectStore, tmp_path: Path) -> None:
+    incoming = objects.create(b"the meta")
+    for chunk in (b"pix", memoryview(b"els")):
+        incoming.write(chunk)
+    with incoming.dataset() as mapped:
+        assert mapped[: incoming.start] == b"the meta"
+        assert mapped[incoming.start :] == b"pixels"
+    assert (incoming.start, incoming.size, incoming.sha256) == (8, 14, hashlib.sha256(b"pixels").hexdigest())
+    assert list(tmp_path.rglob("*.dcm")) == []
+    incoming.sync()
+    (stored,) = objects.keep([incoming])
+    assert isinstance(stored, StoredObject)
+    incoming.discard()
+    assert objects.read(stored.object_id) == b"the metapixels"
+    assert (stored.size, stored.sha256) == (14, hashlib.sha256(b"pixels").hexdigest())
+
+
+def test_what_is_discarded_is_gone(objects: ObjectStore, tmp_path: Path) -> None:
+    with objects.create(b"").dataset() as nothing:
+        assert nothing == b""
+    incoming = objects.create(b"the meta")
+    incoming.write(b"pixels")
+    for _ in range(2):
+        incoming.discard()
+    assert [Path(path).suffix for path in open_below(tmp_path)] == [".lock", ".part"]  # our lock, and the first one's file
+    assert [path.suffix for path in files_below(tmp_path)].count(".part") == 1
+
+
+def test_files_kept_together_share_one_sync_of_their_folder(
+    objects: ObjectStore, calls: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: 1_800_000_000_000_000_000)
+    objects.put(b"x")
+    group = [objects.create(bytes([number])) for number in range(3)]
+    calls.clear()
+    kept = objects.keep(group)
+    assert [what for what, _ in calls] == ["rename"] * 3 + ["sync"]
+    assert [objects.read(stored.object_id) for stored in kept if isinstance(stored, StoredObject)] == [b"\0", b"\1", b"\2"]
+
+
+def test_one_file_of_a_group_that_cannot_be_renamed_fails_alone(objects: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = [objects.create(bytes([number])) for number in range(3)]
+    rename = os.rename
+
+    def failing(source: str, target: str) -> None:
+        if source.endswith("/1.part"):
+            raise OSError(errno.ENOSPC, "full")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    assert [type(outcome) for outcome in objects.keep(group)] == [StoredObject, OutOfSpace, StoredObject]
 
 
 def test_below_the_reserve_nothing_is_written(tmp_path: Path) -> None:
@@ -156,6 +246,19 @@ def test_below_the_reserve_nothing_is_written(tmp_path: Path) -> None:
     assert ObjectStore(tmp_path, reserve_bytes=free // 2).put(b"x").size == 1
 
 
+def test_a_file_that_grows_into_the_reserve_is_taken_back(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    incoming = objects.create(b"prefix")
+    free = iter([10, -1])
+    monkeypatch.setattr(objects, "free_bytes", lambda: next(free))
+    megabytes = bytes(9 * 2**20)
+    incoming.write(megabytes)  # no look at the disk yet
+    incoming.write(megabytes)
+    incoming.write(megabytes)
+    with pytest.raises(OutOfSpace, match="reserve"):
+        incoming.write(megabytes)
+    assert [path.suffix for path in files_below(tmp_path)] == [".lock"]
+
+
 def test_removing_twice_is_no_error_and_reading_what_is_gone_is(objects: ObjectStore) -> None:
     object_id = objects.put(b"x").object_id
     objects.remove(object_id)
@@ -164,33 +267,118 @@ def test_removing_twice_is_no_error_and_reading_what_is_gone_is(objects: ObjectS
         objects.read(object_id)
 
 
-def test_the_sweep_removes_what_is_old_and_unknown_and_nothing_else(objects: ObjectStore, tmp_path: Path) -> None:
-    known, orphan, young = (objects.put(b"x").object_id for _ in range(3))
-    partial, fresh = (tmp_path / "objects" / "incoming" / name for name in ("1.part", "2.part"))
-    partial.write_bytes(b"half")
-    fresh.write_bytes(b"half")
-    for path in (objects.path(known), objects.path(orphan), partial):
-        age(path, 7200)
-    assert objects.sweep(lambda ids: {known} & set(ids), older_than_seconds=3600) == 2
-    assert set(files_below(tmp_path)) == {objects.path(known), objects.path(young), fresh}
+def test_the_sweep_removes_what_a_dead_writer_left_and_no_row_knows(objects: ObjectStore, tmp_path: Path) -> None:
+    known, orphan, partial = a_killed_writer(tmp_path / "objects", objects_made=2)
+    first_release = tmp_path / "objects" / "incoming" / "0123.part"
+    first_release.write_bytes(b"half")
+    own = objects.put(b"not in a row yet").object_id
+    unfinished = objects.create(b"prefix")
+    everything = set(files_below(tmp_path))
+    assert len(everything) == 8  # two objects, a part and a lock of the dead writer; an object, a part and a lock of ours; an old part
+    assert objects.sweep(lambda ids: {known} & set(ids)) == 3
+    left = everything - set(files_below(tmp_path))
+    assert {path.name for path in left} == {f"{orphan}.dcm", Path(partial).name, f"{orphan[-12:]}.lock", "0123.part"}
+    assert objects.read(known) == b"x1"
+    assert objects.read(own) == b"not in a row yet"
+    unfinished.write(b"more")
+    unfinished.discard()
+    assert objects.sweep(lambda _ids: set()) == 0
 
 
-def test_the_sweep_asks_in_batches_and_misses_none(objects: ObjectStore) -> None:
-    ids = {objects.put(b"x").object_id for _ in range(20)}
-    for object_id in ids:
-        age(objects.path(object_id), 7200)
-    import storage.objects as module
+def test_what_a_living_process_is_at_is_left_alone_however_often_others_sweep(objects: ObjectStore, tmp_path: Path) -> None:
+    with running_writer(tmp_path / "objects", objects_made=1) as (_child, said):
+        before = files_below(tmp_path)
+        for _ in range(3):
+            assert ObjectStore(tmp_path / "objects").sweep(lambda _ids: set()) == 0
+        assert files_below(tmp_path) == before
+        assert objects.read(said[0]) == b"x0"
 
-    asked: list[int] = []
 
-    def is_known(batch: object) -> set[str]:
-        asked.append(len(list(batch)))  # type: ignore[call-overload]
-        return set()
+def test_a_sweep_that_cannot_ask_removes_nothing_and_the_next_one_does(objects: ObjectStore, tmp_path: Path) -> None:
+    a_killed_writer(tmp_path / "objects", objects_made=1)
+    before = files_below(tmp_path)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BATCH", 8)
-        assert objects.sweep(is_known, older_than_seconds=60) == 20
-    assert asked == [8, 8, 4]
+    def fail(_ids: object) -> set[str]:
+        raise Unavailable("the database is down")
+
+    with pytest.raises(Unavailable):
+        objects.sweep(fail)
+    assert files_below(tmp_path) == before
+    assert objects.sweep(lambda _ids: set()) == 2
+    assert files_below(tmp_path) == []
+    assert list((tmp_path / "objects" / "incoming").iterdir()) == []
+
+
+def test_two_processes_that_sweep_at_once_remove_everything_once(tmp_path: Path) -> None:
+    make_folder(tmp_path / "objects" / "incoming")
+    for _ in range(3):
+        a_killed_writer(tmp_path / "objects", objects_made=2)
+    barrier = threading.Barrier(4)
+
+    def sweep(_thread: int) -> int:
+        barrier.wait(30)
+        return ObjectStore(tmp_path / "objects").sweep(lambda _ids: set())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(sweep, range(4))) == 9
+    assert files_below(tmp_path) == []
+
+
+def test_a_forked_child_writes_under_a_tag_of_its_own_and_does_not_keep_its_parent_alive(tmp_path: Path) -> None:
+    """The parent forks amid its work and is killed; the child lives on, and is what the sweep leaves alone."""
+    make_folder(tmp_path / "objects" / "incoming")
+    script = (
+        "import os, sys, pathlib; from storage.objects import ObjectStore\n"
+        "store = ObjectStore(pathlib.Path(sys.argv[1]))\n"
+        "print(store.put(b'parent').object_id, flush=True)\n"
+        "if os.fork() == 0:\n"
+        "    print(store.put(b'child').object_id, flush=True)\n"
+        "    sys.stdin.read()\n"
+        "    os._exit(0)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, tmp_path / "objects"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    parents, childs = (child.stdout.readline().strip() for _ in range(2))
+    child.wait(30)
+    objects = ObjectStore(tmp_path / "objects")
+    assert parents[-12:] != childs[-12:]
+    assert objects.sweep(lambda _ids: set()) == 1
+    assert not objects.path(parents).exists()
+    assert objects.read(childs) == b"child"
+    child.stdin.close()
+    assert child.stdout.read() == ""  # both are gone
+    child.stdout.close()
+    assert objects.sweep(lambda _ids: set()) == 1
+
+
+WRITER = """
+import sys, pathlib
+from storage.objects import ObjectStore
+store = ObjectStore(pathlib.Path(sys.argv[1]))
+for number in range(int(sys.argv[2])):
+    print(store.put(b"x%d" % number).object_id, flush=True)
+unfinished = store.create(b"half")
+print(unfinished._path, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def running_writer(folder: Path, *, objects_made: int) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """A process that has written so many objects and is at the next: yields it, the ids and the unfinished file's path."""
+    command = [sys.executable, "-c", WRITER, folder, str(objects_made)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        yield child, [child.stdout.readline().strip() for _ in range(objects_made + 1)]
+
+
+def a_killed_writer(folder: Path, *, objects_made: int) -> list[str]:
+    """Return the objects' ids, last the one made first, and the path of the file that was never finished."""
+    with running_writer(folder, objects_made=objects_made) as (child, said):
+        child.kill()
+    return [*said[-2::-1], said[-1]]
 
 
 def test_a_kill_at_any_moment_leaves_whole_objects_only(objects: ObjectStore, tmp_path: Path) -> None:
