@@ -205,6 +205,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         """Let the caller in or reject it; to whom is let in, accept what is asked for as far as the table has it."""
         pdu = A_ASSOCIATE_RQ()
         try:
+            if not all(0x20 <= byte <= 0x7E for byte in request[10:42]):  # pynetdicom would strip CR and LF like spaces
+                raise ValueError("an AE title has a character that VR AE does not allow")
             pdu.decode(request)
             primitive = pdu.to_primitive()
             caller = self._caller(primitive)

@@ -54,6 +54,19 @@ def test_a_context_without_abstract_syntax_is_answered_with_an_abort():
     assert peer.answer == bytes.fromhex("0700000000040000 0206")  # by the provider: invalid PDU parameter value
 
 
+@pytest.mark.usefixtures("_as_the_fuzzer")
+@pytest.mark.parametrize(
+    "title", [b"SCANNER\r\n", b"\nSCANNER", b"SCANNER\0", b"\tSCANNER", b"SCAN\0NER", b"SCANNER\x85", b"SC\xc3\x84NNER", b"\0" * 16]
+)
+@pytest.mark.parametrize("offset", [10, 26])
+def test_an_ae_title_with_a_character_that_it_cannot_have_is_nobodys(title, offset):
+    request = bytearray(fuzz.association_request((fuzz.CT, fuzz.SYNTAXES[1])))
+    request[offset : offset + 16] = title.ljust(16)
+    peer = fuzz.Peer(bytes(request) + fuzz.RELEASE, chunk=4096, end=0)
+    fuzz.serve(peer)
+    assert peer.answer == bytes.fromhex("0700000000040000 0206")
+
+
 def run_fuzzer(target: str, seconds: int, tmp_path: Path) -> int:
     """Fuzz for so long, and return how many inputs were tried."""
     if importlib.util.find_spec("atheris") is None:
@@ -94,7 +107,8 @@ def test_after_the_corpus_came_over_the_network_only_whole_objects_are_stored(tm
     statuses = [fuzz.check_answer(_converse(receiver.port, data)) for data in sent]
     receiver.stop(drain_seconds=0)
     assert statuses[-1] == [0]
-    objects = [path.name.removesuffix(".dcm") for path in (tmp_path / "objects").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "objects").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    objects = [path.name.removesuffix(".dcm") for path in files]
     instance = storage.index.find("1.2.3")
     known = storage.index.is_known(objects)
     storage.database.close()
