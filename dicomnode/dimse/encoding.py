@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Limits:
     maximum_nesting: int = 64  # sequences inside sequences; 64 at most: each takes two frames of the stack
     maximum_elements: int = 4_000_000  # elements, items and fragments; a SEG of 50,000 frames has 1.5 million
     maximum_inflated_bytes: int = 512 * 1024 * 1024  # of a deflated data set, which is inflated in memory
+    # one at a time, or so many associations would take that memory so many times
+    inflating: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
 
 @dataclass(kw_only=True)
@@ -81,16 +84,20 @@ def walk(
     """Walk the data set that begins at `start` of `data`, encoded in `syntax`, to the last byte and fill `contents` on the way.
 
     `wanted` names top-level elements, `nested` pairs of a top-level sequence and an element of its items. A deflated data
-    set is inflated first.
+    set is inflated first; of those that share `limits`, one at a time.
 
     Raises:
         CannotUnderstand: an element is cut off, has an odd or impossible length or an unknown VR, something nests too deep,
             there is too much of it, or a deflated stream is broken.
         PixelDataTooShort: encapsulated pixel data lacks its item structure or its sequence delimiter (PS3.5 A.4).
     """
-    if syntax.deflated:
-        data, start = inflate(data, start, limits.maximum_inflated_bytes), 0
-    _Walk(data, syntax, contents, wanted, nested, limits).data_set(start)
+    if not syntax.deflated:
+        _Walk(data, syntax, contents, wanted, nested, limits).data_set(start)
+        return
+    with limits.inflating:
+        inflated = inflate(data, start, limits.maximum_inflated_bytes)
+        _Walk(inflated, syntax, contents, wanted, nested, limits).data_set(0)
+        del inflated
 
 
 def inflate(data: Encoded, start: int, maximum_bytes: int) -> bytes:

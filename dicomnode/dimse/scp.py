@@ -65,6 +65,7 @@ _READ_ESCAPES: Final = frozenset({"iso2022_jp", "iso2022_jp_2"})  # codecs that 
 TEXT_DELIMITERS: Final = re.compile(rb"[\\\t\n\f\r]")
 NAME_DELIMITERS: Final = re.compile(rb"[\\\t\n\f\r^=]")
 
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ESCAPE: Final = re.compile(rb"\x1b(?:\$[()]?|[()-]).", re.DOTALL)
 _MAXIMUM_TEXT: Final = 324  # characters kept of a text in the index: five components of 64 of a PN and what joins them
@@ -275,7 +276,7 @@ def _meta_element(element: int, vr: bytes, value: bytes) -> bytes:
 
 def _plain(value: bytes | None) -> str:
     """A value of the default repertoire without padding; other bytes become U+FFFD."""
-    return (value or b"").decode("ascii", "replace").strip(" \x00")
+    return value.decode("ascii", "replace").strip(" \x00") if value else ""
 
 
 def _unsigned(value: bytes | None, syntax: TransferSyntax) -> int:
@@ -285,6 +286,8 @@ def _unsigned(value: bytes | None, syntax: TransferSyntax) -> int:
 
 def _number(value: bytes | None) -> int | None:
     """The first IS of a value; None if it is absent or no number of 32 bits (PS3.5 6.2)."""
-    text = _plain(value).split("\\")[0].strip()
-    number = int(text) if re.fullmatch(r"[+-]?[0-9]{1,10}", text, re.ASCII) else None
+    if not value:
+        return None
+    text = _plain(value).partition("\\")[0].strip()
+    number = int(text) if _INTEGER.fullmatch(text) else None
     return number if number is not None and -(2**31) <= number < 2**31 else None

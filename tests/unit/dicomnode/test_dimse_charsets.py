@@ -89,10 +89,11 @@ def test_a_name_is_read_as_it_was_meant(sets, value, name):
 def test_each_byte_of_a_single_byte_set_means_what_the_c_library_says(codec, sets):
     if shutil.which("iconv") is None:
         pytest.skip("iconv is not installed (apt-get install libc-bin)")
-    for value in range(0xA1, 0x100):
-        told = subprocess.run(["iconv", "-f", codec, "-t", "UTF-8"], input=b"a%cb" % value, capture_output=True, check=False)
-        shown = decode_text(b"a%cb" % value, (sets,))
-        assert shown == (told.stdout.decode() if told.returncode == 0 else "a\ufffdb")
+    letters = [b"a%cb" % value for value in range(0xA1, 0x100)]
+    # -c leaves out what the set does not have
+    told = subprocess.run(["iconv", "-c", "-f", codec, "-t", "UTF-8"], input=b"\n".join(letters), capture_output=True, check=False)
+    meant = ["a\ufffdb" if text == "ab" else text for text in told.stdout.decode().split("\n")]
+    assert [decode_text(value, (sets,)) for value in letters] == meant
 
 
 @pytest.mark.parametrize(

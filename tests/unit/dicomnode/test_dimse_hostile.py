@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import mmap
 import struct
+import threading
+import time
 import tracemalloc
 import zlib
 from io import BytesIO
@@ -16,6 +18,7 @@ from dimse_cases import BIG_ENDIAN, DEFLATED, EXPLICIT, IMPLICIT, a_dataset, def
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from dicomnode.dimse import encoding
 from dicomnode.dimse.contexts import transfer_syntax
 from dicomnode.dimse.encoding import Contents, Limits, inflate, walk
 from dicomnode.dimse.scp import part10_prefix, read_header
@@ -313,6 +316,33 @@ def test_a_bomb_is_refused_before_it_is_inflated():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < limit + (2 << 20)
+
+
+def test_one_data_set_at_a_time_is_held_inflated(monkeypatch):
+    limits, held, most = Limits(), [], []
+    real, together = encoding.inflate, threading.Barrier(4)
+
+    def watched(*given):
+        held.append(1)
+        time.sleep(0.01)
+        most.append(len(held))
+        data = real(*given)
+        held.pop()
+        return data
+
+    def read():
+        together.wait()
+        dataset = a_dataset()
+        data = deflated(encoded(dataset))
+        read_header(received(data, uid=dataset.SOPInstanceUID, syntax=DEFLATED), data, "", limits=limits)
+
+    monkeypatch.setattr(encoding, "inflate", watched)
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 def test_the_limit_on_inflation_is_exact():
