@@ -22,9 +22,9 @@ POINTS = {
     "file written, not synced": Point(owner="storage.incoming:Incoming", name="sync", when="before"),
     "file synced, not renamed": Point(owner="storage.incoming:Incoming", name="rename", when="before"),
     "file renamed, folder not synced": Point(owner="storage.incoming:Incoming", name="rename", when="after"),
-    "third file stored, no row": Point(owner="dicomnode.receiver:Receiver", name="_index", when="before", call=3),
-    "row committed, no response": Point(owner="dicomnode.receiver:Receiver", name="_index", when="after"),
-    "last row committed, no response": Point(owner="dicomnode.receiver:Receiver", name="_index", when="after", call=8),
+    "third file stored, no row": Point(owner="storage.index:Index", name="add_instances", when="before", call=3),
+    "row committed, no response": Point(owner="storage.intake:Intake", name="add", when="after"),
+    "last row committed, no response": Point(owner="storage.intake:Intake", name="add", when="after", call=8),
     # closing
     "revision closed, not committed": Point(owner="storage.index:Index", name="close_revision", when="after"),
     "jobs created, not committed": Point(owner="dicomnode.completion", name="_create_jobs", when="after"),

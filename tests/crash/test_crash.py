@@ -261,7 +261,7 @@ def assert_every_image_is_there(storage: Storage, study: list[Outgoing]) -> None
 
 def assert_no_object_is_partial(storage: Storage) -> None:
     """After a sweep the store holds exactly what the rows name, whole."""
-    storage.objects.sweep(storage.index.is_known, older_than_seconds=0)
+    storage.objects.sweep(storage.index.is_known)
     named = {result.stored for result in storage.jobs.results()}
     for study in storage.index.studies():
         named |= {instance.stored for instance in storage.index.instances(study.study_instance_uid)}

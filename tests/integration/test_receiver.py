@@ -150,7 +150,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
 
 
 def test_no_log_line_tells_of_the_patient(log, scanner, storage, monkeypatch):
-    def fail_with_values(header: InstanceHeader, stored: StoredObject) -> None:
+    def fail_with_values(batch: list[tuple[InstanceHeader, StoredObject]]) -> None:
+        ((header, _),) = batch
         try:
             raise ValueError(f"[parameters: {header.patient_name}]")
         except ValueError as error:
@@ -162,9 +163,9 @@ def test_no_log_line_tells_of_the_patient(log, scanner, storage, monkeypatch):
     assert store(scanner, encoded(dataset)[:-4], uid=dataset.SOPInstanceUID).Status == 0xC001
     assert store(scanner, encoded(dataset), uid="Secret/3").Status == 0xC001
     with monkeypatch.context() as patched:
-        patched.setattr(storage.index, "add_instance", fail_with_values)
+        patched.setattr(storage.index, "add_instances", fail_with_values)
         assert send(scanner, a_dataset(PatientName="Secret^Name")) == 0xC004
-        patched.setattr(storage.index, "add_instance", lambda header, stored: 1 / 0)
+        patched.setattr(storage.index, "add_instances", lambda batch: 1 / 0)
         assert send(scanner, a_dataset(PatientName="Secret^Name")) == 0xC004
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert [line["status"] for line in lines if line["event"] == "instance refused"] == ["0xC003", "0xC001", "0xC001", "0xC004"]
@@ -175,9 +176,9 @@ def test_no_log_line_tells_of_the_patient(log, scanner, storage, monkeypatch):
 
 def test_success_is_said_only_after_the_file_and_the_row_are_safe(scanner, storage, monkeypatch):
     order = []
-    put, add = storage.objects.put, storage.index.add_instance
-    monkeypatch.setattr(storage.objects, "put", lambda *chunks: (put(*chunks), order.append("file"))[0])
-    monkeypatch.setattr(storage.index, "add_instance", lambda *given: (add(*given), order.append("row"))[0])
+    keep, add = storage.objects.keep, storage.index.add_instances
+    monkeypatch.setattr(storage.objects, "keep", lambda group: (keep(group), order.append("file"))[0])
+    monkeypatch.setattr(storage.index, "add_instances", lambda batch: (add(batch), order.append("row"))[0])
     status = send(scanner, a_dataset())
     order.append("answer")
     assert status == 0x0000
@@ -324,7 +325,7 @@ def test_a_full_disk_is_a_transient_refusal_and_keeps_nothing(tmp_path):
     association.release()
     receiver.stop()
     assert object_files(tmp_path) == []
-    assert [refusal.dimse_status for refusal in full.index.quarantined("1.2.3.4")] == [0xA700]
+    assert [refusal.dimse_status for refusal in full.index.quarantined()] == [0xA700]
     full.database.close()
 
 
@@ -337,7 +338,7 @@ def test_a_row_that_cannot_be_written_is_no_success_and_leaves_no_file(scanner, 
         raise failure
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage.index, "add_instance", fail)
+        patched.setattr(storage.index, "add_instances", fail)
         answer = store(scanner, encoded(dataset := a_dataset()), uid=dataset.SOPInstanceUID)
     assert answer.Status == status
     assert answer.ErrorComment.endswith("send again later")
@@ -346,7 +347,7 @@ def test_a_row_that_cannot_be_written_is_no_success_and_leaves_no_file(scanner, 
 
 
 def test_a_commit_whose_answer_was_lost_keeps_its_file(scanner, storage, monkeypatch):
-    add = storage.index.add_instance
+    add = storage.index.add_instances
 
     def commit_and_fail(*given: Any) -> None:
         add(*given)
@@ -354,7 +355,7 @@ def test_a_commit_whose_answer_was_lost_keeps_its_file(scanner, storage, monkeyp
 
     dataset = a_dataset()
     with monkeypatch.context() as patched:
-        patched.setattr(storage.index, "add_instance", commit_and_fail)
+        patched.setattr(storage.index, "add_instances", commit_and_fail)
         assert send(scanner, dataset) == 0xC004
     assert split_part10(stored_bytes(storage, dataset.SOPInstanceUID))[1] == encoded(dataset)
     assert send(scanner, dataset) == 0
