@@ -176,8 +176,8 @@ def loopback_peer(ae_title: str, port: int) -> Peer:
 
 
 @contextmanager
-def orthanc(folder: Path, *, node_port: int) -> Iterator[Orthanc]:
-    """Run Orthanc with an empty store that sends each stable CT series to the node on `node_port`."""
+def orthanc(folder: Path, *, node_port: int, settings: Mapping[str, Any] = {}) -> Iterator[Orthanc]:
+    """Run Orthanc with an empty store that sends each stable CT series to the node on `node_port`; `settings` go before its own."""
     command = program("Orthanc", "orthanc")
     folder.mkdir()
     script = folder / "route.lua"
@@ -202,6 +202,7 @@ def orthanc(folder: Path, *, node_port: int) -> Iterator[Orthanc]:
             "workstation": {"AET": WORKSTATION_AET, "Host": LOOPBACK, "Port": free_port()},
         },
         "LuaScripts": [str(script)],
+        **settings,
     }
     file = folder / "orthanc.json"
     file.write_text(json.dumps(configuration), encoding="utf-8")
