@@ -7,6 +7,7 @@ want of it; each commit is synced before it returns (README.md).
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Column, Connection, Engine, Table, event
+from sqlalchemy import ARRAY, JSON, Column, ColumnElement, Connection, Engine, Table, Text, bindparam, event, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, StatementError, TimeoutError as PoolTimeout
 
@@ -55,6 +56,7 @@ class Database:
             )
         except (ImportError, sqlalchemy.exc.ArgumentError) as error:
             raise StorageError(f"there is no driver for {parsed.drivername}; the node comes with postgresql+psycopg and sqlite") from error
+        self._insertions: dict[str, Any] = {}
         self._writer = threading.Lock()  # SQLite has one writer: our threads queue here instead of polling for its lock
         event.listen(self.engine, "connect", _set_up_sqlite if self.is_sqlite else _set_up_postgresql)
         if self.is_sqlite:
@@ -90,13 +92,15 @@ class Database:
         """Return the time on the database's clock: one clock for every machine that shares the database."""
         if self.is_sqlite:  # a SQLite database is used from one machine
             return datetime.now(UTC)
-        time = connection.execute(sqlalchemy.select(sqlalchemy.func.clock_timestamp())).scalar_one()
+        time = connection.execute(select(func.clock_timestamp())).scalar_one()
         return time.astimezone(UTC)  # type: ignore[no-any-return]  # func.clock_timestamp is untyped
 
     def insert_new(self, connection: Connection, table: Table, values: dict[str, Any]) -> Any | None:
         """Insert a row unless a unique constraint says it is there already; return the first column of its key, or None."""
-        key = next(iter(table.primary_key.columns))
-        return connection.execute(self.inserting_new(table, key).values(values)).scalar_one_or_none()
+        statement = self._insertions.get(table.name)
+        if statement is None:
+            statement = self._insertions[table.name] = self.inserting_new(table, next(iter(table.primary_key.columns)))
+        return connection.execute(statement, values).scalar_one_or_none()
 
     def inserting_new(self, table: Table, *returned: Column[Any]) -> Any:  # the two dialects' types have nothing in common
         """Return the statement that inserts rows unless a unique constraint says that they are there already."""
@@ -106,8 +110,14 @@ class Database:
     def lock(self, connection: Connection, name: str) -> None:
         """Let one transaction at a time pass for `name`, until it ends. On SQLite every write transaction is alone anyway."""
         if not self.is_sqlite:
-            key = sqlalchemy.func.hashtextextended(name, 0)
-            connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
+            key = func.hashtextextended(name, 0)
+            connection.execute(select(func.pg_advisory_xact_lock(key)))
+
+    def is_one_of(self, column: Column[Any], parameter: str) -> ColumnElement[bool]:
+        """Return the condition that a text is one of a list, which is one parameter: the statement is the same for any number."""
+        if self.is_sqlite:
+            return column.in_(select(func.json_each(bindparam(parameter, type_=JSON)).table_valued("value").c.value))
+        return column == func.any(bindparam(parameter, type_=ARRAY(Text)))
 
     def wait_for_writers(self, connection: Connection, tables: Sequence[Table]) -> None:
         """In a write transaction, wait until nobody else has unfinished changes in these tables. On SQLite nobody has."""
@@ -127,8 +137,10 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
+    """Begin by the driver itself: SQLAlchemy's way takes longer than the statement."""
     writes = connection.get_execution_options().get("storage_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    driver_connection: Any = connection.connection.driver_connection
+    driver_connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _set_up_postgresql(connection: Any, _record: object) -> None:
@@ -147,11 +159,11 @@ def _own_errors() -> Iterator[None]:
         raise Conflict(f"the database refuses the row: {error.orig}") from error
     except PoolTimeout as error:
         raise Unavailable(f"every connection to the database is in use: {error}") from error
-    except DBAPIError as error:
-        cause = error.orig
+    except (DBAPIError, sqlite3.Error) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
         if getattr(cause, "sqlite_errorcode", None) == _SQLITE_FULL or getattr(cause, "sqlstate", None) == _POSTGRES_DISK_FULL:
             raise OutOfSpace(f"the disk of the database is full: {cause}") from error
-        if isinstance(error, OperationalError | InterfaceError):
+        if isinstance(error, OperationalError | InterfaceError | sqlite3.OperationalError):
             raise Unavailable(f"the database cannot be used now: {cause}") from error
         raise StorageError(f"the database failed: {cause}") from error
     except StatementError as error:  # a value that its column does not take

@@ -22,26 +22,32 @@ _BATCH = 500
 
 Outcome = Literal["stored", "duplicate", "conflict"]
 
-# The statements of every image: made once, so that SQLAlchemy finds them compiled.
 _SAME_CONTENT = select(INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid).where(INSTANCE.c.sop_instance_uid == bindparam("uid"))
-_KNOWN = union_all(
-    select(INSTANCE.c.sop_instance_uid, INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid, INSTANCE.c.object_id).where(
-        INSTANCE.c.sop_instance_uid.in_(bindparam("uids", expanding=True))
-    ),
-    select(RESULT.c.sop_instance_uid, null(), null(), null()).where(RESULT.c.sop_instance_uid.in_(bindparam("uids", expanding=True))),
-)
-_LOCK_STUDIES = (
-    select(STUDY.c.id, STUDY.c.study_instance_uid, STUDY.c.last_received_at, SERIES.c.id.label("series_row"), SERIES.c.series_instance_uid)
-    .outerjoin_from(
-        STUDY, SERIES, and_(SERIES.c.study_row == STUDY.c.id, SERIES.c.series_instance_uid.in_(bindparam("series", expanding=True)))
-    )
-    .where(STUDY.c.study_instance_uid.in_(bindparam("studies", expanding=True)))
-    .order_by(STUDY.c.study_instance_uid)
-    .with_for_update(of=STUDY)
-)
 _COUNT_IMAGES = (
     update(STUDY).where(STUDY.c.id == bindparam("row_id")).values(last_image=bindparam("image"), last_received_at=bindparam("at"))
 )
+
+
+class _Statements:
+    """The statements that every image needs, made once for a database, so that neither SQLAlchemy nor a server prepares them anew."""
+
+    def __init__(self, database: Database) -> None:
+        of_instance = select(INSTANCE.c.sop_instance_uid, INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid, INSTANCE.c.object_id)
+        of_result = select(RESULT.c.sop_instance_uid, null(), null(), null())
+        self.known = union_all(
+            of_instance.where(database.is_one_of(INSTANCE.c.sop_instance_uid, "uids")),
+            of_result.where(database.is_one_of(RESULT.c.sop_instance_uid, "uids")),
+        )
+        wanted = and_(SERIES.c.study_row == STUDY.c.id, database.is_one_of(SERIES.c.series_instance_uid, "series"))
+        series = SERIES.c.id.label("series_row"), SERIES.c.series_instance_uid
+        self.lock_studies = (
+            select(STUDY.c.id, STUDY.c.study_instance_uid, STUDY.c.last_received_at, *series)
+            .outerjoin_from(STUDY, SERIES, wanted)
+            .where(database.is_one_of(STUDY.c.study_instance_uid, "studies"))
+            .order_by(STUDY.c.study_instance_uid)
+            .with_for_update(of=STUDY)
+        )
+        self.insert_instances = database.inserting_new(INSTANCE, INSTANCE.c.sop_instance_uid, INSTANCE.c.id)
 
 
 class _StudyRow(NamedTuple):
@@ -57,7 +63,7 @@ class Index:
 
     def __init__(self, database: Database):
         self._database = database
-        self._insert_instances = database.inserting_new(INSTANCE, INSTANCE.c.sop_instance_uid, INSTANCE.c.id)
+        self._statements = _Statements(database)
 
     def find(self, sop_instance_uid: str) -> Instance | None:
         """Return the stored instance with this UID."""
@@ -288,7 +294,7 @@ class Index:
         """Add what is new. None if another transaction, not seen before, was first with one of the UIDs: then all has to be undone."""
         known: dict[str, tuple[str, str, str]] = {}
         made_here: set[str] = set()
-        for row in connection.execute(_KNOWN, {"uids": [header.sop_instance_uid for header, _ in batch]}):
+        for row in connection.execute(self._statements.known, {"uids": [header.sop_instance_uid for header, _ in batch]}):
             if row.object_id is None:
                 made_here.add(row.sop_instance_uid)
             else:
@@ -328,7 +334,7 @@ class Index:
                     "size": stored.size,
                 }
             )
-        row_ids = {row.sop_instance_uid: row.id for row in connection.execute(self._insert_instances, rows)}
+        row_ids = {row.sop_instance_uid: row.id for row in connection.execute(self._statements.insert_instances, _one_or_many(rows))}
         if len(row_ids) < len(rows):
             return None
         last_images = {
@@ -337,7 +343,7 @@ class Index:
             if row["kind"] == "image" and not row["made_here"]
         }
         if last_images:
-            connection.execute(_COUNT_IMAGES, list(last_images.values()))
+            connection.execute(_COUNT_IMAGES, _one_or_many(list(last_images.values())))
         return outcomes
 
     def _locked_studies(self, connection: Connection, headers: Sequence[InstanceHeader]) -> dict[str, _StudyRow]:
@@ -369,7 +375,7 @@ class Index:
     def _lock_studies(self, connection: Connection, studies: Sequence[str], series: Sequence[str]) -> dict[str, _StudyRow]:
         """Lock those of the studies that exist, in one order everywhere, so that locks never wait in a ring."""
         found: dict[str, _StudyRow] = {}
-        for row in connection.execute(_LOCK_STUDIES, {"studies": studies, "series": series}):
+        for row in connection.execute(self._statements.lock_studies, {"studies": studies, "series": series}):
             study = found.get(row.study_instance_uid)
             if study is None:
                 study = found[row.study_instance_uid] = _StudyRow(row.id, row.last_received_at, {})
@@ -404,6 +410,11 @@ def _outcome(header: InstanceHeader, stored: StoredObject, known: tuple[str, str
     if known is None or known[2] == stored.object_id:  # the row is ours if an earlier try was committed and its answer lost
         return "stored"
     return "duplicate" if known[:2] == (header.dataset_sha256, header.transfer_syntax_uid) else "conflict"
+
+
+def _one_or_many(rows: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
+    """SQLAlchemy has a shorter way for a row that comes alone."""
+    return rows[0] if len(rows) == 1 else rows
 
 
 def _after(now: datetime, last: datetime) -> datetime:
