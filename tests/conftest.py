@@ -7,11 +7,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sqlalchemy
 
 from pacs import Node, Orthanc, logs_kept, orthanc as run_orthanc
 from postgres import postgres_cluster, postgres_programs
+
+# How long an example takes says something of the machine alone: of its own accord Hypothesis fails one that takes 0.2 s.
+hypothesis.settings.register_profile("dicomnode", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("dicomnode")
 
 # Whose single tests take up to a minute. They come first, so that no worker ends with one of them while the others are done.
 LONG_FIRST = ("e2e", "crash", "conformance", "integration")
