@@ -30,6 +30,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from dicomnode.config import check_ae_title
+from dicomnode.dimse.association import USER_IDENTITY
 from dicomnode.dimse.tls import fingerprint
 from dicomnode.logs import get_logger
 from storage.errors import StorageError
@@ -84,7 +85,7 @@ class Admission:
             ("called AE title", lambda: called in self._ae_titles),
             ("network", lambda: self._comes_from(peer, caller.address)),
             ("certificate", lambda: _shows_its_certificate(peer, caller.certificate)),
-            ("user identity", lambda: self._is_user(peer, caller)),
+            (USER_IDENTITY, lambda: self._is_user(peer, caller)),
         )
         return next((reason for reason, holds in checks if not holds()), None)
 

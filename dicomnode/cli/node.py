@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from dicomnode.cli.serve import Supervisor
+from dicomnode.cli.serve import StopAsked, Supervisor
 from dicomnode.cli.terminal import ConfigOption, opened
 from dicomnode.config import Settings, commented_toml, load_settings
 from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine
@@ -74,9 +73,7 @@ def run(
         "analyser": _start_analyser,
         "sender": _start_sender,
     }
-    stop_asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop_asked.set())
+    stop_asked = StopAsked()
     if supervised:
         threading.Thread(target=_wait_for_end_of_input, args=(stop_asked,), daemon=True).start()
     with opened(config) as (_, storage):
@@ -133,10 +130,10 @@ def _check_ports(settings: Settings) -> None:
                 raise NodeError(f"cannot listen on {settings.listener.host}:{port}: {error.strerror or error}") from error
 
 
-def _wait_for_end_of_input(stop_asked: threading.Event) -> None:
+def _wait_for_end_of_input(stop_asked: StopAsked) -> None:
     while os.read(sys.stdin.fileno(), 1):  # not the buffered reader: its lock would be held when the interpreter ends
         pass
-    stop_asked.set()
+    stop_asked.ask()
 
 
 def _start_logs(config: Path | None) -> Settings:

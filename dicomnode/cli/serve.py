@@ -6,10 +6,11 @@ standard input is a pipe from here that nothing is written to: when this process
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,29 @@ class _Child:
     restart_at: float | None = None
 
 
+class StopAsked:
+    """Whether SIGTERM, SIGINT or `ask` came; made in the main thread.
+
+    A Python signal handler runs in the main thread, between two of its steps: one that blocks there on a lock may never hear of
+    a signal that came a moment too early or to another thread. The interpreter's own handler writes to a pipe, which always wakes.
+    """
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def ask(self) -> None:
+        """Ask to stop, from any thread."""
+        os.write(self._writing, b"x")
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until a stop is asked for, at most so long; return whether it was."""
+        return bool(select.select([self._reading], [], [], seconds)[0])
+
+
 class Supervisor:
     """Keeps one child process per role alive until it is told to stop."""
 
@@ -38,14 +62,12 @@ class Supervisor:
         self._arguments = ["--config", str(config)] if config else []
         self._roles = roles
         self._drain_seconds = drain_seconds
-        self._stop_asked = threading.Event()
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; 0 if every child that lived drained, else 1."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop_asked.set())
+        stop_asked = StopAsked()
         children = [_Child(role=role, process=self._spawn(role), started=time.monotonic()) for role in self._roles]
-        while not self._stop_asked.wait(0.2):
+        while not stop_asked.wait(0.2):
             for child in children:
                 self._keep_alive(child)
         return self._drain(children)

@@ -12,7 +12,7 @@ import queue
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -37,10 +37,12 @@ _REJECTED: Final = (0x01, 0x01, 0x01)
 _LIMIT_EXCEEDED: Final = (0x02, 0x03, 0x02)  # rejected-transient, by the service provider (presentation), local limit exceeded
 _PROTOCOL_VERSION: Final = (0x01, 0x02, 0x02)
 
+USER_IDENTITY: Final = "user identity"  # the reason of `admit` for a caller who lacks nothing else: it may stand in the rest of the request
+
 # PS3.8 9.3.8: reasons of an A-ABORT by the service provider
 NOT_SPECIFIED, UNRECOGNIZED_PDU, UNEXPECTED_PDU, INVALID_VALUE = 0, 1, 2, 6
 
-ASSOCIATE_RQ, _P_DATA, _RELEASE_RQ, _ABORT = 0x01, 0x04, 0x05, 0x07
+ASSOCIATE_RQ, _ASSOCIATE_RJ, _P_DATA, _RELEASE_RQ, _ABORT = 0x01, 0x03, 0x04, 0x05, 0x07
 _MAXIMUM_COMMAND = 16384  # bytes of a command set; the largest that the standard defines has some hundred
 _MAXIMUM_OTHER = 1048576  # bytes of the data set of a request that is no C-STORE
 
@@ -203,21 +205,24 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
 
     def _negotiate(self, request: bytes) -> bool:
         """Let the caller in or reject it; to whom is let in, accept what is asked for as far as the table has it."""
-        pdu = A_ASSOCIATE_RQ()
-        try:
-            if not all(0x20 <= byte <= 0x7E for byte in request[10:42]):  # pynetdicom would strip CR and LF like spaces
-                raise ValueError("an AE title has a character that VR AE does not allow")
-            pdu.decode(request)
-            primitive = pdu.to_primitive()
-            caller = self._caller(primitive)
-        except Exception as error:
-            raise Aborted("association request malformed", INVALID_VALUE) from error
+        caller = self._caller(request)
         self._calling, self._called = caller.calling_ae_title, caller.called_ae_title
-        self.requestor.primitive = primitive
-        if pdu.protocol_version & 1 == 0:
+        if int.from_bytes(request[6:8], "big") & 1 == 0:
             self._reject("protocol version", _PROTOCOL_VERSION)
             return False
-        reason = self._asked(caller)
+        reason = self._asked(caller)  # before the rest is decoded: that can cost a stranger's request a fifth of a second
+        if reason not in {None, USER_IDENTITY}:
+            self._reject(str(reason), _REJECTED)
+            return False
+        pdu = A_ASSOCIATE_RQ()
+        try:
+            pdu.decode(request)
+            self.requestor.primitive = primitive = pdu.to_primitive()
+            user, passcode = _user_identity(primitive)
+        except Exception as error:
+            raise Aborted("association request malformed", INVALID_VALUE) from error
+        if user is not None:
+            reason = self._asked(replace(caller, user=user, passcode=passcode))
         if reason is not None:
             self._reject(reason, _REJECTED)
             return False
@@ -235,20 +240,19 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             raise Aborted("association request malformed", INVALID_VALUE) from error
         return bool(self.is_established)
 
-    def _caller(self, primitive: A_ASSOCIATE) -> Caller:
-        user = passcode = None
-        for item in primitive.user_information:
-            kind = getattr(item, "user_identity_type", None)
-            if kind in {1, 2}:
-                user = (item.primary_field or b"").decode("utf-8")
-                passcode = (item.secondary_field or b"").decode("utf-8") if kind == 2 else None
+    def _caller(self, request: bytes) -> Caller:
+        """Who calls, by what stands at fixed places in the request (PS3.8 9.3.2); who the user is stands further on."""
+        try:
+            called, calling = request[10:26].decode("ascii"), request[26:42].decode("ascii")
+        except UnicodeDecodeError as error:
+            raise Aborted("association request malformed", INVALID_VALUE) from error
         return Caller(
-            calling_ae_title=primitive.calling_ae_title.strip(" "),
-            called_ae_title=primitive.called_ae_title.strip(" "),
+            calling_ae_title=calling.strip(" "),
+            called_ae_title=called.strip(" "),
             address=self._connection.address,
             certificate=self._connection.certificate(),
-            user=user,
-            passcode=passcode,
+            user=None,
+            passcode=None,
         )
 
     def _asked(self, caller: Caller) -> str | None:
@@ -267,7 +271,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             calling_ae_title=loggable(self._calling),
             called_ae_title=loggable(self._called),
         )
-        self.acse.send_reject(*answer)
+        self._wire.send(struct.pack(">BBLBBBB", _ASSOCIATE_RJ, 0, 4, 0, *answer), self._settings.pdu_seconds)
 
     def _refuse(self, why: str) -> None:
         self._listener.refuse("association aborted", why, host=self._connection.address, calling_ae_title=loggable(self._calling))
@@ -498,6 +502,15 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         if self._abort_asked or not self.dul.event_queue.empty() or self.dimse.message is not None:
             raise Aborted("request not supported", NOT_SPECIFIED)
         self._message_ended()
+
+
+def _user_identity(primitive: A_ASSOCIATE) -> tuple[str | None, str | None]:
+    """User name and passcode of user identity negotiation of types 1 and 2 (PS3.7 D.3.3.7); of other types nothing is known."""
+    for item in primitive.user_information:
+        kind = getattr(item, "user_identity_type", None)
+        if kind in {1, 2}:
+            return (item.primary_field or b"").decode("utf-8"), (item.secondary_field or b"").decode("utf-8") if kind == 2 else None
+    return None, None
 
 
 def send_abort(wire: Wire, reason: int) -> None:

@@ -15,7 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pynetdicom import AE, _config as pynetdicom_config
 from pynetdicom.presentation import build_context
@@ -40,6 +40,8 @@ from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.tls import ServerContexts
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
 from dicomnode.logs import get_logger
+
+_LEAST_REQUEST: Final = 68  # bytes of an association request before its first item (PS3.8 9.3.2)
 
 _log = get_logger(__name__)
 
@@ -263,8 +265,10 @@ class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped
             kind, length = pdu_header(wire, deadline)
             if kind != ASSOCIATE_RQ:
                 raise Aborted("not an association request", UNEXPECTED_PDU if kind in range(1, 8) else UNRECOGNIZED_PDU)
-            if length > self._listener.settings.maximum_association_request_bytes:
-                raise Aborted("association request too large", INVALID_VALUE)
+            if not _LEAST_REQUEST <= length <= self._listener.settings.maximum_association_request_bytes:
+                raise Aborted(
+                    "association request too large" if length > _LEAST_REQUEST else "association request malformed", INVALID_VALUE
+                )
             request = b"".join([struct.pack(">BBL", kind, 0, length), *map(bytes, wire.chunks(length, deadline))])
         except Aborted as aborted:
             self._refuse(aborted.why)
