@@ -101,15 +101,15 @@ def test_after_the_corpus_came_over_the_network_only_whole_objects_are_stored(tm
     settings = ListenerSection(port=0, accept_deflated=True, association_seconds=1, pdu_seconds=1, dimse_timeout_seconds=1)
     receiver = Receiver(Settings(node=NodeSection(data=tmp_path), listener=settings), storage)
     receiver.start()
-    whole = next(path for path in CORPUS if path.name == "store")
+    whole = next(path for path in CORPUS if path.name == "store").read_bytes().replace(b"1.2.3\0", b"1.2.9\0")  # a new instance
     inputs = [path for path in CORPUS if path.parent.name == "pdu"]
-    sent = [fuzz.connection_bytes(path.read_bytes())[0] for path in (*inputs, whole)]
+    sent = [fuzz.connection_bytes(data)[0] for data in (*(path.read_bytes() for path in inputs), whole)]
     statuses = [fuzz.check_answer(_converse(receiver.port, data)) for data in sent]
     receiver.stop(drain_seconds=0)
     assert statuses[-1] == [0]
     files = [path for path in (tmp_path / "objects").rglob("*") if path.is_file() and path.suffix != ".lock"]
     objects = [path.name.removesuffix(".dcm") for path in files]
-    instance = storage.index.find("1.2.3")
+    instance = storage.index.find("1.2.9")
     known = storage.index.is_known(objects)
     storage.database.close()
     assert {status for answer in statuses for status in answer} <= fuzz.DOCUMENTED
