@@ -59,7 +59,7 @@ def complaints(file: Path, folder: Path) -> list[str]:
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     beside = Path(sys.executable).parent / command[0]  # from the test extra, else from the system
     words = [str(beside if beside.exists() else command[0]), *map(str, command[1:])]
-    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=180, check=False)
+    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=600, check=False)
 
 
 def _reads(file: Path, *command: str | Path) -> list[str]:
