@@ -260,7 +260,7 @@ def the_listener() -> Listener:
     return Listener(
         settings,
         ["DICOMNODE"],
-        admit=lambda caller: None if caller.calling_ae_title == "SCANNER" else "calling AE title",
+        admit=lambda caller: None if (caller.calling_ae_title, caller.called_ae_title) == ("SCANNER", "DICOMNODE") else "AE title",
         receive=_Sink,
         released=_released.append,
     )

