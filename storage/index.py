@@ -16,6 +16,7 @@ from storage.database import Database
 from storage.errors import Conflict
 from storage.records import Instance, InstanceHeader, Priority, Quarantined, Revision, Series, StoredObject, Study
 from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
+from storage.statements import Statement
 
 KEPT_PER_UID = 10  # contract 2: copies in quarantine of one SOP Instance UID
 _BATCH = 500
@@ -29,25 +30,31 @@ _COUNT_IMAGES = (
 
 
 class _Statements:
-    """The statements that every image needs, made once for a database, so that neither SQLAlchemy nor a server prepares them anew."""
+    """The statements that every image needs, compiled once for a database."""
 
     def __init__(self, database: Database) -> None:
+        engine = database.engine
+        self.same_content = Statement(engine, _SAME_CONTENT)
+        self.count_images = Statement(engine, _COUNT_IMAGES)
         of_instance = select(INSTANCE.c.sop_instance_uid, INSTANCE.c.sha256, INSTANCE.c.transfer_syntax_uid, INSTANCE.c.object_id)
         of_result = select(RESULT.c.sop_instance_uid, null(), null(), null())
-        self.known = union_all(
+        known = union_all(
             of_instance.where(database.is_one_of(INSTANCE.c.sop_instance_uid, "uids")),
             of_result.where(database.is_one_of(RESULT.c.sop_instance_uid, "uids")),
         )
+        self.known = Statement(engine, known)  # (SOP Instance UID, digest, transfer syntax, object id), the last three of an instance alone
         wanted = and_(SERIES.c.study_row == STUDY.c.id, database.is_one_of(SERIES.c.series_instance_uid, "series"))
         series = SERIES.c.id.label("series_row"), SERIES.c.series_instance_uid
-        self.lock_studies = (
+        lock = (
             select(STUDY.c.id, STUDY.c.study_instance_uid, STUDY.c.last_received_at, *series)
             .outerjoin_from(STUDY, SERIES, wanted)
             .where(database.is_one_of(STUDY.c.study_instance_uid, "studies"))
             .order_by(STUDY.c.study_instance_uid)
             .with_for_update(of=STUDY)
         )
-        self.insert_instances = database.inserting_new(INSTANCE, INSTANCE.c.sop_instance_uid, INSTANCE.c.id)
+        self.lock_studies = Statement(engine, lock)  # (study row, its UID, last received at, series row, its UID)
+        columns = [column.name for column in INSTANCE.c if column is not INSTANCE.c.id]
+        self.insert_instance = Statement(engine, database.inserting_new(INSTANCE, INSTANCE.c.id), columns)
 
 
 class _StudyRow(NamedTuple):
@@ -74,8 +81,8 @@ class Index:
     def holds(self, header: InstanceHeader) -> bool:
         """Return whether the same content (equal data set bytes in the same transfer syntax) is stored under this UID."""
         with self._database.reading() as connection:
-            row = connection.execute(_SAME_CONTENT, {"uid": header.sop_instance_uid}).one_or_none()
-        return row is not None and (row.sha256, row.transfer_syntax_uid) == (header.dataset_sha256, header.transfer_syntax_uid)
+            row = self._statements.same_content.first(connection, {"uid": header.sop_instance_uid})
+        return row == (header.dataset_sha256, header.transfer_syntax_uid)
 
     def add_instance(self, header: InstanceHeader, stored: StoredObject) -> Outcome:
         """Add the row of one stored object, as `add_instances` does."""
@@ -294,11 +301,13 @@ class Index:
         """Add what is new. None if another transaction, not seen before, was first with one of the UIDs: then all has to be undone."""
         known: dict[str, tuple[str, str, str]] = {}
         made_here: set[str] = set()
-        for row in connection.execute(self._statements.known, {"uids": [header.sop_instance_uid for header, _ in batch]}):
-            if row.object_id is None:
-                made_here.add(row.sop_instance_uid)
+        for uid, sha256, syntax, object_id in self._statements.known.all(
+            connection, {"uids": [header.sop_instance_uid for header, _ in batch]}
+        ):
+            if object_id is None:
+                made_here.add(uid)
             else:
-                known[row.sop_instance_uid] = (row.sha256, row.transfer_syntax_uid, row.object_id)
+                known[uid] = (sha256, syntax, object_id)
         outcomes: list[Outcome] = []
         new = []
         for header, stored in batch:
@@ -311,7 +320,7 @@ class Index:
             return outcomes
         studies = self._locked_studies(connection, [header for header, _ in new])
         now = self._database.now(connection)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for header, stored in new:
             study = studies[header.study_instance_uid]
             rows.append(
@@ -334,16 +343,19 @@ class Index:
                     "size": stored.size,
                 }
             )
-        row_ids = {row.sop_instance_uid: row.id for row in connection.execute(self._statements.insert_instances, _one_or_many(rows))}
-        if len(row_ids) < len(rows):
-            return None
+        row_ids: dict[str, int] = {}
+        for row in rows:
+            inserted = self._statements.insert_instance.first(connection, row)
+            if inserted is None:
+                return None
+            row_ids[row["sop_instance_uid"]] = inserted[0]
         last_images = {
             row["study_row"]: {"row_id": row["study_row"], "image": row_ids[row["sop_instance_uid"]], "at": row["received_at"]}
             for row in rows
             if row["kind"] == "image" and not row["made_here"]
         }
-        if last_images:
-            connection.execute(_COUNT_IMAGES, _one_or_many(list(last_images.values())))
+        for last_image in last_images.values():
+            self._statements.count_images.first(connection, last_image)
         return outcomes
 
     def _locked_studies(self, connection: Connection, headers: Sequence[InstanceHeader]) -> dict[str, _StudyRow]:
@@ -375,12 +387,12 @@ class Index:
     def _lock_studies(self, connection: Connection, studies: Sequence[str], series: Sequence[str]) -> dict[str, _StudyRow]:
         """Lock those of the studies that exist, in one order everywhere, so that locks never wait in a ring."""
         found: dict[str, _StudyRow] = {}
-        for row in connection.execute(self._statements.lock_studies, {"studies": studies, "series": series}):
-            study = found.get(row.study_instance_uid)
-            if study is None:
-                study = found[row.study_instance_uid] = _StudyRow(row.id, row.last_received_at, {})
-            if row.series_row is not None:
-                study.series[row.series_instance_uid] = row.series_row
+        for row_id, uid, last_received_at, series_row, series_uid in self._statements.lock_studies.all(
+            connection, {"studies": studies, "series": series}
+        ):
+            study = found.setdefault(uid, _StudyRow(row_id, last_received_at, {}))
+            if series_row is not None:
+                study.series[series_uid] = series_row
         return found
 
     def _patient_row(self, connection: Connection, id_and_name: tuple[str, str]) -> int:
@@ -410,11 +422,6 @@ def _outcome(header: InstanceHeader, stored: StoredObject, known: tuple[str, str
     if known is None or known[2] == stored.object_id:  # the row is ours if an earlier try was committed and its answer lost
         return "stored"
     return "duplicate" if known[:2] == (header.dataset_sha256, header.transfer_syntax_uid) else "conflict"
-
-
-def _one_or_many(rows: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
-    """SQLAlchemy has a shorter way for a row that comes alone."""
-    return rows[0] if len(rows) == 1 else rows
 
 
 def _after(now: datetime, last: datetime) -> datetime:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, delete, select, update
 
 from storage.database import Database
 from storage.errors import Conflict, StorageError
@@ -19,6 +19,8 @@ from storage.schema import PACKAGE, PEER, ROUTE, ROUTE_DESTINATION
 
 ANY = "*"  # in a route: every AE title
 _PACKAGE_WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+_ONE_PEER = select(PEER).where(PEER.c.ae_title == bindparam("ae_title"))  # asked at each association
 
 
 class Registry:
@@ -36,7 +38,7 @@ class Registry:
     def peer(self, ae_title: str) -> Peer | None:
         """Return the peer with this AE title."""
         with self._database.reading() as connection:
-            row = connection.execute(select(PEER).where(PEER.c.ae_title == ae_title)).one_or_none()
+            row = connection.execute(_ONE_PEER, {"ae_title": ae_title}).one_or_none()
         return _peer(row) if row else None
 
     def add_peer(self, peer: Peer) -> None:
