@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -79,6 +80,8 @@ def run(
     with opened(config) as (_, storage):
         client = EngineClient(settings.database_url)
         stop = roles[role](settings, storage, client)
+        gc.collect()
+        gc.freeze()  # what was imported stays: no collection has to walk it again
         log.info("running", role=role)
         stop_asked.wait()
         log.info("draining", role=role)

@@ -279,7 +279,9 @@ class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped
         except ConnectionLost:
             self._lost()
         else:
-            AcceptedAssociation(self._listener, self, wire).serve(request)
+            association = AcceptedAssociation(self._listener, self, wire)
+            association.serve(request)
+            association.__dict__.clear()  # its parts refer to each other: else they would wait for the garbage collector, 20 KB each
 
     def _shake_hands(self, context: ssl.SSLContext) -> None:
         self._socket.settimeout(self.server.handshake_seconds)
