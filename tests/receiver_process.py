@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ SCANNER = "SCANNER"
 NEIGHBOURS = ("127.0.0.1/32", "127.0.1.0/24")  # where the scanner may call from; the rest of loopback is strangers
 
 
-def scanner(ae_title: str = SCANNER, networks: tuple[str, ...] = NEIGHBOURS) -> Peer:
+def scanner(ae_title: str = SCANNER, networks: tuple[str, ...] = NEIGHBOURS, *, tls: bool = False) -> Peer:
     """A peer on loopback that may send."""
-    return Peer(ae_title=ae_title, host="127.0.0.1", port=104, sends=True, receives=False, tls=False, client_cert=None, networks=networks)
+    return Peer(ae_title=ae_title, host="127.0.0.1", port=104, sends=True, receives=False, tls=tls, client_cert=None, networks=networks)
 
 
 def images(count: int, *, pixel_bytes: int = 48, study: str = "1.2.3.4") -> list[Image]:
@@ -52,7 +52,7 @@ def images(count: int, *, pixel_bytes: int = 48, study: str = "1.2.3.4") -> list
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds."""
+    """What a process holds; of the descriptors those of its database are not counted, whose pool has a size of its own."""
 
     threads: int
     descriptors: int
@@ -145,7 +145,8 @@ class ReceiverProcess:
         found = [self.process.pid]
         for pid in found:
             for task in Path(f"/proc/{pid}/task").iterdir():
-                found += [int(word) for word in (task / "children").read_text(encoding="ascii").split()]
+                with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                    found += [int(word) for word in (task / "children").read_text(encoding="ascii").split()]
         return found
 
     def footprint(self) -> Footprint:
@@ -153,7 +154,9 @@ class ReceiverProcess:
         threads = descriptors = rss = 0
         for pid in self.pids():
             threads += len(list(Path(f"/proc/{pid}/task").iterdir()))
-            descriptors += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(FileNotFoundError):  # closed since
+                    descriptors += ".sqlite" not in str(descriptor.readlink())
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines())
             rss += int(status["VmRSS"].split()[0]) * 1024
         return Footprint(threads, descriptors, rss)

@@ -44,6 +44,23 @@ POINTS = {
     "both recorded, job not done": Point(owner="storage.jobs:Jobs", name="record_delivery", when="after", call=2),
 }
 
+# Of an association that sends three images, counted from its request on. A response is sent by Wire.send, as the acceptance is.
+RECEPTION_POINTS = {
+    "association accepted": Point(owner="dicomnode.dimse.wire:Wire", name="send", when="after"),
+    "file created": Point(owner="storage.objects:ObjectStore", name="create", when="after", call=2),
+    "file half written": Point(owner="storage.incoming:Incoming", name="write", when="after", call=2),
+    "file written, not synced": Point(owner="storage.incoming:Incoming", name="sync", when="before", call=2),
+    "file synced, not renamed": Point(owner="storage.incoming:Incoming", name="rename", when="before", call=2),
+    "file renamed, folder not synced": Point(owner="storage.incoming:Incoming", name="rename", when="after", call=2),
+    "folder synced, no row": Point(owner="storage.objects:ObjectStore", name="keep", when="after", call=2),
+    "row inserted, not committed": Point(owner="storage.index:Index", name="_add_instances", when="after", call=2),
+    "row committed, no response": Point(owner="storage.index:Index", name="add_instances", when="after", call=2),
+    "response not sent": Point(owner="dicomnode.dimse.wire:Wire", name="send", when="before", call=3),
+    "response sent": Point(owner="dicomnode.dimse.wire:Wire", name="send", when="after", call=3),
+}
+# Where the test stops sending and kills the receiver itself.
+RECEPTION_CUTS = ("amid the command set", "amid the data set", "at any moment")
+
 
 def run_node(settings: Any, point: str | None, up: Any) -> None:
     """The child's main: run the node, with its stub model, that the fork server has imported. The test's own process never does."""

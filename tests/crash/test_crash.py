@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import crash_points
 import numpy as np
 import pytest
 from pydicom import dcmread
@@ -30,9 +27,6 @@ from dicomnode.phantoms.dicom import SeriesHeader, write_ct_series
 from pacs import LOOPBACK, free_port, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route
-
-sys.path.insert(0, str(Path(__file__).parent))
-import crash_points
 
 MANIFEST = """
 schema = 1
@@ -117,20 +111,6 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
             "engine": {"lease_seconds": 1.0, "poll_seconds": 0.1, "retry_schedule_seconds": [0.2] * 20},
         }
     )
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> ForkServerContext:
-    """A fork server that has the whole node imported.
-
-    It is handed our import path by the environment: of its own it has none at the time of its preload, and keeps quiet about that.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crash_node"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(str(Path(path).absolute()) for path in sys.path))
-        forkserver.ensure_running()
-    return context
 
 
 class Node:
