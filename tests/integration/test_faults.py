@@ -138,9 +138,9 @@ FAULTS = {
     "reset": {"kind": "reset"},
     "half-close": {"kind": "half-close"},
     "stall": {"kind": "stall"},
-    "trickle": {"kind": "trickle", "count": 40, "seconds": 0.01},
+    "trickle": {"kind": "trickle", "count": 10, "seconds": 0.005},  # a tenth of the deadline: sleeps take longer on a busy machine
     "trickle for ever": {"kind": "trickle", "count": 10**6, "seconds": 0.02},
-    "delay": {"kind": "delay", "seconds": DEADLINE / 4},
+    "delay": {"kind": "delay", "seconds": DEADLINE / 10},
     "delay past the deadline": {"kind": "delay", "seconds": 2 * DEADLINE},
     "duplicate": {"kind": "duplicate", "count": 100},
     "noise": {"kind": "insert", "data": bytes(range(256))},
