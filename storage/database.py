@@ -22,6 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, StatementError, TimeoutError as PoolTimeout
 
 from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
+from storage.turns import Turns
 
 BUSY_SECONDS = 30
 _SQLITE_FULL = 13
@@ -57,7 +58,8 @@ class Database:
         except (ImportError, sqlalchemy.exc.ArgumentError) as error:
             raise StorageError(f"there is no driver for {parsed.drivername}; the node comes with postgresql+psycopg and sqlite") from error
         self._insertions: dict[str, Any] = {}
-        self._writer = threading.Lock()  # SQLite has one writer: our threads queue here instead of polling for its lock
+        self._writer = threading.Lock()
+        self._turns = Turns(self.file.with_name(f"{self.file.name}.queue")) if self.file else None
         event.listen(self.engine, "connect", _set_up_sqlite if self.is_sqlite else _set_up_postgresql)
         if self.is_sqlite:
             event.listen(self.engine, "begin", _begin_sqlite)
@@ -73,14 +75,30 @@ class Database:
             Unavailable: no connection, or the lock was not had in time.
             StorageError: any other failure of the database.
         """
-        if self.is_sqlite and not self._writer.acquire(timeout=BUSY_SECONDS):
+        with self._alone(), _own_errors(), self._write_engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait for our turn to write: SQLite has one writer, and threads and processes queue here instead of polling for its lock."""
+        if self._turns is None:
+            yield
+            return
+        if not self._writer.acquire(timeout=BUSY_SECONDS):
             raise Unavailable("another thread has been writing to the database for too long")
         try:
-            with _own_errors(), self._write_engine.begin() as connection:
-                yield connection
+            try:
+                turn = self._turns.take(BUSY_SECONDS)
+            except OSError as error:
+                raise Unavailable(f"the file beside the database cannot be locked: {error.strerror}") from error
+            if turn is None:
+                raise Unavailable("another process has been writing to the database for too long")
+            try:
+                yield
+            finally:
+                self._turns.give_back(turn)
         finally:
-            if self.is_sqlite:
-                self._writer.release()
+            self._writer.release()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
