@@ -128,7 +128,7 @@ class ObjectStore:
         if free - size < self._reserve_bytes:
             raise OutOfSpace(f"{free} bytes are free, and {self._reserve_bytes} of them are the reserve")
 
-    def sweep(self, is_known: Callable[[Sequence[str]], set[str]], *, older_than_seconds: float = 0) -> int:  # noqa: ARG002
+    def sweep(self, is_known: Callable[[Sequence[str]], set[str]]) -> int:
         """Remove what writers that are dead left behind, unfinished files and objects that no row knows; return how many.
 
         Whatever a living process is at is left alone. `is_known` must not answer before a transaction of a dead

@@ -70,11 +70,6 @@ class Instance:
     received_at: datetime
     stored: StoredObject
 
-    @property
-    def dataset_sha256(self) -> str:
-        """The digest of the data set as it was received."""
-        return self.stored.sha256
-
 
 @dataclass(frozen=True, kw_only=True)
 class Series:

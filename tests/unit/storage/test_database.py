@@ -72,7 +72,7 @@ def test_what_release_0_1_0_kept_is_there_after_the_upgrade(database_url: str, t
     assert storage.registry.peers() == [peer]
     assert [route.to_ae_titles for route in storage.registry.routes()] == [("PACS",)]
     (instance,) = storage.index.instances("1.2")
-    assert (instance.dataset_sha256, instance.stored.size, instance.calling_ae_title) == ("the data set", 1000, "CT1")
+    assert (instance.stored.sha256, instance.stored.size, instance.calling_ae_title) == ("the data set", 1000, "CT1")
     (kept,) = storage.index.quarantined()
     assert kept.stored == StoredObject(object_id="1123456789ab4def8123456789abcdef", sha256="another file", size=1001)
     assert differences(storage.database) == []

@@ -198,6 +198,17 @@ def test_objects_that_rows_name_are_known(storage: Storage, header: Make, stored
     assert storage.index.is_known([]) == set()
 
 
+def test_what_is_unknown_is_not_about_to_be_committed_by_anybody(storage: Storage, header: Make, stored: Stored) -> None:
+    """A process can die, or lose its connection, while the server is still at its commit: its file may not be taken for an orphan."""
+    with ThreadPoolExecutor(1) as pool:
+        with storage.database.writing() as connection:
+            assert storage.index._add_instances(connection, [(header(1), stored(1))]) == ["stored"]
+            asked = pool.submit(storage.index.is_known, [stored(1).object_id])
+            with pytest.raises(TimeoutError):
+                asked.result(0.3)
+        assert asked.result(60) == {stored(1).object_id}
+
+
 @pytest.mark.parametrize("differ", ["nothing", "content", "study"])
 def test_of_threads_that_bring_one_uid_exactly_one_stores_it(storage: Storage, header: Make, differ: str) -> None:
     threads, rounds = 6, 8
