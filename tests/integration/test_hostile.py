@@ -289,7 +289,7 @@ def _cut_request(connection: Connection, noise: random.Random) -> None:
 def _aborted_in_data(connection: Connection, noise: random.Random) -> None:
     assert connection.associate().kind == raw.ASSOCIATE_AC
     stream = raw.store_request(_VICTIM)
-    cut = noise.randrange(1, len(stream))
+    cut = noise.randrange(1, len(stream) - len(raw.abort()))  # nearer to the end the abort's bytes would make the image whole
     connection.send(stream[:cut])
     with suppress(Ended):
         connection.send(raw.abort())
