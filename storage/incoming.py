@@ -5,17 +5,22 @@ Must never hold more of a data set in memory than the chunk at hand.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
 
 from storage.errors import OutOfSpace, StorageError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _RESERVE_CHECKED_BYTES = 16 * 2**20
+_HASHED_BEHIND_BYTES = 8 * 2**20  # the digest may be so far behind: hashing and the disk's writing go on at the same time
+_SYNC_FILE_RANGE_WRITE = 2
 _CLOSED = -1
 
 
@@ -32,7 +37,7 @@ class Incoming:
         self._unchecked = 0
         self._digest = hashlib.sha256()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self.start = self.size = len(prefix)
+        self.start = self.size = self._hashed = len(prefix)
         try:
             _write_all(self._descriptor, prefix)
         except OSError:
@@ -41,7 +46,10 @@ class Incoming:
 
     @property
     def sha256(self) -> str:
-        """The digest, in hex, of the data set as far as it was written."""
+        """The digest, in hex, of the data set as far as it was written. Raises OSError if the file can't be read."""
+        if self._hashed < self.size:
+            with self.dataset():
+                pass
         return self._digest.hexdigest()
 
     def write(self, chunk: bytes | memoryview) -> None:
@@ -54,12 +62,14 @@ class Incoming:
         size = len(chunk)
         try:
             _write_all(self._descriptor, chunk)
-            self._digest.update(chunk)
             self.size += size
             self._unchecked += size
             if self._unchecked > _RESERVE_CHECKED_BYTES:
                 self._unchecked = 0
                 self._demand(0)
+            if self.size - self._hashed > _HASHED_BEHIND_BYTES:
+                with self.dataset():
+                    pass
         except OSError as error:
             self.discard()
             raise failure(error) from error
@@ -69,11 +79,19 @@ class Incoming:
 
     @contextmanager
     def dataset(self) -> Iterator[mmap.mmap | bytes]:
-        """Yield the whole file as it is on disk, mapped and not copied; its data set begins at `start`."""
+        """Yield the whole file as it is on disk, mapped and not copied; its data set begins at `start`.
+
+        On the way what came since the last time is hashed, while the disk writes it already.
+        """
         if not self.size:
             yield b""
             return
         with mmap.mmap(self._descriptor, self.size, prot=mmap.PROT_READ) as mapped:
+            if self._hashed < self.size:
+                _begin_to_write(self._descriptor)
+                with memoryview(mapped) as view, view[self._hashed :] as rest:
+                    self._digest.update(rest)
+                self._hashed = self.size
             yield mapped
 
     def sync(self) -> None:
@@ -83,7 +101,8 @@ class Incoming:
             OutOfSpace, StorageError: as `write` does.
         """
         try:
-            os.fsync(self._descriptor)
+            with self.dataset():
+                os.fsync(self._descriptor)
         except OSError as error:
             self.discard()
             raise failure(error) from error
@@ -121,3 +140,18 @@ def _write_all(descriptor: int, chunk: bytes | memoryview) -> None:
         rest = memoryview(chunk)
         while rest := rest[written:]:
             written = os.write(descriptor, rest)
+
+
+@cache
+def _sync_file_range() -> Any:
+    """Linux's sync_file_range(2), or None."""
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
+
+
+def _begin_to_write(descriptor: int) -> None:
+    """Let the disk begin with what the page cache holds of the file, and don't wait: a hint, on which nothing relies."""
+    if (function := _sync_file_range()) is not None:
+        function(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
