@@ -14,6 +14,7 @@ import ssl
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -41,6 +42,8 @@ from dicomnode.dimse.tls import ServerContexts
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
 from dicomnode.logs import get_logger
 
+_LOGGED_PER_MINUTE: Final = 100
+_LOGGED_ADDRESSES: Final = 10_000
 _LEAST_REQUEST: Final = 68  # bytes of an association request before its first item (PS3.8 9.3.2)
 
 _log = get_logger(__name__)
@@ -81,6 +84,9 @@ class Listener:
         self.entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
         self.entity.maximum_pdu_size = settings.maximum_pdu_bytes
         self.entity.add_supported_context(VERIFICATION)
+        self._log_lock = threading.Lock()
+        self._log_minute = 0
+        self._logged: Counter[str] = Counter()  # lines of this minute by address: an attacker must not fill the disk with our log
         self._tls = tls if tls is not None and tls.certificate is not None else None
         self._servers: list[_Server] = []
         pynetdicom_config.LOG_HANDLER_LEVEL = "none"  # its handlers would format each PDU of ours for a log that nobody keeps
@@ -124,9 +130,19 @@ class Listener:
         _log.info("stopped listening", ae_title=self.ae_titles[0])
 
     def refuse(self, what: str, reason: str, **told: object) -> None:
-        """Log that somebody was refused something, and count it."""
-        _log.warning(what, reason=reason, **told)
+        """Count that somebody was refused something, and log it, of one address at most so many times a minute."""
         self.count(f"{what}: {reason}")
+        minute, host = int(time.monotonic() // 60), str(told.get("host"))
+        with self._log_lock:
+            if self._log_minute != minute or len(self._logged) > _LOGGED_ADDRESSES:
+                self._log_minute = minute
+                self._logged.clear()
+            self._logged[host] += 1
+            lines = self._logged[host]
+        if lines <= _LOGGED_PER_MINUTE:
+            _log.warning(what, reason=reason, **told)
+        if lines == _LOGGED_PER_MINUTE:
+            _log.warning("what else this address is refused in this minute is only counted", host=host)
 
     def _serve(self, port: int, tls_context: Callable[[], ssl.SSLContext] | None, handshake_seconds: float) -> _Server:
         server: _Server = self.entity.make_server(

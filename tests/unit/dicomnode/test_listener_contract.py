@@ -112,6 +112,16 @@ def test_user_identity_reaches_the_one_who_decides(listener: Listener, callers: 
     assert asked == [("SCANNER", None, None), ("SCANNER", "radiographer", "secret")]  # first by what stands at fixed places
 
 
+def test_who_is_refused_without_end_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    counted: list[str] = []
+    listener = Listener(ListenerSection(port=0), ["N"], admit=lambda _caller: None, receive=in_memory(lambda _: None), count=counted.append)
+    for number in range(1000):
+        listener.refuse("connection refused", "TLS handshake", host=f"10.0.0.{number % 2}")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "connection refused" in line]
+    assert 200 <= len(lines) <= 400  # a hundred of each address a minute, and the minute may have ended
+    assert counted == ["connection refused: TLS handshake"] * 1000
+
+
 def test_the_contexts_are_shared_and_negotiation_leaves_them_as_they_were(listener: Listener) -> None:
     kept = {uid: list(context.transfer_syntax) for context in listener.contexts.of({CT}) for uid in [str(context.abstract_syntax)]}
     for _ in range(2):
