@@ -173,8 +173,8 @@ def _set_up_postgresql(connection: Any, _record: object) -> None:
 def _own_errors() -> Iterator[None]:
     try:
         yield
-    except IntegrityError as error:
-        raise Conflict(f"the database refuses the row: {error.orig}") from error
+    except (IntegrityError, sqlite3.IntegrityError) as error:
+        raise Conflict(f"the database refuses the row: {getattr(error, 'orig', error)}") from error
     except PoolTimeout as error:
         raise Unavailable(f"every connection to the database is in use: {error}") from error
     except (DBAPIError, sqlite3.Error) as error:

@@ -47,9 +47,7 @@ class Incoming:
     @property
     def sha256(self) -> str:
         """The digest, in hex, of the data set as far as it was written. Raises OSError if the file can't be read."""
-        if self._hashed < self.size:
-            with self.dataset():
-                pass
+        self._digest_all()
         return self._digest.hexdigest()
 
     def write(self, chunk: bytes | memoryview) -> None:
@@ -68,8 +66,7 @@ class Incoming:
                 self._unchecked = 0
                 self._demand(0)
             if self.size - self._hashed > _HASHED_BEHIND_BYTES:
-                with self.dataset():
-                    pass
+                self._digest_all()
         except OSError as error:
             self.discard()
             raise failure(error) from error
@@ -101,8 +98,8 @@ class Incoming:
             OutOfSpace, StorageError: as `write` does.
         """
         try:
-            with self.dataset():
-                os.fsync(self._descriptor)
+            self._digest_all()
+            os.fsync(self._descriptor)
         except OSError as error:
             self.discard()
             raise failure(error) from error
@@ -121,6 +118,11 @@ class Incoming:
             with suppress(FileNotFoundError):
                 os.unlink(path)
         self._close()
+
+    def _digest_all(self) -> None:
+        if self._hashed < self.size:
+            with self.dataset():
+                pass
 
     def _close(self) -> None:
         if self._descriptor != _CLOSED:

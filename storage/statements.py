@@ -29,6 +29,7 @@ class Statement:
         assert isinstance(compiled, SQLCompiler)  # noqa: S101  as it is for each such statement
         self._text = str(compiled)
         self._positional = compiled.positional
+        self._by_driver = engine.dialect.name == "sqlite"  # where the statement itself takes less than what is around it
         names = compiled.positiontup if compiled.positional else compiled.binds
         self._binds = [(name, _implementation(compiled.binds[name].type, engine).bind_processor(engine.dialect)) for name in names or ()]
         selected = getattr(statement, "selected_columns", ())
@@ -36,8 +37,12 @@ class Statement:
 
     def all(self, connection: Connection, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         """Run it; return its rows."""
-        result = connection.exec_driver_sql(self._text, self._parameters(values))
-        rows = result.fetchall() if result.returns_rows else []
+        if self._by_driver:
+            driver_connection: Any = connection.connection.driver_connection
+            rows = driver_connection.execute(self._text, self._parameters(values)).fetchall()
+        else:
+            result = connection.exec_driver_sql(self._text, self._parameters(values))
+            rows = result.fetchall() if result.returns_rows else []
         if not self._results:
             return [tuple(row) for row in rows]
         return [tuple(_processed(value, processor) for value, processor in zip(row, self._results, strict=True)) for row in rows]
