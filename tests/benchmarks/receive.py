@@ -2,10 +2,11 @@
 
     python tests/benchmarks/receive.py [--out JSON] [--images N] [--rounds R] [--quick] [--folder DIR] [--receivers NAME,…]
 
-The receivers run all the time, and one at a time is sent to; in every round each is measured in every case. A rate is the median over
-the rounds, a ratio the median of the rounds' ratios. The clock runs from the first connection to the end of the last
-association. The sender has TCP_NODELAY set and its PDUs encoded beforehand. Every acknowledged image is compared byte for
-byte with its source; then it is removed, and what is dirty is written before the next measurement.
+The receivers run all the time, and one at a time is sent to; in every round each is measured in every case. A rate is the
+median over the rounds, a ratio the median of the rounds' ratios. The clock runs from the first connection to the end of the
+last association. The sender has TCP_NODELAY set and its PDUs encoded beforehand. Every acknowledged image is compared byte for
+byte with its source, and what is dirty is written before the next measurement. 240 images take 3 GB of disk a round until the
+end. On a machine that does anything else the ratios mean little: syncing waits for the CPU, and shares the disk's journal.
 
 Exit code 0, or 3 if a goal is missed. The last line is one JSON object {goal: {"measured", "goal", "met"}}.
 """
