@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import resource
 import shutil
 import socket
 import struct
@@ -30,6 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 CORPUS = HERE.parents[1] / "data" / "fuzz"
+MAXIMUM_MEGABYTES = 1024  # beyond what it starts with
 sys.path.insert(0, str(HERE.parents[2]))  # the node's own packages, from wherever this is run
 
 
@@ -346,8 +348,10 @@ def main() -> int:
         import atexit
 
         atexit.register(shutil.rmtree, found, ignore_errors=True)
+    # The fuzzer goes by the peak of this process, and that begins with the peak of whoever started it.
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 + MAXIMUM_MEGABYTES
     options = [
-        f"-max_total_time={arguments.seconds}", "-timeout=10", "-rss_limit_mb=1024", "-max_len=65536", "-print_final_stats=1",
+        f"-max_total_time={arguments.seconds}", "-timeout=10", f"-rss_limit_mb={limit}", "-max_len=65536", "-print_final_stats=1",
         f"-artifact_prefix={arguments.artifacts}/{arguments.target}-",
     ]  # fmt: skip
     atheris.Setup([sys.argv[0], *options, str(found), str(seeds)], target)
