@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from pynetdicom import AE, _config, evt
+from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import build_context
 
 from dicomnode.config import TlsSection
@@ -156,9 +157,9 @@ def _association(
             ae_title=peer.ae_title,
             max_pdu=_MAXIMUM_PDU_BYTES,
             tls_args=None if context is None else (context, peer.host),
-            evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection)],
         )
-        yield association, _trouble(association, context)
+        yield association, _trouble(association, context, entity.rejection)
         if association.is_established:
             association.release()
     finally:
@@ -166,24 +167,33 @@ def _association(
             connection.close()
 
 
-def _trouble(association: Any, context: PeerContext | None) -> str | None:
+def _trouble(association: Any, context: PeerContext | None, rejection: A_ASSOCIATE_RJ | None) -> str | None:
     """Why an association can't be used, or None."""
     if association.is_established or (association.rejected_contexts and not association.accepted_contexts):
         return None
-    if association.is_rejected:
-        answer = association.acceptor.primitive
-        return f"the peer rejected the association: {answer.result_str}, {answer.reason_str}"
+    if rejection is not None:
+        return f"the peer rejected the association: {rejection.result_str}, {rejection.reason_str}"
     if context is not None and context.trouble is not None:
         return context.trouble
     return "the peer cannot be reached, or broke off the association request"
 
 
 class _Entity(AE):  # type: ignore[misc]  # pynetdicom is untyped here
-    """An AE that keeps its sockets: pynetdicom forgets one open where its shutdown fails, e.g. if the peer is down."""
+    """An AE that keeps its sockets and a peer's rejection.
+
+    pynetdicom forgets a socket open where its shutdown fails, e.g. if the peer is down, and takes a rejection for a broken connection
+    if the peer was quick: its one thread closes the socket before the other one has looked whether it is connected.
+    """
 
     def __init__(self, ae_title: str) -> None:
         super().__init__(ae_title)
         self.connections: list[socket.socket] = []
+        self.rejection: A_ASSOCIATE_RJ | None = None
+
+    def note_rejection(self, event: Any) -> None:
+        """Handle EVT_PDU_RECV."""
+        if isinstance(event.pdu, A_ASSOCIATE_RJ):
+            self.rejection = event.pdu
 
     def _create_socket(self, *arguments: Any) -> Any:
         wrapper = super()._create_socket(*arguments)

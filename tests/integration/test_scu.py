@@ -35,7 +35,10 @@ from pynetdicom.dsutils import split_dataset
 from pynetdicom.sop_class import _STORAGE_CLASSES
 from pynetdicom.transport import ThreadedAssociationServer
 
+from dicomnode.config import ListenerSection
+from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.contexts import STORAGE_CLASSES
+from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import Outgoing, classify, echo, send
 from dicomnode.errors import PeerUnavailable
@@ -198,6 +201,16 @@ def test_a_refused_context_is_permanent_and_the_others_are_sent(pacs, tmp_path):
 def test_a_peer_that_accepts_no_context_refuses_each_object(pacs, tmp_path):
     outcomes = send(pacs.listen([(CT, IMPLICIT)]), [stored(tmp_path)[0], stored(tmp_path, SEG)[0]], calling_ae_title="DICOMNODE")
     assert [outcome.state for outcome in outcomes] == ["permanent", "permanent"]
+
+
+def test_a_rejection_is_told_as_one_however_quick_the_peer_is() -> None:
+    listener = Listener(ListenerSection(port=0), ["QUICK"], admit=lambda _caller: "nobody", receive=in_memory(lambda _instance: None))
+    listener.start()
+    quick = Peer(ae_title="QUICK", host="127.0.0.1", port=listener.port, sends=False, receives=True, tls=False, client_cert=None)
+    for _ in range(30):
+        with pytest.raises(PeerUnavailable, match="rejected the association: Rejected"):
+            echo(quick, calling_ae_title="NODE")
+    listener.stop(0)
 
 
 def test_a_rejected_association_is_transient(pacs, tmp_path):
