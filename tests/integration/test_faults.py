@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,12 @@ def lengths(study: list[Image]) -> dict[str, int]:
 
 def wait_for_quiet(node: Node) -> None:
     """Wait until no association is left whose end could still write."""
-    wait_until(lambda: no_temporary(node.folder), seconds=10 * DEADLINE, what="the half image to be dropped")
+    wait_until(lambda: not serving() and no_temporary(node.folder), seconds=20 * DEADLINE, what="the half image to be dropped")
+
+
+def serving() -> bool:
+    """Whether a connection's thread still runs: what the proxy has passed on late may make a file yet."""
+    return any(thread.name.startswith("connection-") for thread in threading.enumerate())
 
 
 def no_temporary(folder: Path) -> bool:
