@@ -1,7 +1,9 @@
 """The value types that analysis produces and results consume. No DICOM encoding, no torch, no storage here.
 
 Axes everywhere: voxel arrays are indexed (slice k, row r, column c); positions are LPS millimetres in the
-patient coordinate system of PS3.3 C.7.6.2.1.1; an affine maps (k, r, c, 1) to (x, y, z, 1).
+patient coordinate system of PS3.3 C.7.6.2.1.1; an affine maps (k, r, c, 1) to (x, y, z, 1). A projection (X-ray) has no
+patient coordinates: its affine maps to (x, y, 0) in the image plane, mm from the centre of the first pixel, x along the rows
+and y along the columns.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Laterality = Literal["left", "right"]
+Shape = Literal["outline", "box", "heat map"]
+Calibration = Literal["patient", "detector", "none"]
+Voxels = NDArray[np.int16] | NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +33,27 @@ class Code:
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """One image series as voxels in patient space.
+    """One image series as voxels in patient space, or one projection (X-ray) as a single slice.
 
-    `voxels` is float32 (slices, rows, columns) in the modality's units (CT: HU). `affine` is 4x4 float64 and maps
-    (k, r, c, 1) to LPS mm of the voxel's centre. `sop_instance_uids[k]` is the image of slice k.
+    `voxels` is int16 or float32 (slices, rows, columns) in the modality's units (CT: HU); int16 where no value is lost by it.
+    `affine` is 4x4 float64 and maps (k, r, c, 1) to mm of the voxel's centre. Slice k is frame `frame_numbers[k]` (from 1) of the image
+    `sop_instance_uids[k]`; where `frame_numbers` is None the images have one frame each.
     """
 
-    voxels: NDArray[np.float32]
+    voxels: Voxels
     affine: NDArray[np.float64]
     sop_instance_uids: tuple[str, ...]
     series_instance_uid: str
     study_instance_uid: str
-    frame_of_reference_uid: str
+    frame_of_reference_uid: str | None  # None: a projection
     modality: str
+    frame_numbers: tuple[int, ...] | None = None
+    calibration: Calibration = "patient"  # where a millimetre is: in the patient, at the detector, or nowhere (then it is a pixel)
+
+    @property
+    def is_projection(self) -> bool:
+        """Whether this is an X-ray projection: one slice without patient coordinates."""
+        return self.frame_of_reference_uid is None
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -93,7 +106,10 @@ class LongAxis:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing a model says about a study."""
+    """One thing a model says about a study, and where.
+
+    Every finding has a place that can be drawn: an outline, a box filled (detection), or where a heat map is warm (classification).
+    """
 
     number: int  # 1.. within its Findings: the segment number, and the ordinal its UIDs derive from
     label: str
@@ -102,11 +118,29 @@ class Finding:
     type: Code  # e.g. (27925004, SCT, Nodule)
     site: Code | None  # anatomic region
     side: Laterality | None
-    centre_lps_mm: tuple[float, float, float]
+    centre_lps_mm: tuple[float, float, float] | None  # None on a projection
     segment: Segment
-    long_axis: LongAxis
+    shape: Shape = "outline"
+    long_axis: LongAxis | None  # of an outline; None of a box or a heat map, whose extent measures nothing
     measurements: tuple[Measurement, ...]
     colour_cielab: tuple[float, float, float]
+
+    @property
+    def long_axis_mm(self) -> float | None:
+        """The length of the long axis; None where there is none."""
+        return self.long_axis.length_mm if self.long_axis else None
+
+    @property
+    def bounds_px(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom edge in its slices, in pixels: (column, row) with pixel centres at whole numbers."""
+        _, row, column = self.segment.origin
+        _, rows, columns = self.segment.mask.shape
+        return column - 0.5, row - 0.5, column + columns - 0.5, row + rows - 0.5
+
+    @property
+    def middle_slice(self) -> int:
+        """The slice in the middle of the finding, as an index of the volume."""
+        return self.segment.origin[0] + len(self.segment.mask) // 2
 
     @property
     def volume_ml(self) -> float:
@@ -115,8 +149,22 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a classification says about the whole study: one class, its probability, and whether that is above its threshold."""
+
+    label: str
+    type: Code
+    probability: float  # 0..1
+    threshold: float
+    positive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What one model package says about one series. An empty `findings` is a statement: nothing was found."""
+    """What one model package says about one series, or a set of them on one grid: that of the first.
+
+    An empty `findings` is a statement: nothing was found.
+    """
 
     package: str
     version: str
@@ -125,8 +173,11 @@ class Findings:
     manufacturer: str
     series_instance_uid: str
     findings: tuple[Finding, ...]
-    device: str  # e.g. "cpu fp32", "cuda bf16"
+    device: str  # device, precision and backend, e.g. "cpu fp32 torch", "cpu bf16 openvino", "cuda bf16 torch"
+    scores: tuple[Score, ...] = ()  # classification alone
     omitted: int = 0  # findings beyond the cap, counted and said
+    other_series: tuple[str, ...] = ()  # Series Instance UIDs that the model was given beside the first
+    notes: tuple[str, ...] = ()  # what the reader must be told, a sentence each, e.g. "FLAIR alone"
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from pydicom import Dataset
 
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.frames import read_headers
 from dicomnode.analysis.inference import Model, load_model
 from dicomnode.analysis.package import load_package
-from dicomnode.analysis.select import NotEligible, SelectedSeries, read_headers, select_series
+from dicomnode.analysis.select import Selection, select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
@@ -99,10 +101,11 @@ class Analyser:
         package = load_package(folder)
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
-        selected = select_series(package.manifest, headers)
-        volume = read_volume(selected)
+        selection = select(package.manifest, headers)
+        volumes = {series.input_name: read_volume(series) for series in selection.series}
+        selected, volume = selection.series[0], next(iter(volumes.values()))
         clock.lap("volume")
-        findings = self._model(folder, job.digest)(volume)
+        findings = self._model(folder, job.digest)(volumes)
         clock.lap("inference")
         identity = _identity(job)
         segmentation = encode_segmentation(findings, volume, selected.headers, identity)
@@ -111,7 +114,7 @@ class Analyser:
         clock.lap("results")
         objects = (report,) if segmentation is None else (segmentation, report)
         return Outcome(
-            state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selected, findings, identity, clock.seconds)
+            state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
         )
 
     def _without_result(
@@ -193,11 +196,13 @@ def _result(job: Job, made: ResultObject, storage: Storage) -> Result:
     )  # fmt: skip
 
 
-def _detail(selected: SelectedSeries, findings: Findings, identity: RunIdentity, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _detail(selection: Selection, findings: Findings, identity: RunIdentity, seconds: Mapping[str, float]) -> dict[str, Any]:
     """What the job's row keeps of an analysis: no patient data, the numbers a list or a summary shows."""
     return {
-        "series_instance_uid": selected.series_instance_uid,
-        "why": selected.why,
+        "series_instance_uid": selection.series[0].series_instance_uid,
+        "other_series": [series.series_instance_uid for series in selection.series[1:]],
+        "why": selection.why,
+        "considered": list(selection.considered),
         "device": findings.device,
         "omitted": findings.omitted,
         "findings": [_finding(finding, identity) for finding in findings.findings],
@@ -211,7 +216,8 @@ def _finding(finding: Finding, identity: RunIdentity) -> dict[str, Any]:
         "label": finding.label,
         "probability": round(finding.probability, 4),
         "volume_ml": round(finding.volume_ml, 4),
-        "long_axis_mm": round(finding.long_axis.length_mm, 2),
-        "centre_lps_mm": [round(value, 2) for value in finding.centre_lps_mm],
+        "long_axis_mm": None if finding.long_axis_mm is None else round(finding.long_axis_mm, 2),
+        "centre_lps_mm": [round(value, 2) for value in finding.centre_lps_mm] if finding.centre_lps_mm else None,
+        "box_px": list(finding.bounds_px) if finding.shape == "box" or finding.centre_lps_mm is None else None,
         "side": finding.side,
     }

@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.package import digest_of
-from dicomnode.analysis.select import NotEligible
 from dicomnode.errors import NodeError, PackageError
 from dicomnode.findings import Volume
 
@@ -33,20 +34,21 @@ REPORT_BYTES = 2**20
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 _PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "SYSTEMROOT")  # nothing secret goes along
-_TEXTS = ("series_instance_uid", "study_instance_uid", "frame_of_reference_uid", "modality")
+_TEXTS = ("series_instance_uid", "study_instance_uid", "modality", "calibration")
 
 
 def check_in_child(
     folder: Path,
-    volume: Volume,
+    volumes: Mapping[str, Volume],
     *,
     digest: str | None = None,
     device: str = "auto",
     memory_bytes: int = MEMORY_BYTES,
     seconds: float = SECONDS,
 ) -> dict[str, Any]:
-    """Run the package in `folder` on `volume` in a child process and return what `inference.check_package` reports.
+    """Run the package in `folder` in a child process and return what `inference.check_package` reports.
 
+    `volumes` are what it runs on, one for each input of its manifest by its name.
     The report also says whether the kernel took the network from the child ("network_isolated"). `memory_bytes` limits the
     child's private memory, `seconds` its wall clock and its CPU time; with `digest` nothing is loaded that differs from it.
 
@@ -58,7 +60,8 @@ def check_in_child(
         raise PackageError(f"The package {name} is not the one with the digest {digest}: it is not run.")
     with tempfile.TemporaryDirectory(prefix="dicomnode-check-") as scratch:
         place = Path(scratch)
-        _save(place / "volume.npz", volume)
+        for input_name, volume in volumes.items():
+            _save(place / f"{input_name}.npz", volume)
         words = [str(folder.absolute()), scratch, digest or "", device, str(memory_bytes), str(seconds)]
         environment = {key: os.environ[key] for key in _INHERITED if key in os.environ}
         environment |= {"HOME": scratch, "TMPDIR": scratch, "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
@@ -116,9 +119,11 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 def _save(file: Path, volume: Volume) -> None:
     texts = {key: np.array(getattr(volume, key)) for key in _TEXTS}
+    frame = np.array(volume.frame_of_reference_uid or "")
     np.savez(
-        file, allow_pickle=False, voxels=volume.voxels, affine=volume.affine, sop_instance_uids=np.array(volume.sop_instance_uids), **texts
-    )
+        file, allow_pickle=False, voxels=volume.voxels, affine=volume.affine, sop_instance_uids=np.array(volume.sop_instance_uids),
+        frame_of_reference_uid=frame, **texts,
+    )  # fmt: skip
 
 
 def _load(file: Path) -> Volume:
@@ -127,7 +132,8 @@ def _load(file: Path) -> Volume:
             voxels=saved["voxels"],
             affine=saved["affine"],
             sop_instance_uids=tuple(str(uid) for uid in saved["sop_instance_uids"]),
-            **{key: str(saved[key]) for key in _TEXTS},
+            frame_of_reference_uid=str(saved["frame_of_reference_uid"]) or None,
+            **{key: str(saved[key]) for key in _TEXTS},  # type: ignore[arg-type]  # one of them is a Literal
         )
 
 
@@ -142,10 +148,10 @@ def _limit(memory_bytes: int, seconds: float) -> None:
 def _child(folder: str, scratch: str, digest: str, device: str, memory_bytes: str, seconds: str) -> None:
     isolated = leave_network()
     _limit(int(memory_bytes), float(seconds))
-    volume = _load(Path(scratch) / "volume.npz")
+    volumes = {file.stem: _load(file) for file in Path(scratch).glob("*.npz")}
     inference = importlib.import_module("dicomnode.analysis.inference")  # not before the network is gone: it brings torch
     try:
-        report = inference.check_package(Path(folder), volume, digest=digest or None, device=device)
+        report = inference.check_package(Path(folder), volumes, digest=digest or None, device=device)
         report["network_isolated"] = isolated
     except NotEligible as refusal:
         report = {"refused": f"The package {Path(folder).name} doesn't accept the volume it is checked with: {refusal.reason}"}

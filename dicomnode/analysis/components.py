@@ -14,7 +14,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from dicomnode.analysis.grid import Grid, Triple
-from dicomnode.analysis.package import OutputSection
+from dicomnode.analysis.manifest import OutputSection
 from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Volume
 
 VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")

@@ -1,37 +1,31 @@
 """A package's network on a volume: resample, slide, and hand the probabilities to `components`.
 
-The only module of this room that imports torch and MONAI. Must never run a bundle's expressions, unpickle code,
-load what differs from the digest it was given, or reach for the network.
+Must never load what differs from the digest it was given, or reach for the network.
 """
 
 from __future__ import annotations
 
 import importlib
-import io
-import json
-import pickle  # only for the name of the error that torch's weights_only loader raises
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
-from monai.bundle import ConfigParser
 from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.grid import Grid, Triple, grid_over
-from dicomnode.analysis.package import NETWORK_CONFIG, WEIGHTS, Manifest, digest_of, digest_of_contents, package_files, parse_manifest
+from dicomnode.analysis.manifest import Manifest, parse_manifest
+from dicomnode.analysis.networks import Between, build_network, first_line, go_on, load_weights
+from dicomnode.analysis.package import NETWORK_CONFIG, digest_of, digest_of_contents, package_files
 from dicomnode.errors import AnalysisFailed, PackageError
-from dicomnode.findings import Findings, Volume
+from dicomnode.findings import Findings, Volume, Voxels
 
-NETWORK_ROOTS = ("monai.networks.", "torch.nn.")  # where a bundle's classes may come from
 REGIONS = {"lung": ("dicomnode.analysis.lung", "lung_region")}  # what `input.region` of a manifest names
 CONTEXT_MM = 24.0  # the network sees this much around the region: what decides at its border lies outside it
 SLAB = 8  # slices resampled at a time: a slab of 512 x 512 stays in the cache and out of the memory's peak
@@ -46,8 +40,10 @@ class Model:
     network: torch.nn.Module
     device: torch.device
 
-    def __call__(self, volume: Volume) -> Findings:
-        """Return what the network finds in `volume`.
+    def __call__(self, volumes: Mapping[str, Volume], between: Between = go_on) -> Findings:
+        """Return what the network finds in the volumes, one for each input of the manifest by its name.
+
+        `between` is called between windows.
 
         Raises:
             NotEligible: the manifest's region isn't in the volume.
@@ -55,18 +51,22 @@ class Model:
         """
         started = time.perf_counter()
         manifest = self.manifest
-        grid = grid_over(_shape(volume.voxels), volume.affine, manifest.preprocessing.spacing_mm)
+        accepts, settings = manifest.inputs[0], manifest.preprocessing
+        volume = volumes[accepts.name]
+        if settings is None or settings.spacing_mm is None or settings.window is None:
+            raise PackageError(f"the package {manifest.name} is of a kind that isn't run yet")
+        grid = grid_over(_shape(volume.voxels), volume.affine, settings.spacing_mm)
         image = _resample(volume.voxels, grid, self.device)
         region = side = None
-        if manifest.input.region:
-            region, side = _region(manifest.input.region)(image.cpu().numpy(), grid.spacing_mm)
+        if accepts.region:
+            region, side = _region(accepts.region)(image.cpu().numpy(), grid.spacing_mm)
         box = _box_around(region, grid)
-        low, high = manifest.preprocessing.window
+        low, high = settings.window
         image = ((image[box] - low) / (high - low)).clamp_(0, 1)
         region = None if region is None else region[box]
         located = time.perf_counter()
 
-        probabilities = self._probabilities(image, region)
+        probabilities = self._probabilities(image, region, between)
         inferred = time.perf_counter()
 
         found = []
@@ -78,7 +78,7 @@ class Model:
             kept, left_out = find(output, area, volume)
             found += kept
             omitted += left_out
-        found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm))
+        found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm or ()))
         return Findings(
             package=manifest.name,
             version=manifest.version,
@@ -87,7 +87,7 @@ class Model:
             manufacturer=manifest.manufacturer,
             series_instance_uid=volume.series_instance_uid,
             findings=tuple(replace(finding, number=number) for number, finding in enumerate(found, start=1)),
-            device=f"{self.device.type} {_precision_name(self.device)}",
+            device=f"{self.device.type} {_precision_name(self.device)} torch",
             omitted=omitted,
             seconds={
                 "region": located - started,
@@ -96,14 +96,17 @@ class Model:
             },
         )
 
-    def _probabilities(self, image: torch.Tensor, region: NDArray[np.bool_] | None) -> torch.Tensor:
+    def _probabilities(self, image: torch.Tensor, region: NDArray[np.bool_] | None, between: Between) -> torch.Tensor:
         """Return (outputs, k, r, c) float32 probabilities; zero in windows that hold no region, where no finding may lie."""
         outputs = self.manifest.outputs
         settings = self.manifest.inference
+        if settings is None:
+            raise PackageError(f"the package {self.manifest.name} is of a kind that isn't run yet")
         where = torch.ones_like(image) if region is None else torch.from_numpy(region).to(image)
 
         def predict(windows: torch.Tensor) -> torch.Tensor:
             result = windows.new_zeros((windows.shape[0], len(outputs), *windows.shape[2:]))
+            between(0.0)
             wanted = windows[:, 1].flatten(1).any(dim=1)
             if wanted.any():
                 logits = self._logits(windows[wanted, :1])
@@ -134,7 +137,7 @@ class Model:
         try:
             logits = self.network(windows.contiguous(memory_format=torch.channels_last_3d))
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # what layers raise on shapes and memory
-            raise AnalysisFailed(f"The network of the package {name} failed: {_first_line(error)}.") from error
+            raise AnalysisFailed(f"The network of the package {name} failed: {first_line(error)}.") from error
         channels = 1 + max(output.channel for output in self.manifest.outputs)
         if not isinstance(logits, torch.Tensor) or logits.shape[2:] != windows.shape[2:] or logits.shape[1] < channels:
             raise AnalysisFailed(f"The network of the package {name} doesn't give {channels} channel(s) of the window's size.")
@@ -159,7 +162,7 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
         torch.set_num_threads(threads)
     place = _device(device)
     network = build_network(contents[NETWORK_CONFIG], manifest.name)
-    _load_weights(network, contents, manifest.name)
+    load_weights(network, contents, manifest.name)
     network.eval().requires_grad_(requires_grad=False)
     network.to(place)
     for parameter in network.parameters():
@@ -168,8 +171,8 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
     return Model(manifest=manifest, digest=digest, network=network, device=place)
 
 
-def check_package(folder: Path, volume: Volume, *, digest: str | None = None, device: str = "auto") -> dict[str, Any]:
-    """Run the package once on `volume` in this process and report digest, device, findings, seconds and peak memory.
+def check_package(folder: Path, volumes: Mapping[str, Volume], *, digest: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Run the package once on `volumes` in this process and report digest, device, findings, seconds and peak memory.
 
     For people and for the registry; `check.check_in_child` wraps it in a process without network, under limits.
 
@@ -179,7 +182,7 @@ def check_package(folder: Path, volume: Volume, *, digest: str | None = None, de
     started = time.perf_counter()
     model = load_model(folder, digest=digest or digest_of(folder), device=device)
     loaded = time.perf_counter()
-    result = model(volume)
+    result = model(volumes)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     return {
         "package": result.package,
@@ -199,84 +202,12 @@ def check_package(folder: Path, volume: Volume, *, digest: str | None = None, de
     }
 
 
-def build_network(config: bytes, name: str) -> torch.nn.Module:
-    """Build the network that `network_def` of a bundle's `inference.json` describes, with fresh weights.
-
-    Only classes of MONAI's and torch's networks may be named, and nothing is evaluated.
-
-    Raises:
-        PackageError: the configuration is not JSON, asks for more than that, or doesn't build.
-    """
-    try:
-        content = json.loads(config)
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{NETWORK_CONFIG} of the package {name} is not JSON: {_first_line(error)}.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("network_def"), dict):
-        raise PackageError(f"{NETWORK_CONFIG} of the package {name} has no network_def.")
-    if "imports" in content or any(isinstance(value, str) and value.startswith("$") for _, value in _entries(content)):
-        raise PackageError(f"{NETWORK_CONFIG} of the package {name} holds imports or expressions ($…): code in a bundle is refused.")
-    definition = content["network_def"]
-    for key, value in _entries(definition):
-        if key == "_target_":
-            _network_class(value, name)
-        elif key.startswith("_") and key != "_desc_":
-            raise PackageError(f"network_def of the package {name} has the key {key}, which is refused.")
-        elif key == "pretrained" and value:
-            raise PackageError(f"network_def of the package {name} asks for pretrained weights: nothing is downloaded at run time.")
-        elif isinstance(value, str) and value.startswith(("@", "%")):
-            raise PackageError(f"network_def of the package {name} refers to something outside itself ({value}), which is refused.")
-    try:
-        network = ConfigParser({"network_def": definition}).get_parsed_content("network_def", instantiate=True, eval_expr=False)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise PackageError(f"network_def of the package {name} doesn't build: {_first_line(error.__cause__ or error)}.") from error
-    if not isinstance(network, torch.nn.Module):
-        raise PackageError(f"network_def of the package {name} has no _target_ that is a network.")
-    return network
-
-
-def _network_class(target: object, name: str) -> None:
-    """Refuse a `_target_` that isn't a network class defined in one of NETWORK_ROOTS; a module's other contents are never reached."""
-    refusal = PackageError(
-        f"network_def of the package {name} names {target!r}; only network classes of monai.networks and torch.nn may be."
-    )
-    if not isinstance(target, str) or not target.startswith(NETWORK_ROOTS):
-        raise refusal
-    module, _, attribute = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise refusal from error
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module) and f"{found.__module__}.".startswith(NETWORK_ROOTS)):
-        raise refusal
-
-
-def _load_weights(network: torch.nn.Module, contents: dict[str, bytes], name: str) -> None:
-    file = next(weights for weights in WEIGHTS if weights in contents)
-    try:
-        if file.endswith(".safetensors"):
-            state: Any = safetensors.torch.load(contents[file])
-        else:
-            state = torch.load(io.BytesIO(contents[file]), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise PackageError(f"The weights of the package {name} are a pickle with more than tensors: code is refused.") from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
-        raise PackageError(f"The weights of the package {name} cannot be read: {_first_line(error)}.") from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
-        raise PackageError(f"The weights of the package {name} are not a table of tensors.")
-    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
-        raise PackageError(f"The weights of the package {name} hold numbers that are not finite.")
-    try:
-        network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise PackageError(f"The weights of the package {name} don't fit its network: {_first_line(error)}.") from error
-
-
-def _resample(voxels: NDArray[np.float32], grid: Grid, device: torch.device) -> torch.Tensor:
+def _resample(voxels: Voxels, grid: Grid, device: torch.device) -> torch.Tensor:
     """Return the volume on the grid, float32 on `device`, a slab of slices at a time."""
     slices, rows, columns = (torch.from_numpy(grid.from_volume(axis)).to(device) for axis in range(3))
-    turned = torch.from_numpy(np.require(voxels, np.float32, ["C", "W"])).permute(grid.source_axis)  # as torch wants it; seldom a copy
+    turned = torch.from_numpy(np.require(voxels, requirements=["C", "W"])).permute(grid.source_axis)  # as torch wants it; seldom a copy
     planes = [
-        rows @ (turned[k : k + SLAB].to(device) @ columns.T)  # the slab is copied, never the volume
+        rows @ (turned[k : k + SLAB].to(device).float() @ columns.T)  # the slab is copied, never the volume
         for k in range(0, turned.shape[0], SLAB)
     ]
     stacked = torch.cat(planes)
@@ -299,14 +230,6 @@ def _box_around(region: NDArray[np.bool_] | None, grid: Grid) -> tuple[slice, sl
     return boxes[0], boxes[1], boxes[2]
 
 
-def _entries(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (key, value) of every entry of nested JSON; what stands in a list comes under the list's key."""
-    pairs = value.items() if isinstance(value, dict) else ((key, inner) for inner in value) if isinstance(value, list) else ()
-    for inner_key, inner in pairs:
-        yield inner_key, inner
-        yield from _entries(inner, inner_key)
-
-
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -326,10 +249,6 @@ def _precision_name(device: torch.device) -> str:
     return "bf16" if _precision(device) == torch.bfloat16 else "fp16"
 
 
-def _shape(voxels: NDArray[np.float32]) -> Triple:
+def _shape(voxels: Voxels) -> Triple:
     slices, rows, columns = voxels.shape
     return slices, rows, columns
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

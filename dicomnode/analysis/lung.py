@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicomnode.analysis.select import NotEligible
+from dicomnode.analysis.eligibility import NotEligible
 
 RIGHT, LEFT = 1, 2
 

@@ -1,4 +1,4 @@
-"""One selected CT series as a Volume: float32 Hounsfield units on an orthogonal grid in patient space.
+"""One selected series as a Volume: values in the modality's units on an orthogonal grid in patient space.
 
 Must never guess geometry, trust a size before it is checked, or die of a file that cannot be decoded. Must never import torch.
 """
@@ -18,7 +18,9 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
-from dicomnode.analysis.select import MAXIMUM_EDGE, SelectedSeries, check_pixels, stack_of
+from dicomnode.analysis.eligibility import check_pixels
+from dicomnode.analysis.geometry import MAXIMUM_EDGE, stack_of
+from dicomnode.analysis.select import SelectedSeries
 from dicomnode.errors import AnalysisFailed
 from dicomnode.findings import Volume
 
@@ -52,9 +54,9 @@ def read_volume(selected: SelectedSeries) -> Volume:
         NotEligible: the series is no even stack of slices in Hounsfield units.
         AnalysisFailed: an image cannot be decoded, or its pixels contradict its header; names its SOP Instance UID.
     """
-    stack = stack_of(selected.headers)
-    headers = [selected.headers[i] for i in stack.order]
-    files = [selected.files[i] for i in stack.order]
+    stack = stack_of([frame.header for frame in selected.frames])
+    headers = [selected.frames[i].header for i in stack.order]
+    files = [selected.frames[i].file for i in stack.order]
     for header in headers:
         check_pixels(header)
     rows, columns = int(headers[0].Rows), int(headers[0].Columns)

@@ -259,11 +259,13 @@ def add_package(storage: Storage, folder: Path) -> PackageRecord:
 def check_package(storage: Storage, record: PackageRecord) -> PackageRecord:
     """Run the package once in a child process and keep what came of it."""
     from dicomnode.analysis.check import check_in_child
+    from dicomnode.analysis.package import load_package
     from dicomnode.phantoms.studies import check_volume
 
     folder = storage.registry.package_folder(record.name, record.version)
     try:
-        report, passed = check_in_child(folder, check_volume(), digest=record.digest), True
+        inputs = [accepts.name for accepts in load_package(folder).manifest.inputs]
+        report, passed = check_in_child(folder, {name: check_volume() for name in inputs}, digest=record.digest), True
     except PackageError as error:
         report, passed = {"error": str(error)}, False
     storage.registry.set_check(record.name, record.version, record.digest, report, passed=passed)

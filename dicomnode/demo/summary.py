@@ -105,7 +105,7 @@ def _study(study: ScannedStudy, storage: Storage) -> dict[str, Any]:
         "outcome": outcome,
         "series": [{"series_instance_uid": s, "modality": modality, "instances": counts[s]} for s, modality in study.series.items()],
         "packages": _packages(study, storage, analyses),
-        "findings": [{"package": job.package, **finding, "box_px": None} for job in analyses for finding in job.detail.get("findings", [])],
+        "findings": [{"package": job.package, **finding} for job in analyses for finding in job.detail.get("findings", [])],
         "objects": [
             {
                 "file": f"pacs/{s}.dcm",

@@ -105,6 +105,8 @@ def _long_axis_group(
     finding: Finding, findings: Findings, identity: RunIdentity, images: Sequence[Dataset]
 ) -> sr.PlanarROIMeasurementsAndQualitativeEvaluations:
     """TID 1410: the long axis as a line on its image. SCOORD counts from the corner of the first pixel (PS3.3 C.18.6.1.2)."""
+    if finding.long_axis is None:
+        raise ValueError("boxes and heat maps are not reported yet")
     image = images[finding.long_axis.slice_index]
     region = sr.ImageRegion(
         graphic_type=sr.GraphicTypeValues.POLYLINE,
@@ -246,7 +248,7 @@ def _algorithm(name: str, identity: RunIdentity) -> sr.AlgorithmIdentification:
 
 
 def _long_axis(finding: Finding) -> Measurement:
-    return Measurement(name=codes.LONG_AXIS, value=finding.long_axis.length_mm, unit=codes.MILLIMETRE)
+    return Measurement(name=codes.LONG_AXIS, value=finding.long_axis_mm or 0.0, unit=codes.MILLIMETRE)
 
 
 def _measurement(measurement: Measurement) -> sr.Measurement:

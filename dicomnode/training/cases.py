@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from dicomnode.analysis.package import Manifest
-from dicomnode.analysis.select import read_headers, select_series
+from dicomnode.analysis.frames import read_headers
+from dicomnode.analysis.manifest import Manifest
+from dicomnode.analysis.select import select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.findings import Segment, Volume
 from dicomnode.phantoms.acquisition import random_protocol, scan
@@ -86,7 +87,7 @@ def _truths(scene: ChestScene, grid: Grid) -> Iterator[Known]:
 
 
 def _dicom_case(name: str, headers: Sequence[tuple[Path, Dataset]], manifest: Manifest, nodules: Sequence[Mapping[str, str]]) -> Case:
-    volume = read_volume(select_series(manifest, headers))
+    volume = read_volume(select(manifest, headers).series[0])
     known = tuple(
         Known(centre_lps_mm=(float(row["coordX"]), float(row["coordY"]), float(row["coordZ"])), diameter_mm=float(row["diameter_mm"]))
         for row in nodules

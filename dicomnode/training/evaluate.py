@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.inference import Model, load_model
 from dicomnode.analysis.package import load_package
-from dicomnode.analysis.select import NotEligible
 from dicomnode.errors import UsageError
 from dicomnode.findings import Finding, Findings, Segment
-from dicomnode.training.cases import SIZE_BINS_MM, Case, Known, real_cases, synthetic_case
+from dicomnode.training.cases import SIZE_BINS_MM, Case, Known, Point, real_cases, synthetic_case
 from dicomnode.training.export import write_model_card
 
 VALIDATION_SEED, TEST_SEED = 3_000_000_000, 3_100_000_000  # training draws its chests below 2**31
@@ -76,7 +76,7 @@ def measure_phantoms(model: Model, *, first_seed: int, scans: int) -> dict[str, 
     matches = []
     for number in track(range(scans), description="phantoms"):
         case = synthetic_case(first_seed + number, nodules=0 if number % 3 == 2 else NODULES_PER_SCAN)
-        matches.append(match(loose(case.volume), case))
+        matches.append(match(loose({model.manifest.inputs[0].name: case.volume}), case))
     chosen = [each.above(threshold) for each in matches]
     pairs = [pair for each in chosen for pair in each.pairs]
     clear = [each for each in chosen if not each.pairs]
@@ -105,7 +105,7 @@ def measure_cases(model: Model, folder: Path) -> list[dict[str, Any]]:
     for name, read in real_cases(folder, model.manifest):
         try:
             case = read()
-            compared = match(model(case.volume), case)
+            compared = match(model({model.manifest.inputs[0].name: case.volume}), case)
         except NotEligible as refusal:
             rows.append({"case": name, "refused": refusal.code})
             continue
@@ -152,7 +152,7 @@ def shared_voxels(first: Segment, second: Segment) -> int:
 
 def _meets(finding: Finding, known: Known) -> bool:
     if known.truth is None:
-        distance = float(np.linalg.norm(np.subtract(finding.centre_lps_mm, known.centre_lps_mm)))
+        distance = float(np.linalg.norm(np.subtract(_centre(finding), known.centre_lps_mm)))
         return distance <= max(5.0, known.diameter_mm / 2)
     shared = shared_voxels(finding.segment, known.truth)
     return shared >= 0.1 * (finding.segment.voxel_count + known.truth.voxel_count - shared)
@@ -209,7 +209,7 @@ def _known_row(known: Known, finding: Finding | None, case: Case) -> dict[str, A
         row["volume_ml"] = round(known.truth.voxel_count * case.volume.voxel_ml, 3)
     row["found"] = None
     if finding is not None:
-        distance = float(np.linalg.norm(np.subtract(finding.centre_lps_mm, known.centre_lps_mm)))
+        distance = float(np.linalg.norm(np.subtract(_centre(finding), known.centre_lps_mm)))
         row["found"] = {"distance_mm": round(distance, 1), **_finding_row(finding)}
         if known.truth is not None:
             row["found"]["dice"] = round(_dice(finding, known.truth), 3)
@@ -218,6 +218,12 @@ def _known_row(known: Known, finding: Finding | None, case: Case) -> dict[str, A
 
 def _finding_row(finding: Finding) -> dict[str, Any]:
     return {
-        "centre_lps_mm": [round(c, 1) for c in finding.centre_lps_mm], "volume_ml": round(finding.volume_ml, 3),
-        "long_axis_mm": round(finding.long_axis.length_mm, 1), "score": round(finding.probability, 3), "side": finding.side,
+        "centre_lps_mm": [round(c, 1) for c in _centre(finding)], "volume_ml": round(finding.volume_ml, 3),
+        "long_axis_mm": round(finding.long_axis_mm or 0.0, 1), "score": round(finding.probability, 3), "side": finding.side,
     }  # fmt: skip
+
+
+def _centre(finding: Finding) -> Point:
+    if finding.centre_lps_mm is None:
+        raise UsageError("evaluation measures in patient space: the package finds things on projections")
+    return finding.centre_lps_mm

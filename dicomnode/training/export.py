@@ -52,13 +52,13 @@ def write_model_card(folder: Path) -> None:
     manifest = load_package(folder).manifest
     file = folder / "evaluation.json"
     evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    output, accepts = manifest.outputs[0], manifest.input
+    output, accepts = manifest.outputs[0], manifest.inputs[0]
     lines = [
         f"# {manifest.title}: {manifest.name} {manifest.version}", "",
         f"**{manifest.intended_use}**", "",
         f"- Licence: {manifest.licence}",
         f"- Trained on: {manifest.training_data}",
-        (f"- Input: {accepts.modality}, {accepts.minimum_slices} slices or more, {_range(accepts.slice_spacing_mm)} mm apart;"
+        (f"- Input: {'/'.join(accepts.modalities)}, {accepts.minimum_slices} slices or more, {_range(accepts.slice_spacing_mm)} mm apart;"
          f" pixels of {_range(accepts.pixel_spacing_mm)} mm"),
         (f"- A voxel counts above {output.threshold}; a finding has {output.minimum_ml} ml or more and a score"
          f" (mean of its most certain quarter) of {output.minimum_score} or more"), "",
@@ -104,7 +104,7 @@ def _toml_value(value: object) -> str:
 def _metadata(recipe: Recipe) -> dict[str, Any]:
     """metadata.json as MONAI's schema has it."""
     manifest, data = recipe.package, recipe.data
-    patch = list(manifest.inference.window)
+    patch = list(manifest.inference.window if manifest.inference else data.patch)
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": manifest.version,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dicomnode.analysis.package import Manifest
+from dicomnode.analysis.manifest import Manifest
 from dicomnode.errors import ConfigError
 
 

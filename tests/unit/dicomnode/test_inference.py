@@ -16,9 +16,11 @@ from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 from small_bundle import HALF, IDENTITY, MANIFEST, affine_of, spheres, volume_of, write_package
 
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.frames import read_headers
 from dicomnode.analysis.inference import Model, build_network, load_model
 from dicomnode.analysis.package import digest_of
-from dicomnode.analysis.select import NotEligible, read_headers, select_series
+from dicomnode.analysis.select import select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Findings, Volume
@@ -59,7 +61,7 @@ def ball_volume(
 def test_a_ball_keeps_its_place_and_size_within_half_a_voxel(model: Model, orientation: str, spacing: tuple[float, float, float]) -> None:
     centre, radius = (11.3, -7.7, 5.1), 12.0
     volume = ball_volume(ORIENTATIONS[orientation], spacing, [(centre, radius)])
-    findings = model(volume)
+    findings = model({"image": volume})
     assert len(findings.findings) == 1
     found = findings.findings[0]
     offset = np.linalg.inv(volume.affine[:3, :3]) @ (np.array(found.centre_lps_mm) - np.array(centre))
@@ -72,7 +74,7 @@ def test_a_ball_keeps_its_place_and_size_within_half_a_voxel(model: Model, orien
 
 def test_the_segment_lies_on_the_bright_voxels_of_the_image(model: Model) -> None:
     volume = ball_volume(AXIAL, (2.0, 1.5, 1.5), [((0.0, 10.0, -20.0), 9.0)])
-    segment = model(volume).findings[0].segment
+    segment = model({"image": volume}).findings[0].segment
     k, r, c = segment.origin
     box = volume.voxels[k : k + segment.mask.shape[0], r : r + segment.mask.shape[1], c : c + segment.mask.shape[2]]
     bright = box > -300  # the window's middle; here the network's grid is the image's
@@ -83,7 +85,7 @@ def test_the_segment_lies_on_the_bright_voxels_of_the_image(model: Model) -> Non
 
 def test_the_long_axis_lies_in_its_slice_and_its_length_is_that_of_its_points(model: Model) -> None:
     volume = ball_volume(ORIENTATIONS["oblique by 20 degrees"], (2.5, 0.7, 0.7), [((5.0, 5.0, 5.0), 10.0)])
-    axis = model(volume).findings[0].long_axis
+    axis = model({"image": volume}).findings[0].long_axis
     first, second = (np.array(point) for point in axis.points_lps_mm)
     assert np.linalg.norm(first - second) == pytest.approx(axis.length_mm)
     for (column, row), point in zip(axis.points_px, axis.points_lps_mm, strict=True):
@@ -93,7 +95,7 @@ def test_the_long_axis_lies_in_its_slice_and_its_length_is_that_of_its_points(mo
 def test_findings_are_sorted_by_probability_numbered_and_capped_with_the_rest_counted(tmp_path: Path) -> None:
     balls = [((30.0 * i - 30, 30.0 * j - 30, 0.0), 5.0 + i) for i in range(3) for j in range(3)]
     model = loaded(tmp_path / "p", manifest=MANIFEST.replace("minimum_ml", "maximum_findings = 4\nminimum_ml"))
-    findings = model(ball_volume(AXIAL, (2.0, 1.5, 1.5), balls))
+    findings = model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), balls)})
     assert [f.number for f in findings.findings] == [1, 2, 3, 4]
     assert findings.omitted == 5
     probabilities = [f.probability for f in findings.findings]
@@ -103,14 +105,14 @@ def test_findings_are_sorted_by_probability_numbered_and_capped_with_the_rest_co
 
 def test_what_is_smaller_than_the_manifests_minimum_is_no_finding(tmp_path: Path) -> None:
     model = loaded(tmp_path / "p", manifest=MANIFEST.replace("minimum_ml = 0.03", "minimum_ml = 2.0"))
-    findings = model(ball_volume(AXIAL, (2.0, 1.5, 1.5), [((0.0, 0.0, 0.0), 6.0), ((30.0, 0.0, 0.0), 9.0)]))
+    findings = model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [((0.0, 0.0, 0.0), 6.0), ((30.0, 0.0, 0.0), 9.0)])})
     assert [round(f.volume_ml) for f in findings.findings] == [3]
 
 
 def test_a_volume_of_air_has_no_finding_and_says_how_it_was_looked_at(model: Model) -> None:
-    findings = model(ball_volume(AXIAL, (2.0, 1.5, 1.5), []))
+    findings = model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [])})
     assert findings.findings == ()
-    assert (findings.package, findings.version, findings.device, findings.omitted) == ("bright", "1.0", "cpu fp32", 0)
+    assert (findings.package, findings.version, findings.device, findings.omitted) == ("bright", "1.0", "cpu fp32 torch", 0)
     assert findings.digest == model.digest
     assert set(findings.seconds) == {"region", "inference", "findings"}
 
@@ -127,7 +129,7 @@ def test_the_same_volume_gives_the_same_findings_twice(tmp_path: Path) -> None:
     def gist(findings: Findings) -> list[Any]:
         return [(f.probability, f.centre_lps_mm, f.volume_ml, f.long_axis) for f in findings.findings]
 
-    assert gist(model(volume)) == gist(model(volume))
+    assert gist(model({"image": volume})) == gist(model({"image": volume}))
 
 
 @pytest.mark.realdata
@@ -137,9 +139,9 @@ def test_the_nodule_of_a_real_chest_ct_is_cut_out_of_the_lung_by_its_density_alo
         pytest.skip(f"{folder} is absent")
     text = MANIFEST.replace("minimum_slices", 'region = "lung"\nminimum_slices').replace("minimum_ml = 0.03", "minimum_ml = 1.0")
     model = loaded(tmp_path / "p", manifest=text)
-    volume = read_volume(select_series(model.manifest, read_headers(list(folder.glob("*.dcm")))))
+    volume = read_volume(select(model.manifest, read_headers(list(folder.glob("*.dcm")))).series[0])
     nodule = np.array([56.2, 86.3, -115.9])  # readers' centre; their sphere of 23.4 mm holds 6.7 ml
-    near = [f for f in model(volume).findings if np.linalg.norm(np.array(f.centre_lps_mm) - nodule) < 3]
+    near = [f for f in model({"image": volume}).findings if np.linalg.norm(np.array(f.centre_lps_mm) - nodule) < 3]
     assert [f.side for f in near] == ["left"]
     assert 4 < near[0].volume_ml < 8
 
@@ -164,10 +166,10 @@ def test_findings_stay_in_the_region_and_have_the_patients_side(tmp_path: Path, 
     region_module(monkeypatch)
     model = loaded(tmp_path / "p", manifest=MANIFEST.replace("minimum_slices", 'region = "lung"\nminimum_slices'))
     balls = [((-30.0, 0.0, 0.0), 7.0), ((30.0, 0.0, 0.0), 9.0), ((0.0, 0.0, 30.0), 3.0)]
-    findings = model(ball_volume(ORIENTATIONS[orientation], (2.0, 1.5, 1.5), balls)).findings
+    findings = model({"image": ball_volume(ORIENTATIONS[orientation], (2.0, 1.5, 1.5), balls)}).findings
     assert {(f.side, round(f.centre_lps_mm[0] / 30)) for f in findings} == {("right", -1), ("left", 1)}
     with pytest.raises(NotEligible, match="no-lung"):
-        model(ball_volume(AXIAL, (2.0, 1.5, 1.5), []))
+        model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [])})
 
 
 def test_windows_without_region_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +185,7 @@ def test_windows_without_region_are_not_run(tmp_path: Path, monkeypatch: pytest.
     model = loaded(tmp_path / "p", manifest=MANIFEST.replace("minimum_slices", 'region = "lung"\nminimum_slices'))
     seen: list[int] = []
     model.network.register_forward_hook(lambda _module, arguments, _result: seen.append(arguments[0].shape[0]))
-    model(ball_volume(AXIAL, (2.0, 1.5, 1.5), []))
+    model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [])})
     assert sum(seen) == 2  # of dozens
 
 
@@ -199,14 +201,14 @@ def test_a_network_of_another_shape_fails_with_a_sentence(tmp_path: Path, defini
     weights = build_network(json.dumps({"network_def": definition}).encode(), "p").state_dict()
     model = loaded(tmp_path / "p", config={"network_def": definition}, weights=dict(weights))
     with pytest.raises(AnalysisFailed, match=words):
-        model(ball_volume(AXIAL, (2.0, 1.5, 1.5), []))
+        model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [])})
 
 
 def test_numbers_that_are_not_finite_are_a_failure(model: Model) -> None:
     with torch.no_grad():
         model.network.get_parameter("bias").fill_(float("nan"))
     with pytest.raises(AnalysisFailed, match="not finite"):
-        model(ball_volume(AXIAL, (2.0, 1.5, 1.5), []))
+        model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [])})
 
 
 def test_another_digest_than_the_one_consented_to_is_not_loaded(tmp_path: Path) -> None:
@@ -344,7 +346,7 @@ def test_the_order_in_which_voxels_are_stored_changes_no_finding(
     affine[:3, 3] += affine[:3, :3] @ np.where(flips, np.array(volume.voxels.shape) - 1, 0)
     affine[:3, :3] *= steps
     flipped = volume_of(volume.voxels[:: steps[0], :: steps[1], :: steps[2]], affine)
-    (first,), (second,) = model(volume).findings, model(flipped).findings
+    (first,), (second,) = model({"image": volume}).findings, model({"image": flipped}).findings
     assert first.segment.voxel_count == second.segment.voxel_count
     np.testing.assert_allclose(first.centre_lps_mm, second.centre_lps_mm, atol=1e-6)
     assert first.long_axis.length_mm == pytest.approx(second.long_axis.length_mm)

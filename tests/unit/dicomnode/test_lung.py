@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.frames import frames_of, read_headers
 from dicomnode.analysis.lung import LEFT, RIGHT, lung_region
-from dicomnode.analysis.select import NotEligible, SelectedSeries, read_headers
+from dicomnode.analysis.select import SelectedSeries
 from dicomnode.analysis.volume import read_volume
 from dicomnode.phantoms.acquisition import Protocol, scan
 from dicomnode.phantoms.chest import ChestScene, chest_scene, true_mask
@@ -106,10 +108,8 @@ def test_parts_of_real_chests_have_two_lungs(case: str, slices: int) -> None:
     if not folder.is_dir():
         pytest.skip(f"real images are not here: {folder}")
     headers = sorted(read_headers(sorted(folder.iterdir())), key=lambda entry: float(entry[1].ImagePositionPatient[2]))
-    series = SelectedSeries(
-        series_instance_uid=headers[0][1].SeriesInstanceUID, files=tuple(path for path, _ in headers), why="",
-        headers=tuple(header for _, header in headers),
-    )  # fmt: skip
+    uid = str(headers[0][1].SeriesInstanceUID)
+    series = SelectedSeries(input_name="image", series_instance_uid=uid, frames=tuple(frames_of(headers)), why="")
     volume = read_volume(series)
     region, side = lung_region(volume.voxels[:, ::2, ::2], (volume.spacing_mm[0], volume.spacing_mm[1] * 2, volume.spacing_mm[2] * 2))
     assert len(volume.voxels) == slices

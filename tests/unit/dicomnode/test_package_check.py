@@ -27,7 +27,7 @@ def volume() -> Volume:
 
 def test_a_sound_package_is_reported_with_its_findings_digest_and_cost(tmp_path: Path, volume: Volume) -> None:
     folder = write_package(tmp_path / "p")
-    report = check_in_child(folder, volume, digest=digest_of(folder), device="cpu")
+    report = check_in_child(folder, {"image": volume}, digest=digest_of(folder), device="cpu")
     assert report["digest"] == digest_of(folder)
     assert len(report["findings"]) == 1
     assert report["findings"][0]["volume_ml"] == pytest.approx(2.145, rel=0.1)  # a ball of 8 mm radius
@@ -45,24 +45,24 @@ def test_the_parent_does_not_load_torch(tmp_path: Path) -> None:
 
 def test_another_digest_is_not_run(tmp_path: Path, volume: Volume) -> None:
     with pytest.raises(PackageError, match="digest"):
-        check_in_child(write_package(tmp_path / "p"), volume, digest="0" * 64)
+        check_in_child(write_package(tmp_path / "p"), {"image": volume}, digest="0" * 64)
 
 
 def test_a_network_that_fails_is_a_sentence(tmp_path: Path, volume: Volume) -> None:
     weights = HALF | {"bias": torch.full((1,), float("nan"))}
     with pytest.raises(PackageError, match="not finite"):
-        check_in_child(write_package(tmp_path / "p", weights=weights), volume)
+        check_in_child(write_package(tmp_path / "p", weights=weights), {"image": volume})
 
 
 def test_a_package_beyond_its_memory_is_ended(tmp_path: Path, volume: Volume) -> None:
     network = {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 10**9, "kernel_size": 3}  # 108 GB of weights
     with pytest.raises(PackageError):
-        check_in_child(write_package(tmp_path / "p", config={"network_def": network}), volume, memory_bytes=2 * 2**30)
+        check_in_child(write_package(tmp_path / "p", config={"network_def": network}), {"image": volume}, memory_bytes=2 * 2**30)
 
 
 def test_a_package_beyond_its_time_is_ended(tmp_path: Path, volume: Volume) -> None:
     with pytest.raises(PackageError, match="longer than"):
-        check_in_child(write_package(tmp_path / "p"), volume, seconds=0.2)  # not even Python starts that fast with torch
+        check_in_child(write_package(tmp_path / "p"), {"image": volume}, seconds=0.2)  # not even Python starts that fast with torch
 
 
 def test_without_network_even_the_loopback_is_out_of_reach() -> None:

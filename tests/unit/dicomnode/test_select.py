@@ -11,12 +11,19 @@ from hypothesis import given, settings, strategies as st
 from pydicom.dataset import Dataset
 from small_bundle import MANIFEST
 
-from dicomnode.analysis.package import parse_manifest
-from dicomnode.analysis.select import REASONS, NotEligible, read_headers, select_series, stack_of
+from dicomnode.analysis.eligibility import REASONS, NotEligible
+from dicomnode.analysis.frames import read_headers
+from dicomnode.analysis.geometry import stack_of
+from dicomnode.analysis.manifest import Manifest, parse_manifest
+from dicomnode.analysis.select import SelectedSeries, select
 from dicomnode.errors import AnalysisFailed
 
 PACKAGE = parse_manifest(MANIFEST.encode(), Path("bright"))
 Headers = list[tuple[Path, Dataset]]
+
+
+def select_series(manifest: Manifest, headers: list[tuple[Path, Dataset]]) -> SelectedSeries:
+    return select(manifest, headers).series[0]
 
 
 def series(slices: int = 8, *, spacing: float = 2.0, step: tuple[float, float, float] = (0.0, 0.0, 1.0), **values: Any) -> Headers:
@@ -105,7 +112,7 @@ def test_a_series_that_fits_is_sorted_by_position_whatever_the_instance_numbers_
         header.InstanceNumber = 100 - 7 * k % 5
     selected = select_series(PACKAGE, headers[::2] + headers[1::2])
     assert [float(h.ImagePositionPatient[2]) for h in selected.headers] == [2.0 * k for k in range(8)]
-    assert [f.name for f in selected.files] == [f"0-{k}" for k in range(8)]
+    assert [f.name for f in (frame.file for frame in selected.frames)] == [f"0-{k}" for k in range(8)]
 
 
 @pytest.mark.parametrize(("slices", "spacing", "code"), [(3, 2.0, "too-few-slices"), (8, 10.0, "spacing"), (8, 0.1, "spacing")])
@@ -143,7 +150,7 @@ def test_acquisitions_that_follow_each_other_are_one_volume() -> None:
     headers = series()
     for k, (_, header) in enumerate(headers):
         header.AcquisitionNumber = k // 2 + 1  # axial step and shoot
-    assert len(select_series(PACKAGE, headers).files) == 8
+    assert len(select_series(PACKAGE, headers).frames) == 8
 
 
 def test_a_body_part_that_is_absent_is_accepted_where_the_manifest_says_so() -> None:
@@ -160,7 +167,7 @@ def test_a_localizer_within_the_series_is_left_out_and_said() -> None:
     headers[0][1].ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     headers[0][1].ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
     selected = select_series(PACKAGE, headers)
-    assert len(selected.files) == 7
+    assert len(selected.frames) == 7
     assert "1 other image(s) of the series left out" in selected.why
 
 
@@ -208,7 +215,7 @@ def test_positions_rounded_to_a_tenth_are_even_enough() -> None:
     headers = series(40)
     for k, (_, header) in enumerate(headers):
         header.ImagePositionPatient = [0, 0, round(0.625 * k, 1)]
-    assert len(select_series(PACKAGE, headers).files) == 40
+    assert len(select_series(PACKAGE, headers).frames) == 40
 
 
 def test_headers_are_read_without_pixels_and_a_file_that_is_no_dicom_is_an_error(tmp_path: Path) -> None:

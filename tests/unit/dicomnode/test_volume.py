@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from pydicom.uid import JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 from small_bundle import MANIFEST
 
-from dicomnode.analysis.package import parse_manifest
-from dicomnode.analysis.select import NotEligible, SelectedSeries, read_headers, select_series, stack_of
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.frames import frames_of, read_headers
+from dicomnode.analysis.geometry import stack_of
+from dicomnode.analysis.manifest import parse_manifest
+from dicomnode.analysis.select import SelectedSeries, select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.errors import AnalysisFailed
 from dicomnode.findings import Volume
@@ -27,12 +30,8 @@ REAL = Path(__file__).parents[3].parent / "shared" / "data" / "ct_chest_lidc"
 
 def series_of(files: list[Path]) -> SelectedSeries:
     headers = read_headers(files)
-    return SelectedSeries(
-        series_instance_uid=str(headers[0][1].SeriesInstanceUID),
-        files=tuple(f for f, _ in headers),
-        why="",
-        headers=tuple(h for _, h in headers),
-    )
+    uid = str(headers[0][1].SeriesInstanceUID)
+    return SelectedSeries(input_name="image", series_instance_uid=uid, frames=tuple(frames_of(headers)), why="")
 
 
 def by_simpleitk(files: list[Path]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -89,8 +88,8 @@ def test_the_real_series_are_chosen_by_an_ordinary_chest_manifest() -> None:
         pytest.skip(f"{REAL} is absent")
     manifest = parse_manifest(MANIFEST.encode(), Path("bright"))
     for case, slices, spacing in (("LIDC-IDRI-0001", 16, 2.5), ("LIDC-IDRI-0002", 12, 1.25)):
-        selected = select_series(manifest, read_headers(list((REAL / case).glob("*.dcm"))))
-        assert len(selected.files) == slices
+        selected = select(manifest, read_headers(list((REAL / case).glob("*.dcm")))).series[0]
+        assert len(selected.frames) == slices
         assert stack_of(selected.headers).spacing_mm[0] == pytest.approx(spacing)
 
 
