@@ -1,44 +1,50 @@
-"""A package's network on a volume: resample, slide, and hand the probabilities to `components`.
+"""A package's network on the volumes of a study: prepare, slide, and hand the probabilities to those who make findings of them.
 
 Must never load what differs from the digest it was given, or reach for the network.
 """
 
 from __future__ import annotations
 
-import importlib
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
-from numpy.typing import NDArray
 
+from dicomnode.analysis.backends import TORCH, Backend, available, backend_for, device_named, is_out_of_memory
 from dicomnode.analysis.components import ProbabilityMap, find
-from dicomnode.analysis.grid import Grid, Triple, grid_over
-from dicomnode.analysis.manifest import Manifest, parse_manifest
+from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSection, parse_manifest
 from dicomnode.analysis.networks import Between, build_network, first_line, go_on, load_weights
 from dicomnode.analysis.package import NETWORK_CONFIG, digest_of, digest_of_contents, package_files
+from dicomnode.analysis.preparation import Prepared, prepare
+from dicomnode.analysis.sliding import Sliding, slide
 from dicomnode.errors import AnalysisFailed, PackageError
-from dicomnode.findings import Findings, Volume, Voxels
+from dicomnode.findings import Finding, Findings, Volume
+from dicomnode.logs import get_logger
 
-REGIONS = {"lung": ("dicomnode.analysis.lung", "lung_region")}  # what `input.region` of a manifest names
-CONTEXT_MM = 24.0  # the network sees this much around the region: what decides at its border lies outside it
-SLAB = 8  # slices resampled at a time: a slab of 512 x 512 stays in the cache and out of the memory's peak
+AGREEMENT = 0.002  # a backend's Dice with torch in fp32 may be this much below 1, finding by finding
+
+log = get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A warm network with the manifest that says how to use it. Deterministic on one device and thread count."""
+class Model(Protocol):
+    """A warm network with what says how to use it. Deterministic on one device, backend and thread count."""
 
-    manifest: Manifest
-    digest: str
-    network: torch.nn.Module
-    device: torch.device
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest it was loaded with."""
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
 
     def __call__(self, volumes: Mapping[str, Volume], between: Between = go_on) -> Findings:
         """Return what the network finds in the volumes, one for each input of the manifest by its name.
@@ -49,36 +55,56 @@ class Model:
             NotEligible: the manifest's region isn't in the volume.
             AnalysisFailed: the network fails on it or gives no usable numbers.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One way to fit into memory: how many windows at a time, where results are put together, and at how coarse a grid."""
+
+    batch: int
+    stitch_on: torch.device
+    coarser: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnModel:
+    """A network that runs by its manifest's own preprocessing and sliding window."""
+
+    manifest: Manifest
+    digest: str
+    network: torch.nn.Module
+    backend: Backend
+
+    @property
+    def device(self) -> torch.device:
+        """See Model."""
+        return self.backend.device
+
+    def __call__(self, volumes: Mapping[str, Volume], between: Between = go_on) -> Findings:
+        """See Model. Where memory runs short, smaller steps are tried: their findings are the same within rounding."""
+        for rung in ladder(self.manifest, self.backend):
+            try:
+                return self._analysed(volumes, between, rung)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("memory was short", package=self.manifest.name, reason=f"{rung.batch} window(s), x{rung.coarser:g}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        raise AnalysisFailed(f"The package {self.manifest.name} needs more memory than there is, even for one window at a time.")
+
+    def _analysed(self, volumes: Mapping[str, Volume], between: Between, rung: Rung) -> Findings:
         started = time.perf_counter()
         manifest = self.manifest
-        accepts, settings = manifest.inputs[0], manifest.preprocessing
-        volume = volumes[accepts.name]
-        if settings is None or settings.spacing_mm is None or settings.window is None:
-            raise PackageError(f"the package {manifest.name} is of a kind that isn't run yet")
-        grid = grid_over(_shape(volume.voxels), volume.affine, settings.spacing_mm)
-        image = _resample(volume.voxels, grid, self.device)
-        region = side = None
-        if accepts.region:
-            region, side = _region(accepts.region)(image.cpu().numpy(), grid.spacing_mm)
-        box = _box_around(region, grid)
-        low, high = settings.window
-        image = ((image[box] - low) / (high - low)).clamp_(0, 1)
-        region = None if region is None else region[box]
+        prepared = prepare(manifest, volumes, self.device, coarser=rung.coarser)
         located = time.perf_counter()
-
-        probabilities = self._probabilities(image, region, between)
+        probabilities = self._probabilities(prepared, between, rung)
         inferred = time.perf_counter()
-
-        found = []
-        omitted = 0
-        for channel, output in enumerate(manifest.outputs):
-            values = probabilities[channel].cpu().numpy()
-            origin = (box[0].start, box[1].start, box[2].start)
-            area = ProbabilityMap(grid=grid, origin=origin, values=values, region=region, side=None if side is None else side[box])
-            kept, left_out = find(output, area, volume)
-            found += kept
-            omitted += left_out
-        found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm or ()))
+        volume = volumes[manifest.inputs[0].name]
+        found, omitted = findings_of(manifest, probabilities, prepared, volume)
+        notes = prepared.notes
+        if rung.coarser != 1:
+            notes += (f"Memory was short: the images were analysed at 1/{rung.coarser:g} of the resolution the model is made for.",)
         return Findings(
             package=manifest.name,
             version=manifest.version,
@@ -86,65 +112,99 @@ class Model:
             algorithm_name=manifest.algorithm_name,
             manufacturer=manifest.manufacturer,
             series_instance_uid=volume.series_instance_uid,
-            findings=tuple(replace(finding, number=number) for number, finding in enumerate(found, start=1)),
-            device=f"{self.device.type} {_precision_name(self.device)} torch",
+            findings=found,
+            device=self.backend.name,
             omitted=omitted,
-            seconds={
-                "region": located - started,
-                "inference": inferred - located,
-                "findings": time.perf_counter() - inferred,
-            },
+            other_series=others(manifest, volumes),
+            notes=notes,
+            seconds={"region": located - started, "inference": inferred - located, "findings": time.perf_counter() - inferred},
         )
 
-    def _probabilities(self, image: torch.Tensor, region: NDArray[np.bool_] | None, between: Between) -> torch.Tensor:
+    def _probabilities(self, prepared: Prepared, between: Between, rung: Rung) -> torch.Tensor:
         """Return (outputs, k, r, c) float32 probabilities; zero in windows that hold no region, where no finding may lie."""
-        outputs = self.manifest.outputs
-        settings = self.manifest.inference
-        if settings is None:
-            raise PackageError(f"the package {self.manifest.name} is of a kind that isn't run yet")
-        where = torch.ones_like(image) if region is None else torch.from_numpy(region).to(image)
+        outputs, settings = self.manifest.outputs, _inference(self.manifest)
+        how = Sliding(
+            window=settings.window, overlap=settings.overlap, batch=rung.batch, outputs=len(outputs), stitch_on=rung.stitch_on
+        )  # fmt: skip
 
         def predict(windows: torch.Tensor) -> torch.Tensor:
-            result = windows.new_zeros((windows.shape[0], len(outputs), *windows.shape[2:]))
-            between(0.0)
-            wanted = windows[:, 1].flatten(1).any(dim=1)
-            if wanted.any():
-                logits = self._logits(windows[wanted, :1])
-                soft = logits.softmax(dim=1) if any(o.activation == "softmax" for o in outputs) else logits
-                chosen = [(soft if o.activation == "softmax" else logits.sigmoid())[:, o.channel] for o in outputs]
-                result[wanted] = torch.stack(chosen, dim=1)
-            return result
+            logits = self.logits(windows)
+            soft = logits.softmax(dim=1) if any(output.activation == "softmax" for output in outputs) else logits
+            return torch.stack([_activated(output, logits, soft) for output in outputs], dim=1)
 
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-            torch.autocast(self.device.type, dtype=_precision(self.device), enabled=self.device.type == "cuda"),
-        ):
-            probabilities: torch.Tensor = sliding_window_inference(
-                torch.stack([image, where])[None],
-                roi_size=settings.window,
-                sw_batch_size=settings.batch,
-                predictor=predict,
-                overlap=settings.overlap,
-                mode="gaussian",
-            )[0]
-        if not bool(torch.isfinite(probabilities).all()):
-            raise AnalysisFailed(f"The network of the package {self.manifest.name} gave numbers that are not finite.")
+        with torch.inference_mode():
+            probabilities = slide(prepared.image, predict, how, where=prepared.region, between=between)
+            if not bool(torch.isfinite(probabilities.sum())):
+                raise AnalysisFailed(f"The network of the package {self.manifest.name} gave numbers that are not finite.")
         return probabilities
 
-    def _logits(self, windows: torch.Tensor) -> torch.Tensor:
+    def logits(self, windows: torch.Tensor) -> torch.Tensor:
+        """Return what the network says of (n, inputs, *window), of the same size; a 2D network gets windows without their one slice.
+
+        Raises:
+            AnalysisFailed: it fails on them, or answers with another shape.
+        """
         name = self.manifest.name
+        flat = self.manifest.inputs[0].dimensions == 2
         try:
-            logits = self.network(windows.contiguous(memory_format=torch.channels_last_3d))
+            logits = self.backend(windows.squeeze(2) if flat else windows)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # what layers raise on shapes and memory
+            if is_out_of_memory(error):
+                raise
             raise AnalysisFailed(f"The network of the package {name} failed: {first_line(error)}.") from error
+        if flat and isinstance(logits, torch.Tensor):
+            logits = logits.unsqueeze(2)
         channels = 1 + max(output.channel for output in self.manifest.outputs)
         if not isinstance(logits, torch.Tensor) or logits.shape[2:] != windows.shape[2:] or logits.shape[1] < channels:
             raise AnalysisFailed(f"The network of the package {name} doesn't give {channels} channel(s) of the window's size.")
-        return logits.float()
+        return logits
 
 
-def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int = 0) -> Model:
+def ladder(manifest: Manifest, backend: Backend) -> Iterator[Rung]:
+    """Yield ways to run a model, each needing less memory than the one before: the quick one first."""
+    settings = _inference(manifest)
+    host = torch.device("cpu")
+    batch = max(settings.batch, backend.windows)
+    yield Rung(batch=batch, stitch_on=backend.device)
+    while batch > 1:
+        batch //= 2
+        yield Rung(batch=batch, stitch_on=backend.device)
+    if backend.device != host:
+        yield Rung(batch=1, stitch_on=host)
+    if settings.half_resolution:
+        yield Rung(batch=1, stitch_on=host, coarser=2.0)
+
+
+def findings_of(manifest: Manifest, probabilities: torch.Tensor, prepared: Prepared, volume: Volume) -> tuple[tuple[Finding, ...], int]:
+    """Return the findings of all outputs, most probable first and numbered, and how many more the caps left out.
+
+    What lies above an output's threshold is looked for on the device; only the box around it becomes an array.
+    """
+    found: list[Finding] = []
+    omitted = 0
+    for output, values in zip(manifest.outputs, probabilities, strict=True):
+        box = _box_above(values, output.threshold)
+        if not output.finding or box is None:
+            continue
+        first, second, third = (start + s.start for start, s in zip(prepared.origin, box, strict=True))
+        area = ProbabilityMap(
+            grid=prepared.grid, origin=(first, second, third), values=np.ascontiguousarray(values[box].cpu().numpy()),
+            region=None if prepared.region is None else prepared.region[box], side=None if prepared.side is None else prepared.side[box],
+        )  # fmt: skip
+        kept, left_out = find(output, area, volume)
+        found += kept
+        omitted += left_out
+    found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm or (), f.segment.origin))
+    omitted += max(0, len(found) - manifest.maximum_findings)
+    return tuple(replace(finding, number=number) for number, finding in enumerate(found[: manifest.maximum_findings], start=1)), omitted
+
+
+def others(manifest: Manifest, volumes: Mapping[str, Volume]) -> tuple[str, ...]:
+    """Return the series that the model was given beside the first input's."""
+    return tuple(volumes[accepts.name].series_instance_uid for accepts in manifest.inputs[1:] if accepts.name in volumes)
+
+
+def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int = 0, backend: str = TORCH) -> Model:
     """Load the network of a package whose content has `digest`; `threads` above 0 limits torch's CPU threads in this process.
 
     Each file is read once: what was digested is what is loaded.
@@ -160,21 +220,25 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
     manifest = parse_manifest(contents["manifest.toml"], folder)
     if threads > 0:
         torch.set_num_threads(threads)
-    place = _device(device)
+    place = device_named(device)
+    if manifest.bundle is not None or manifest.kind != "segmentation":
+        raise PackageError(f"the package {manifest.name} is of a kind that isn't run yet")
     network = build_network(contents[NETWORK_CONFIG], manifest.name)
     load_weights(network, contents, manifest.name)
     network.eval().requires_grad_(requires_grad=False)
     network.to(place)
-    for parameter in network.parameters():
-        if parameter.dim() == 5:  # weights of 3D convolutions: a fifth faster so on the CPU too, measured with a U-Net of 8 to 96 channels
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-    return Model(manifest=manifest, digest=digest, network=network, device=place)
+    _lay_out(network)
+    return OwnModel(
+        manifest=manifest, digest=digest, network=network, backend=backend_for(network, backend, device=place, threads=threads)
+    )  # fmt: skip
 
 
 def check_package(folder: Path, volumes: Mapping[str, Volume], *, digest: str | None = None, device: str = "auto") -> dict[str, Any]:
-    """Run the package once on `volumes` in this process and report digest, device, findings, seconds and peak memory.
+    """Run the package on `volumes` in this process and report digest, device, findings, seconds and peak memory.
 
-    For people and for the registry; `check.check_in_child` wraps it in a process without network, under limits.
+    Each other backend that this machine has is run too: "backends" says how long each took, its least Dice with torch's findings,
+    and whether it may be used. For people and for the registry; `check.check_in_child` wraps it in a process without network, under
+    limits.
 
     Raises:
         PackageError, AnalysisFailed, NotEligible: as `load_model` and `Model` do.
@@ -199,56 +263,77 @@ def check_package(folder: Path, volumes: Mapping[str, Volume], *, digest: str | 
         "peak_memory_bytes": memory,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0,
         "torch": torch.__version__,
+        "backends": compare_backends(model, volumes, result),
     }
 
 
-def _resample(voxels: Voxels, grid: Grid, device: torch.device) -> torch.Tensor:
-    """Return the volume on the grid, float32 on `device`, a slab of slices at a time."""
-    slices, rows, columns = (torch.from_numpy(grid.from_volume(axis)).to(device) for axis in range(3))
-    turned = torch.from_numpy(np.require(voxels, requirements=["C", "W"])).permute(grid.source_axis)  # as torch wants it; seldom a copy
-    planes = [
-        rows @ (turned[k : k + SLAB].to(device).float() @ columns.T)  # the slab is copied, never the volume
-        for k in range(0, turned.shape[0], SLAB)
+def compare_backends(model: Model, volumes: Mapping[str, Volume], result: Findings) -> dict[str, dict[str, Any]]:
+    """Return for each backend: the seconds its network took, its least Dice with torch's findings, and whether it may be used.
+
+    Without a finding nothing is compared, and only torch may be used.
+    """
+    rows: dict[str, dict[str, Any]] = {TORCH: {"seconds": result.seconds["inference"], "dice": 1.0, "passed": True}}
+    if not isinstance(model, OwnModel) or not result.findings:
+        return rows
+    for name in available(model.device):
+        if name == TORCH:
+            continue
+        other = replace(model, backend=backend_for(model.network, name, device=model.device, threads=torch.get_num_threads()))
+        try:
+            other(volumes)  # it is compiled here
+            theirs = other(volumes)
+        except AnalysisFailed as error:
+            rows[name] = {"passed": False, "reason": str(error)}
+            continue
+        dice = least_dice(result.findings, theirs.findings)
+        rows[name] = {"seconds": theirs.seconds["inference"], "dice": dice, "passed": dice >= 1 - AGREEMENT}
+    return rows
+
+
+def least_dice(first: Sequence[Finding], second: Sequence[Finding]) -> float:
+    """Return the least Dice of findings of the same output, each with the one that overlaps it most; 0 if their numbers differ."""
+    if len(first) != len(second):
+        return 0.0
+    return min((max((_dice(mine, other) for other in second if other.label == mine.label), default=0.0) for mine in first), default=1.0)
+
+
+def _dice(first: Finding, second: Finding) -> float:
+    a, b = first.segment, second.segment
+    starts = [max(x, y) for x, y in zip(a.origin, b.origin, strict=True)]
+    ends = [min(x + n, y + m) for x, n, y, m in zip(a.origin, a.mask.shape, b.origin, b.mask.shape, strict=True)]
+    if any(start >= end for start, end in zip(starts, ends, strict=True)):
+        return 0.0
+    cut = [
+        segment.mask[tuple(slice(start - o, end - o) for start, end, o in zip(starts, ends, segment.origin, strict=True))]
+        for segment in (a, b)
     ]
-    stacked = torch.cat(planes)
-    return (slices @ stacked.flatten(1)).reshape(grid.shape)
+    return 2 * int(np.count_nonzero(cut[0] & cut[1])) / (a.voxel_count + b.voxel_count)
 
 
-def _region(name: str) -> Any:  # (hu, spacing_mm) -> (mask, side)
-    module, function = REGIONS[name]
-    return getattr(importlib.import_module(module), function)
+def _activated(output: OutputSection, logits: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
+    if output.activation == "sigmoid":
+        return logits[:, output.channel].sigmoid()
+    return (soft if output.activation == "softmax" else logits)[:, output.channel]
 
 
-def _box_around(region: NDArray[np.bool_] | None, grid: Grid) -> tuple[slice, slice, slice]:
-    if region is None:
-        return slice(0, grid.shape[0]), slice(0, grid.shape[1]), slice(0, grid.shape[2])
-    boxes = []
-    for axis in range(3):
-        filled = np.flatnonzero(region.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = round(CONTEXT_MM / grid.spacing_mm[axis])
-        boxes.append(slice(max(0, int(filled[0]) - margin), min(grid.shape[axis], int(filled[-1]) + 1 + margin)))
-    return boxes[0], boxes[1], boxes[2]
+def _box_above(values: torch.Tensor, threshold: float) -> tuple[slice, slice, slice] | None:
+    """Return the box around all values above the threshold, wider by one voxel, or None if there are none."""
+    above = values.amax(dim=2) > threshold  # (k, r)
+    slices, rows = (torch.nonzero(above.any(dim=axis)).flatten() for axis in (1, 0))
+    if not len(slices):
+        return None
+    columns = torch.nonzero(values.amax(dim=(0, 1)) > threshold).flatten()
+    k, r, c = (slice(max(0, int(i[0]) - 1), min(n, int(i[-1]) + 2)) for i, n in zip((slices, rows, columns), values.shape, strict=True))
+    return k, r, c
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise AnalysisFailed("The device is set to cuda, but torch finds no GPU.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+def _inference(manifest: Manifest) -> InferenceSection:
+    if manifest.inference is None:
+        raise PackageError(f"the package {manifest.name} has no sliding window of its own")
+    return manifest.inference
 
 
-def _precision(device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
-        return torch.bfloat16  # what torch wants named; autocast is off on the CPU
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _precision_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if _precision(device) == torch.bfloat16 else "fp16"
-
-
-def _shape(voxels: Voxels) -> Triple:
-    slices, rows, columns = voxels.shape
-    return slices, rows, columns
+def _lay_out(network: torch.nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.dim() == 5:  # weights of 3D convolutions: a fifth faster so on the CPU too, measured with a U-Net of 8 to 96 channels
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)

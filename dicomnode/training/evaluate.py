@@ -200,7 +200,7 @@ def _agreement(matches: Sequence[Match]) -> dict[str, Any]:
 
 def _with_minimum_score(model: Model, score: float) -> Model:
     outputs = tuple(output.model_copy(update={"minimum_score": score}) for output in model.manifest.outputs)
-    return replace(model, manifest=model.manifest.model_copy(update={"outputs": outputs}))
+    return replace(model, manifest=model.manifest.model_copy(update={"outputs": outputs}))  # type: ignore[type-var]  # every model is a frozen dataclass
 
 
 def _known_row(known: Known, finding: Finding | None, case: Case) -> dict[str, Any]:
