@@ -70,6 +70,10 @@ class Volume:
         """Map (..., 3) voxel indices (k, r, c) to (..., 3) LPS mm."""
         return np.asarray(index @ self.affine[:3, :3].T + self.affine[:3, 3], dtype=np.float64)
 
+    def to_index(self, position: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Map (..., 3) LPS mm to (..., 3) voxel indices (k, r, c), voxel centres at whole numbers."""
+        return np.asarray((position - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T, dtype=np.float64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:

@@ -1,11 +1,12 @@
-"""Headers of stored objects as image planes: a single-frame image is one, an enhanced multi-frame image has one for each frame.
+"""Headers of stored objects as image planes: a single-frame image is one, a multi-frame image has one for each frame.
 
-What comes after sees planes alone: a frame's functional groups (PS3.3 C.7.6.16) are flattened to the attributes that a classic image
-would have. Must never read pixels or import torch.
+What comes after sees planes alone: an enhanced image's functional groups (PS3.3 C.7.6.16) are flattened to the attributes that a
+classic image would have. Must never read pixels or import torch.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,44 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.uid import (
+    UID,
+    ComputedRadiographyImageStorage,
+    CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForProcessing,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+    SecondaryCaptureImageStorage,
+)
 
+from dicomnode.analysis.functional_groups import UNREADABLE, FunctionalGroups, items_of
 from dicomnode.errors import AnalysisFailed
 
+MAXIMUM_FRAMES = 20_000  # of one image; one that claims more stays as it is, and is refused for its Number of Frames
+
+# What is asked for later. It is converted here, once for all planes of an image, and a value that is none of its VR is left out.
 _READ_HERE = (
-    "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "ImageType",
-    "BodyPartExamined", "SeriesNumber", "AcquisitionNumber", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
-    "SliceThickness", "GantryDetectorTilt", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "RescaleType",
-    "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
+    "ImageType", "BodyPartExamined", "AnatomicRegionSequence", "SeriesNumber", "AcquisitionNumber", "InstanceNumber",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "GantryDetectorTilt",
+    "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelSpacingCalibrationType", "EstimatedRadiographicMagnificationFactor",
+    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "PresentationLUTShape", "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence",
+    "PixelPaddingValue", "PixelPaddingRangeLimit", "PixelAspectRatio", "PatientAge", "PatientBirthDate", "StudyDate", "PatientPosition",
+    "PatientOrientation", "ViewPosition", "Laterality", "ImageLaterality", "ContrastBolusAgent", "ConvolutionKernel",
+    "QualityControlImage", "BurnedInAnnotation", "ScanningSequence", "SequenceVariant", "ScanOptions", "SequenceName", "PulseSequenceName",
+    "MRAcquisitionType", "EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "EchoNumbers", "EchoTrainLength",
+    "DiffusionBValue", "TemporalPositionIdentifier", "StackID", "ComplexImageComponent", "AcquisitionContrast", "SeriesDescription",
+    "ProtocolName", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "Manufacturer",
+    "ManufacturerModelName",
 )  # fmt: skip
+_NOT_OF_A_PLANE = {0x52009229, 0x52009230, 0x00280008}  # functional groups, Number of Frames
+# Classes of which an object is one image (PS3.3 A.2, A.3, A.4, A.8.1, A.21, A.26): one that claims several frames is malformed.
+_ONE_FRAME = {
+    ComputedRadiographyImageStorage, CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage, PositronEmissionTomographyImageStorage,
+    DigitalXRayImageStorageForPresentation, DigitalXRayImageStorageForProcessing,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +65,59 @@ class Frame:
 
 
 def read_headers(files: Sequence[Path]) -> list[tuple[Path, Dataset]]:
-    """Read the headers of DICOM files up to their pixels.
+    """Read the headers of DICOM files up to their pixels; an attribute whose value is malformed is left out of its header.
 
     Raises:
         AnalysisFailed: a file is no readable DICOM.
     """
-    headers: list[tuple[Path, Dataset]] = []
-    for file in files:
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True)
-            for keyword in _READ_HERE:
-                header.get(keyword)  # pydicom converts a value when it is first asked for it, and raises then
-            headers.append((file, header))
-        except (InvalidDicomError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, NotImplementedError) as error:
-            raise AnalysisFailed(f"The header of the stored object {file.stem} cannot be read ({type(error).__name__}).") from error
-    return headers
+    return [(file, _read_header(file)) for file in files]
 
 
 def frames_of(headers: Sequence[tuple[Path, Dataset]]) -> list[Frame]:
-    """Return the image planes of files, in the files' order and each file's frames in theirs."""
-    return [Frame(file=file, image=header, number=None, header=header) for file, header in headers]
+    """Return the image planes of files, in the files' order and each file's frames in theirs; an object that is no image has none."""
+    frames: list[Frame] = []
+    for file, header in headers:
+        if is_image(header):
+            frames += _planes(file, header)
+    return frames
+
+
+def is_image(header: Dataset) -> bool:
+    """Whether an object is an image by its SOP class; one of a class that isn't known is an image if it has rows and columns."""
+    sop_class = UID(str(header.get("SOPClassUID") or ""))
+    if sop_class.name != sop_class and sop_class.is_valid:
+        return "Image Storage" in sop_class.name  # PS3.4 B.5 names each image's class so, and neither SEG, SR, PR nor RT Dose
+    return "Rows" in header and "Columns" in header
+
+
+def _read_header(file: Path) -> Dataset:
+    try:
+        header = pydicom.dcmread(file, stop_before_pixels=True)
+    except (InvalidDicomError, zlib.error, *UNREADABLE) as error:
+        raise AnalysisFailed(f"The header of the stored object {file.stem} cannot be read ({type(error).__name__}).") from error
+    for keyword in _READ_HERE:
+        try:
+            header.get(keyword)  # pydicom converts a value when it is first asked for it, and raises then
+        except UNREADABLE:
+            del header[keyword]
+    return header
+
+
+def _planes(file: Path, image: Dataset) -> list[Frame]:
+    own = items_of(image, "PerFrameFunctionalGroupsSequence")
+    grouped = len(own) > 0 or "SharedFunctionalGroupsSequence" in image
+    count = image.get("NumberOfFrames")
+    count = len(own) or 1 if count is None else count
+    several = isinstance(count, int) and 1 < count <= MAXIMUM_FRAMES and image.get("SOPClassUID") not in _ONE_FRAME
+    if not (several or (grouped and count == 1)):
+        return [Frame(file=file, image=image, number=None, header=image)]
+    groups = FunctionalGroups(image)
+    items: Sequence[Dataset | None] = own if len(own) == count else [None] * count  # else nobody knows whose they are
+    top = {tag: element for tag in list(image.keys()) if tag not in _NOT_OF_A_PLANE and (element := image.get_item(tag)) is not None}
+    implicit, little = image.original_encoding
+    frames = []
+    for number, item in enumerate(items, start=1):
+        header = Dataset({**top, **groups.plane(item)})
+        header.set_original_encoding(implicit, little, image.original_character_set)
+        frames.append(Frame(file=file, image=image, number=number, header=header))
+    return frames

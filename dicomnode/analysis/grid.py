@@ -1,16 +1,27 @@
-"""The grid a network works on: a volume's own axes, turned to anatomical order, at another spacing.
+"""The grid a network works on: a volume's own axes, turned to anatomical order, at another spacing; and one series on another's voxels.
 
-Everything is separable and linear, one small matrix an axis, so positions are exact and results the same on each device.
-No interpolation across axes happens: oblique series keep their obliquity. Must never import torch.
+A grid is separable and linear, one small matrix an axis, so positions are exact and results the same on each device. No
+interpolation across axes happens: oblique series keep their obliquity, but where a second series is brought onto the first one's
+voxels. Must never import torch.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
+
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.manifest import PreprocessingSection
+from dicomnode.errors import PackageError
+from dicomnode.findings import Volume
+
+SAME_GRID = 1e-3  # voxels: two grids that differ by less anywhere are one
+SLAB_VOXELS = 2**22  # resampled at a time
 
 Triple = tuple[int, int, int]
 
@@ -64,13 +75,36 @@ class Grid:
         return np.ascontiguousarray(mask[flips].transpose(order)), (first, second, third)
 
 
-def grid_over(shape: Triple, affine: NDArray[np.float64], spacing_mm: tuple[float, float, float]) -> Grid:
-    """Return the grid of `spacing_mm` (towards head, back, left) that is centred on a volume of this shape and affine (to LPS mm)."""
+def grid_of(volume: Volume, preprocessing: PreprocessingSection) -> Grid:
+    """Return the grid that the manifest's preprocessing wants of a volume; a projection keeps its axes and its one slice.
+
+    With `size_px` the longer side gets that many pixels and the other one as many as keep the image's proportions in millimetres.
+    """
+    slices, rows, columns = volume.voxels.shape
+    shape = (slices, rows, columns)
+    slice_mm, row_mm, column_mm = volume.spacing_mm
+    if preprocessing.spacing_mm is not None:
+        _, wanted_row_mm, wanted_column_mm = spacing = preprocessing.spacing_mm
+        if not volume.is_projection:
+            return grid_over(shape, volume.affine, spacing)
+        return grid_over(shape, volume.affine, (slice_mm, wanted_row_mm, wanted_column_mm), keep_axes=True)
+    if preprocessing.size_px is None or not volume.is_projection:
+        raise PackageError("size_px of the preprocessing is for projections, and spacing_mm for series.")
+    pixel_mm = max(rows * row_mm, columns * column_mm) / preprocessing.size_px
+    return grid_over(shape, volume.affine, (slice_mm, pixel_mm, pixel_mm), keep_axes=True)
+
+
+def grid_over(shape: Triple, affine: NDArray[np.float64], spacing_mm: tuple[float, float, float], *, keep_axes: bool = False) -> Grid:
+    """Return the grid of `spacing_mm` that is centred on a volume of this shape and affine (to mm).
+
+    Its axes, and those of `spacing_mm`, go towards head, back and left; with `keep_axes` they are the volume's own.
+    """
     columns = affine[:3, :3]
     lengths = np.linalg.norm(columns, axis=0)
     along = (columns / lengths)[::-1]  # [a, v]: how much axis v of the volume points towards z, y, x
-    source_axis = max(itertools.permutations(range(3)), key=lambda order: sum(abs(along[a, v]) for a, v in enumerate(order)))
-    reversed_ = tuple(bool(along[a, v] < 0) for a, v in enumerate(source_axis))
+    turns = [(0, 1, 2)] if keep_axes else itertools.permutations(range(3))
+    source_axis = max(turns, key=lambda order: sum(abs(along[a, v]) for a, v in enumerate(order)))
+    reversed_ = tuple(not keep_axes and bool(along[a, v] < 0) for a, v in enumerate(source_axis))
     source_shape = tuple(shape[v] for v in source_axis)
     step = tuple(float(spacing_mm[a] / lengths[v]) for a, v in enumerate(source_axis))
     size = tuple(max(1, round(n / s)) for n, s in zip(source_shape, step, strict=True))
@@ -88,6 +122,52 @@ def grid_over(shape: Triple, affine: NDArray[np.float64], spacing_mm: tuple[floa
         reversed_=(reversed_[0], reversed_[1], reversed_[2]), step=(step[0], step[1], step[2]),
         offset=(offset[0], offset[1], offset[2]), spacing_mm=spacing_mm, affine=affine @ turned @ scaled,
     )  # fmt: skip
+
+
+def resample_to(volume: Volume, reference: Volume) -> Volume:
+    """Return `volume` on the voxels of `reference`, trilinear and float32; the same voxels where both have one grid.
+
+    Outside of it lies its minimum (CT: air; MR: background). Slices, affine and image UIDs are the reference's; Series Instance
+    UID, modality and values are the volume's own. Done in slabs: beside the result little memory is taken.
+
+    Raises:
+        NotEligible: the two lie in different frames of reference, so no position of one has a meaning in the other.
+    """
+    if volume.is_projection or volume.frame_of_reference_uid != reference.frame_of_reference_uid:
+        raise NotEligible("mixed-frame-of-reference", "The series of the set lie in different frames of reference.")
+    shape = reference.voxels.shape
+    into = np.linalg.inv(volume.affine) @ reference.affine  # reference index -> volume index
+    corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, n - 1) for n in shape))])
+    if shape == volume.voxels.shape and np.abs(corners @ into.T - corners).max() < SAME_GRID:
+        voxels = volume.voxels
+    else:
+        voxels = np.empty(shape, dtype=np.float32)
+        outside = volume.voxels.min()
+        for slab, start in _slabs(voxels):
+            offset = into[:3, 3] + into[:3, 0] * start
+            ndimage.affine_transform(volume.voxels, into[:3, :3], offset, output_shape=slab.shape, output=slab, order=1, mode="nearest")
+            slab[~_within(into[:3, :3], offset, slab.shape, volume.voxels.shape)] = outside
+    return replace(
+        volume, voxels=voxels, affine=reference.affine, sop_instance_uids=reference.sop_instance_uids, frame_numbers=reference.frame_numbers
+    )
+
+
+def _slabs(voxels: NDArray[np.float32]) -> Iterator[tuple[NDArray[np.float32], int]]:
+    thickness = max(1, SLAB_VOXELS // max(1, voxels[0].size))
+    for start in range(0, len(voxels), thickness):
+        yield voxels[start : start + thickness], start
+
+
+def _within(
+    matrix: NDArray[np.float64], offset: NDArray[np.float64], shape: tuple[int, ...], source_shape: tuple[int, ...]
+) -> NDArray[np.bool_]:
+    """Return which voxels of a slab lie within the source's outermost voxels, up to their edges (half a voxel beyond their centres)."""
+    k, r, c = np.ogrid[tuple(slice(n) for n in shape)]
+    inside = np.ones(shape, dtype=np.bool_)
+    for row, start, size in zip(matrix, offset, source_shape, strict=True):
+        along = (row[0] * k + row[1] * r + start).astype(np.float32) + (row[2] * c).astype(np.float32)
+        inside &= (along >= -0.5 - SAME_GRID) & (along <= size - 0.5 + SAME_GRID)
+    return inside
 
 
 def _triangles(positions: NDArray[np.float64], size: int, half_width: float) -> NDArray[np.float32]:
