@@ -18,9 +18,12 @@ from dicomnode.analysis.manifest import OutputSection
 from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Volume
 
 VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")
+AREA = Code(value="42798000", scheme="SCT", meaning="Area")
 LONG_AXIS = Code(value="103339001", scheme="SCT", meaning="Long Axis")
 MILLILITRE = Code(value="ml", scheme="UCUM", meaning="ml")
 MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
+SQUARE_MILLIMETRE = Code(value="mm2", scheme="UCUM", meaning="mm2")
+PIXEL = Code(value="{pixels}", scheme="UCUM", meaning="pixels")  # of a projection without a known spacing
 
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=np.bool_)  # 26-connected
 _SIDES: dict[int, Laterality] = {1: "right", 2: "left"}  # the side labels of a region
@@ -49,11 +52,11 @@ def find(output: OutputSection, probability: ProbabilityMap, volume: Volume) -> 
     found = [
         (segment, score, side)
         for segment, score, side in _segments(output, probability)
-        if score >= output.minimum_score and segment.voxel_count * volume.voxel_ml >= output.minimum_ml
+        if score >= output.minimum_score and segment.voxel_count >= smallest(output, volume)
     ]
     found.sort(key=lambda entry: (-entry[1], -entry[0].voxel_count, entry[0].origin))
     kept = found[: output.maximum_findings]  # only these are measured
-    return [_measured(output, segment, score, side, volume) for segment, score, side in kept], len(found) - len(kept)
+    return [measured(output, segment, score, side, volume) for segment, score, side in kept], len(found) - len(kept)
 
 
 def long_axis_of(segment: Segment, volume: Volume) -> LongAxis:
@@ -79,6 +82,54 @@ def long_axis_of(segment: Segment, volume: Volume) -> LongAxis:
         points_px=((column1, row1), (column2, row2)),
         length_mm=length,
     )
+
+
+def smallest(output: OutputSection, volume: Volume) -> float:
+    """Return how many voxels a segment of this output needs; none on a projection of unknown spacing."""
+    if volume.is_projection:
+        return 0.0 if volume.calibration == "none" else output.minimum_mm2 / _pixel_area(volume)
+    return output.minimum_ml / volume.voxel_ml
+
+
+def centre_of(segment: Segment, volume: Volume) -> tuple[float, float, float] | None:
+    """Return the mean position of the segment's voxels, LPS mm; None on a projection, which has no patient coordinates."""
+    if volume.is_projection:
+        return None
+    x, y, z = volume.to_lps(np.argwhere(segment.mask).mean(axis=0) + np.array(segment.origin)).tolist()
+    return x, y, z
+
+
+def measured(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
+    """Return the finding of an outline, with its volume (of a projection: its area) and its long axis.
+
+    Without a known spacing a projection is measured in pixels. The caller numbers the findings of all outputs together.
+    """
+    axis = long_axis_of(segment, volume)
+    in_pixels = volume.is_projection and volume.calibration == "none"
+    if volume.is_projection:
+        area = segment.voxel_count * _pixel_area(volume)
+        extent = Measurement(name=AREA, value=area, unit=PIXEL if in_pixels else SQUARE_MILLIMETRE)
+    else:
+        extent = Measurement(name=VOLUME, value=segment.voxel_count * volume.voxel_ml, unit=MILLILITRE)
+    return Finding(
+        number=1,
+        label=output.label,
+        probability=score,
+        category=output.category.code(),
+        type=output.type.code(),
+        site=output.site.code() if output.site else None,
+        side=side or output.side,
+        centre_lps_mm=centre_of(segment, volume),
+        segment=segment,
+        long_axis=axis,
+        measurements=(extent, Measurement(name=LONG_AXIS, value=axis.length_mm, unit=PIXEL if in_pixels else MILLIMETRE)),
+        colour_cielab=output.colour_cielab,
+    )
+
+
+def _pixel_area(volume: Volume) -> float:
+    _, row, column = volume.spacing_mm
+    return row * column
 
 
 def _segments(output: OutputSection, probability: ProbabilityMap) -> Iterator[tuple[Segment, float, Laterality | None]]:
@@ -132,28 +183,6 @@ def _mean_of_top_quarter(values: NDArray[np.float32]) -> float:
 def _majority(sides: NDArray[np.int8]) -> Laterality | None:
     right, left = (int(np.count_nonzero(sides == label)) for label in _SIDES)
     return None if right == left else _SIDES[1 if right > left else 2]
-
-
-def _measured(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
-    centre = volume.to_lps(np.argwhere(segment.mask).mean(axis=0) + np.array(segment.origin))
-    axis = long_axis_of(segment, volume)
-    return Finding(
-        number=1,  # the caller numbers the findings of all outputs together
-        label=output.label,
-        probability=score,
-        category=output.category.code(),
-        type=output.type.code(),
-        site=output.site.code() if output.site else None,
-        side=side,
-        centre_lps_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
-        segment=segment,
-        long_axis=axis,
-        measurements=(
-            Measurement(name=VOLUME, value=segment.voxel_count * volume.voxel_ml, unit=MILLILITRE),
-            Measurement(name=LONG_AXIS, value=axis.length_mm, unit=MILLIMETRE),
-        ),
-        colour_cielab=output.colour_cielab,
-    )
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dicomnode.analysis.backends import TORCH, Backend, available, backend_for, device_named, is_out_of_memory
+from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSection, parse_manifest
 from dicomnode.analysis.networks import Between, build_network, first_line, go_on, load_weights
@@ -221,7 +222,9 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
     if threads > 0:
         torch.set_num_threads(threads)
     place = device_named(device)
-    if manifest.bundle is not None or manifest.kind != "segmentation":
+    if manifest.bundle is not None:
+        return load_bundle(contents, manifest, digest, place)
+    if manifest.kind != "segmentation":
         raise PackageError(f"the package {manifest.name} is of a kind that isn't run yet")
     network = build_network(contents[NETWORK_CONFIG], manifest.name)
     load_weights(network, contents, manifest.name)

@@ -9,7 +9,8 @@ import importlib
 import io
 import json
 import pickle  # only for the name of the error that torch's weights_only loader raises
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -82,30 +83,85 @@ def _network_class(target: object, name: str) -> None:
         raise refusal
 
 
-def load_weights(network: torch.nn.Module, contents: dict[str, bytes], name: str) -> None:
+def load_weights(network: torch.nn.Module, contents: Mapping[str, bytes], name: str) -> None:
     """Load the weights among a package's files into its network.
 
     Raises:
         PackageError: they are no table of finite tensors that fits the network, or hold code.
     """
     file = next(weights for weights in WEIGHTS if weights in contents)
+    load_state(network, file, contents[file], name)
+
+
+def load_state(network: torch.nn.Module, file: str, data: bytes, name: str, key: str = "model") -> None:
+    """Load one file of weights: a table of tensors, or a checkpoint that holds one under `key`, as MONAI's CheckpointLoader takes it.
+
+    A prefix `module.` of all names, left by training on several devices, is dropped.
+
+    Raises:
+        PackageError: as `load_weights` does.
+    """
     try:
         if file.endswith(".safetensors"):
-            state: Any = safetensors.torch.load(contents[file])
+            state: Any = safetensors.torch.load(data)
         else:
-            state = torch.load(io.BytesIO(contents[file]), map_location="cpu", weights_only=True)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PackageError(f"The weights of the package {name} are a pickle with more than tensors: code is refused.") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
         raise PackageError(f"The weights of the package {name} cannot be read: {first_line(error)}.") from error
+    if isinstance(state, dict):
+        inner = (state[k] for k in (key, "model", "state_dict", "network") if isinstance(state.get(k), dict))
+        state = next(inner, state)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise PackageError(f"The weights of the package {name} are not a table of tensors.")
-    if not all(bool(torch.isfinite(value).all()) for value in state.values()):
-        raise PackageError(f"The weights of the package {name} hold numbers that are not finite.")
+    if state and all(k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    check_finite(state.values(), name)
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise PackageError(f"The weights of the package {name} don't fit its network: {first_line(error)}.") from error
+        raise PackageError(f"The weights of the package {name} don't fit its network: {mismatch(error)}.") from error
+
+
+def check_finite(tensors: Iterable[torch.Tensor], name: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        PackageError: one of them does.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise PackageError(f"The weights of the package {name} hold numbers that are not finite.")
+
+
+def mismatch(error: BaseException) -> str:
+    """Return what torch says about weights that don't fit, in one line."""
+    return " ".join(str(error).split()).rstrip(".")[:300]
+
+
+def is_scripted(data: bytes) -> bool:
+    """Whether a file of weights is a TorchScript archive: a zip with code and constants."""
+    if not data.startswith(b"PK"):
+        return False
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def scripted_network(data: bytes, name: str, device: torch.device) -> torch.nn.Module:
+    """Return the network of a TorchScript archive.
+
+    Raises:
+        PackageError: it can't be read, or holds numbers that are not finite.
+    """
+    try:
+        network: torch.nn.Module = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]  # torch's own
+    except (RuntimeError, ValueError) as error:
+        raise PackageError(f"The TorchScript of the package {name} cannot be read: {first_line(error)}.") from error
+    check_finite((*network.parameters(), *network.buffers()), name)
+    return network.eval()
 
 
 def _entries(value: object, key: str = "") -> Iterator[tuple[str, object]]:
