@@ -109,8 +109,9 @@ class Analyser:
         clock.lap("inference")
         identity = _identity(job)
         segmentation = encode_segmentation(findings, volume, selected.headers, identity)
-        report = encode_report(findings, volume, selected.headers, identity, segmentation)
-        prove(segmentation, report, findings, volume)
+        headers_of_all = [header for series in selection.series for header in series.headers]
+        report = encode_report(findings, volume, headers_of_all, identity, segmentation)
+        prove(segmentation, report, findings, volume, others=tuple(volumes.values())[1:])
         clock.lap("results")
         objects = (report,) if segmentation is None else (segmentation, report)
         return Outcome(

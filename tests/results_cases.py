@@ -1,4 +1,4 @@
-"""CT series with a known lesion, as headers and a volume, for the tests of results and of the validators."""
+"""Series and projections with a known lesion, as headers and a volume, for the tests of results and of the validators."""
 
 from __future__ import annotations
 
@@ -13,9 +13,30 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    CTImageStorage,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForPresentation,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    XRayAngiographicImageStorage,
+)
 
-from dicomnode.findings import Code, Finding, Findings, Laterality, LongAxis, Measurement, RunIdentity, Segment, Volume
+from dicomnode.findings import (
+    Calibration,
+    Code,
+    Finding,
+    Findings,
+    Laterality,
+    LongAxis,
+    Measurement,
+    RunIdentity,
+    Score,
+    Segment,
+    Volume,
+)
 
 LIDC = Path(__file__).parent.parent.parent / "shared" / "data" / "ct_chest_lidc"
 UID = "1.2.826.0.1.3680043.8.498.1"
@@ -29,6 +50,13 @@ ORIENTATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, fl
     "oblique": ((0.9396926, 0.3420201, 0.0), (-0.3213938, 0.8830222, 0.3420201)),
 }
 
+PROJECTIONS = {
+    "CR": ComputedRadiographyImageStorage,
+    "DX": DigitalXRayImageStorageForPresentation,
+    "MG": DigitalMammographyXRayImageStorageForPresentation,
+    "XA": XRayAngiographicImageStorage,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -38,7 +66,7 @@ class Case:
     headers: list[Dataset]
     identity: RunIdentity
 
-    def findings(self, *found: Finding, omitted: int = 0) -> Findings:
+    def findings(self, *found: Finding, **more: Any) -> Findings:
         """Say `found`, numbered from 1, about this series."""
         return Findings(
             package="lung-nodule-ct",
@@ -49,7 +77,7 @@ class Case:
             series_instance_uid=self.volume.series_instance_uid,
             findings=tuple(replace(f, number=i) for i, f in enumerate(found, start=1)),
             device="cpu fp32",
-            omitted=omitted,
+            **more,
         )
 
 
@@ -109,6 +137,63 @@ def synthetic(
     return Case(volume=volume_of(headers, np.full(shape, -800, dtype=np.float32), affine), headers=headers, identity=identity(f"{UID}.1"))
 
 
+def enhanced(modality: str = "CT", *, shuffled: bool = True, **more: Any) -> Case:
+    """The same series as one multi-frame image; unless told otherwise its frames don't lie in the order of the slices."""
+    classic = synthetic(Modality=modality, **more)
+    count = len(classic.headers)
+    numbers = tuple((7 * k) % count + 1 if shuffled else k + 1 for k in range(count))
+    image = Dataset()
+    for element in classic.headers[0]:
+        if element.keyword not in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+            image.add(element)
+    image.file_meta = classic.headers[0].file_meta
+    image.SOPClassUID = EnhancedMRImageStorage if modality == "MR" else EnhancedCTImageStorage
+    image.SOPInstanceUID, image.NumberOfFrames = f"{UID}.3.99", count
+    shared, measures, orientation = Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = classic.headers[0].PixelSpacing, classic.headers[0].SliceThickness
+    orientation.ImageOrientationPatient = classic.headers[0].ImageOrientationPatient
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+    image.SharedFunctionalGroupsSequence = [shared]
+    frames = [Dataset() for _ in numbers]
+    for header, number in zip(classic.headers, numbers, strict=True):
+        position = Dataset()
+        position.ImagePositionPatient = header.ImagePositionPatient
+        frames[number - 1].PlanePositionSequence = [position]
+    image.PerFrameFunctionalGroupsSequence = frames
+    volume = replace(classic.volume, sop_instance_uids=(str(image.SOPInstanceUID),) * count, frame_numbers=numbers, modality=modality)
+    return Case(volume=volume, headers=[image], identity=classic.identity)
+
+
+def projection(modality: str = "DX", *, calibration: Calibration = "detector", frame: int | None = None, **more: Any) -> Case:
+    """A radiograph of 80 x 60 pixels of 0.2 x 0.15 mm; `frame`: it is this frame of a multi-frame image."""
+    shape, (row_mm, column_mm) = (1, 80, 60), (0.2, 0.15) if calibration != "none" else (1.0, 1.0)
+    header = synthetic(shape=shape, Modality=modality, **more).headers[0]
+    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "FrameOfReferenceUID"):
+        delattr(header, keyword)
+    header.SOPClassUID = PROJECTIONS[modality]
+    header.PatientOrientation = ["L", "F"]
+    if calibration == "detector":
+        header.ImagerPixelSpacing = [row_mm, column_mm]
+    if calibration == "patient":
+        header.PixelSpacing = [row_mm, column_mm]
+    if frame is not None:
+        header.NumberOfFrames = frame + 2
+    affine = np.zeros((4, 4))
+    affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = column_mm, row_mm, 1.0, 1.0
+    volume = Volume(
+        voxels=np.zeros(shape, dtype=np.int16),
+        affine=affine,
+        sop_instance_uids=(str(header.SOPInstanceUID),),
+        series_instance_uid=str(header.SeriesInstanceUID),
+        study_instance_uid=str(header.StudyInstanceUID),
+        frame_of_reference_uid=None,
+        modality=modality,
+        frame_numbers=None if frame is None else (frame,),
+        calibration=calibration,
+    )
+    return Case(volume=volume, headers=[header], identity=identity(f"{UID}.1"))
+
+
 def volume_of(headers: Sequence[Dataset], voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> Volume:
     """Voxels and affine with the identities of their headers."""
     return Volume(
@@ -147,7 +232,6 @@ def finding_of(case: Case, segment: Segment, *, side: Laterality | None = "left"
     ends = pixels[[a, b]].astype(np.float64)
     points = volume.to_lps(ends)
     length = float(distance.max())
-    millimetre, millilitre = Code(value="mm", scheme="UCUM", meaning="mm"), Code(value="ml", scheme="UCUM", meaning="ml")
     return Finding(
         number=1,
         label="Lung nodule",
@@ -156,7 +240,7 @@ def finding_of(case: Case, segment: Segment, *, side: Laterality | None = "left"
         type=Code(value="27925004", scheme="SCT", meaning="Nodule"),
         site=Code(value="39607008", scheme="SCT", meaning="Lung"),
         side=side,
-        centre_lps_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
+        centre_lps_mm=None if volume.is_projection else (float(centre[0]), float(centre[1]), float(centre[2])),
         segment=segment,
         long_axis=LongAxis(
             slice_index=k,
@@ -164,11 +248,54 @@ def finding_of(case: Case, segment: Segment, *, side: Laterality | None = "left"
             points_px=((float(ends[0][2]), float(ends[0][1])), (float(ends[1][2]), float(ends[1][1]))),
             length_mm=length,
         ),
-        measurements=(
-            Measurement(name=Code(value="118565006", scheme="SCT", meaning="Volume"), value=len(index) * volume.voxel_ml, unit=millilitre),
-            Measurement(name=Code(value="103339001", scheme="SCT", meaning="Long axis"), value=length, unit=millimetre),
-        ),
+        measurements=measured(volume, len(index), length),
         colour_cielab=(70.0, 30.0, 50.0),
+    )
+
+
+def measured(volume: Volume, count: int, length: float) -> tuple[Measurement, ...]:
+    """Volume and long axis, of a projection area and long axis, in the units that its calibration allows."""
+    unit = "{pixels}" if volume.calibration == "none" else "mm"
+    axis = Measurement(
+        name=Code(value="103339001", scheme="SCT", meaning="Long axis"), value=length, unit=Code(value=unit, scheme="UCUM", meaning=unit)
+    )
+    if not volume.is_projection:
+        millilitre = Code(value="ml", scheme="UCUM", meaning="ml")
+        name = Code(value="118565006", scheme="SCT", meaning="Volume")
+        return Measurement(name=name, value=count * volume.voxel_ml, unit=millilitre), axis
+    square = "{pixels}" if volume.calibration == "none" else "mm2"
+    area = count * volume.spacing_mm[1] * volume.spacing_mm[2]
+    name = Code(value="42798000", scheme="SCT", meaning="Area")
+    return Measurement(name=name, value=area, unit=Code(value=square, scheme="UCUM", meaning=square)), axis
+
+
+def box_of(case: Case, first: tuple[int, int, int], shape: tuple[int, int, int], **about: Any) -> Finding:
+    """What a detection says: a filled box and a probability."""
+    found = finding_of(case, Segment(mask=np.ones(shape, dtype=np.bool_), origin=first), **about)
+    return replace(found, shape="box", long_axis=None, measurements=())
+
+
+def heat_map_of(case: Case, segment: Segment, **about: Any) -> Finding:
+    """What a classification says of a place."""
+    found = finding_of(case, segment, **about)
+    return replace(found, label="Pneumothorax", shape="heat map", long_axis=None, measurements=())
+
+
+def scores() -> tuple[Score, ...]:
+    """Three classes, one of them positive."""
+    return tuple(
+        Score(
+            label=label,
+            type=Code(value=value, scheme="SCT", meaning=label),
+            probability=probability,
+            threshold=0.5,
+            positive=probability > 0.5,
+        )
+        for label, value, probability in (
+            ("Pneumothorax", "36118008", 0.8125),
+            ("Pleural effusion", "60046008", 0.25),
+            ("Cardiomegaly", "8186001", 0.0305),
+        )
     )
 
 

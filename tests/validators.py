@@ -43,9 +43,10 @@ PIXELMED_NOISE = re.compile(
 
 def complaints(file: Path, folder: Path) -> list[str]:
     """Return what the validators find wrong with a SEG or SR, known noise left out; `folder` is for what dcmqi writes."""
-    sop_class = dcmread(file, stop_before_pixels=True).SOPClassUID
+    header = dcmread(file, stop_before_pixels=True)
+    sop_class = header.SOPClassUID
     found = [f"dciodvfy: {line}" for line in _dciodvfy(file)]
-    if sop_class == SEGMENTATION:
+    if sop_class == SEGMENTATION and "FrameOfReferenceUID" in header:  # of a projection: dcmqi 1.5.7 reads none without directions
         found += _reads(
             file, "segimage2itkimage", "--inputDICOM", file, "--outputDirectory", folder, "--outputType", "nrrd", "--prefix", "v"
         )

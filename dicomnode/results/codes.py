@@ -10,12 +10,18 @@ from dicomnode.findings import Code, Laterality
 VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")
 LONG_AXIS = Code(value="103339001", scheme="SCT", meaning="Long axis")
 CERTAINTY = Code(value="111012", scheme="DCM", meaning="Certainty of Finding")  # CID 6048
+BOUNDED_BY = Code(value="75958009", scheme="SCT", meaning="Bounded by")  # CID 219
 QUALITATIVE_EVALUATIONS = Code(value="C0034375", scheme="UMLS", meaning="Qualitative Evaluations")  # TID 1500 row 12
 COMMENT = Code(value="121106", scheme="DCM", meaning="Comment")
+AREA = Code(value="42798000", scheme="SCT", meaning="Area")  # CID 7471
+SEGMENTED = Code(value="113076", scheme="DCM", meaning="Segmentation")  # CID 7203
+SOURCE_IMAGE = Code(value="121322", scheme="DCM", meaning="Source image for image processing operation")  # CID 7202
 ARTIFICIAL_INTELLIGENCE = Code(value="123110", scheme="DCM", meaning="Artificial Intelligence")  # CID 7162
 
 MILLILITRE = Code(value="ml", scheme="UCUM", meaning="ml")
 MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
+SQUARE_MILLIMETRE = Code(value="mm2", scheme="UCUM", meaning="mm2")
+PIXELS = Code(value="{pixels}", scheme="UCUM", meaning="Pixels")
 PERCENT = Code(value="%", scheme="UCUM", meaning="Percent")
 
 SUMMARY = Code(value="111017", scheme="DCM", meaning="CAD Processing and Findings Summary")
@@ -37,13 +43,27 @@ _PROCEDURES: dict[str, Code] = {
     "PT": Code(value="44136-0", scheme="LN", meaning="PET unspecified body region"),
     "CR": Code(value="43468-8", scheme="LN", meaning="XR unspecified body region"),
     "DX": Code(value="43468-8", scheme="LN", meaning="XR unspecified body region"),
+    "RG": Code(value="43468-8", scheme="LN", meaning="XR unspecified body region"),
 }
 _IMAGING = Code(value="363679005", scheme="SCT", meaning="Imaging procedure")  # CID 100
+
+# CID 29 Acquisition Modality, and of CID 32 what isn't in it: the value is that of Modality (0008,0060)
+_MODALITIES = {
+    "CT": "Computed Tomography", "MR": "Magnetic Resonance", "PT": "Positron emission tomography", "NM": "Nuclear Medicine",
+    "CR": "Computed Radiography", "DX": "Digital Radiography", "MG": "Mammography", "RG": "Radiographic imaging",
+    "XA": "X-Ray Angiography", "RF": "Radiofluoroscopy", "PX": "Panoramic X-Ray", "IO": "Intra-oral Radiography",
+    "US": "Ultrasound", "OT": "Other",
+}  # fmt: skip
+
+
+def modality(value: str) -> Code | None:
+    """Return the coded modality of a Modality (0008,0060), or None where this table doesn't know it."""
+    return Code(value=value, scheme="DCM", meaning=_MODALITIES[value]) if value in _MODALITIES else None
 
 
 def as_printed(code: Code) -> Code:
     """Return the code with the meaning that PS3.16 prints, where this table knows it."""
-    return next((c for c in (VOLUME, LONG_AXIS) if (c.value, c.scheme) == (code.value, code.scheme)), code)
+    return next((c for c in (VOLUME, LONG_AXIS, AREA) if (c.value, c.scheme) == (code.value, code.scheme)), code)
 
 
 def procedure_reported(modality: str) -> Code:

@@ -57,6 +57,16 @@ def tracking_id(identity: RunIdentity, finding_number: int) -> str:
     return f"{identity.package} {identity.version} {what}"
 
 
+def class_tracking_uid(identity: RunIdentity, number: int) -> str:
+    """Return the Tracking UID of what a classification says about its `number`-th class (from 1): about the study, not about a place."""
+    return derive_uid(identity, "tracking class", str(number))
+
+
+def class_tracking_id(identity: RunIdentity, number: int) -> str:
+    """Return the readable Tracking ID beside `class_tracking_uid`."""
+    return f"{identity.package} {identity.version} class {number}"
+
+
 def device_uid(identity: RunIdentity) -> str:
     """Return the UID of the device that speaks in a report: this version and digest of the package, whatever the study."""
     return _uid(["device", identity.package, identity.version, identity.digest])

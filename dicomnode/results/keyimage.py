@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydicom import Dataset
 
-from dicomnode.results.proof import frame_pixels
+from dicomnode.results.decoding import frame_pixels
 
 RESEARCH = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 LUNG_WINDOW = (-600.0, 1500.0)  # centre and width, HU

@@ -1,182 +1,156 @@
 """Result objects are read again from their bytes and compared with the findings before anything leaves the node.
 
-Must never import highdicom or the encoders: what proves must not share code with what is proved. Only pydicom's reader and
-numpy are used; segment, plane and position come from each frame's own functional groups.
+Must never import highdicom or the encoders: what proves must not share code with what is proved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from io import BytesIO
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
 
-from dicomnode.errors import ProofFailed
-from dicomnode.findings import Finding, Findings, ResultObject, Volume
+from dicomnode.findings import Finding, Findings, ResultObject, Segment, Volume
+from dicomnode.results.decoding import (
+    DecodedGroup,
+    DecodedSegment,
+    Number,
+    comments_of,
+    decode_report,
+    decode_segmentation,
+    expect,
+    frame_pixels,
+    items_below,
+    read,
+    slices_of,
+)
 
 _TO_ML = {"ml": 1.0, "mL": 1.0, "cm3": 1.0, "mm3": 0.001}  # UCUM is case sensitive; litre may be l or L
 _TO_MM = {"mm": 1.0, "cm": 10.0}
-_LATERALITY = {"7771000": "left", "24028007": "right"}
+_TO_MM2 = {"mm2": 1.0, "cm2": 100.0}
+_TO_PIXELS = {"{pixels}": 1.0}
+_TO_PERCENT = {"%": 1.0}
 _HALF = 0.5  # voxel: the tolerance of every position
 _NUMBER = 1e-4  # relative: reports carry six significant digits
 
-_VOLUME, _LONG_AXIS, _SUMMARY = "118565006", "103339001", "111017"
+_VOLUME, _LONG_AXIS, _AREA, _CERTAINTY, _SUMMARY = "118565006", "103339001", "42798000", "111012", "111017"
+_TYPE, _CATEGORY = "121071", "276214006"  # Finding, Finding Category
 _FINISHED = {True: "111242", False: "111241"}  # CID 6047: all algorithms succeeded, with or without findings
+_WARNING = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodedSegment:
-    """What the bytes of a SEG say about one segment."""
-
-    number: int
-    tracking_uid: str
-    side: str | None
-    voxels: NDArray[np.int64]  # (n, 3) volume indices (k, r, c), sorted
-    points_lps_mm: NDArray[np.float64]  # (n, 3) from the frames' own geometry, in the same order
-    volume_ml: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedGroup:
-    """What the bytes of an SR say in one measurement group."""
-
-    tracking_uid: str
-    numbers: tuple[tuple[str, float, str, str], ...]  # concept, value, unit, scheme of the unit
-    codes: tuple[tuple[str, str], ...]  # concept, value
-    sides: tuple[str, ...]
-    segment: tuple[str, int] | None  # SOP Instance UID of a SEG, segment number
-    line: tuple[str, NDArray[np.float64]] | None  # SOP Instance UID of an image, (n, 2) (column, row)
-
-
-def prove(segmentation: ResultObject | None, report: ResultObject, findings: Findings, volume: Volume) -> None:
+def prove(
+    segmentation: ResultObject | None, report: ResultObject, findings: Findings, volume: Volume, others: Sequence[Volume] = ()
+) -> None:
     """Return if SEG and SR say what the findings say, on the right images and in the right place.
 
-    Positions agree within half a voxel, voxels exactly, reported numbers to four digits.
+    Positions agree within half a voxel, voxels exactly, reported numbers to four digits. `others` are the volumes that the model was
+    given beside the first: the SR names their images too.
 
     Raises:
         ProofFailed: one sentence says what differs; neither object may leave.
     """
-    _expect((segmentation is None) == (not findings.findings), "there must be a SEG exactly when there are findings")
+    expect((segmentation is None) == (not findings.findings), "there must be a SEG exactly when there are findings")
+    expect(tuple(o.series_instance_uid for o in others) == findings.other_series, "the findings name other series than the model was given")
     segments: dict[int, DecodedSegment] = {}
     if segmentation is not None:
-        segments = {s.number: s for s in decode_segmentation(segmentation.data, volume)}
+        seg = read(segmentation.data)
+        expect(str(seg.SOPInstanceUID) == segmentation.sop_instance_uid, "the SEG's bytes hold another SOP Instance UID than was announced")
+        segments = {s.number: s for s in decode_segmentation(seg, volume)}
+        _compare_images(_named_by_segmentation(seg), {*volume.sop_instance_uids}, "SEG")
         wanted = {f.number for f in findings.findings}
-        _expect(set(segments) == wanted, f"the SEG has the segments {sorted(segments)}, the findings are {sorted(wanted)}")
+        expect(set(segments) == wanted, f"the SEG has the segments {sorted(segments)}, the findings are {sorted(wanted)}")
         for finding in findings.findings:
-            _compare_segment(segments[finding.number], finding, volume)
-    document = _read(report)
-    _expect(str(document.get("VerificationFlag")) == "UNVERIFIED", "the SR doesn't say that nobody has verified it")
+            _compare_segment(segments[finding.number], finding, volume, seg)
+    document = _read(report, volume)
     groups = list(decode_report(document))
     for finding in findings.findings:
         segment = segments[finding.number]
         _compare_groups([g for g in groups if g.tracking_uid == segment.tracking_uid], finding, segment, segmentation, volume)
     known = {s.tracking_uid for s in segments.values()}
-    others = [g for g in groups if g.tracking_uid not in known]
-    _expect(len(others) == 1, f"the SR has {len(others)} groups that belong to no finding, and not the one summary")
-    ending = _FINISHED[bool(findings.findings)]
-    _expect((_SUMMARY, ending) in others[0].codes, f"the SR's summary isn't ({ending}, DCM)")
-    _compare_images(_named_by_report(document), volume, "SR", segmentation)
+    _compare_study([g for g in groups if g.tracking_uid not in known], findings)
+    _compare_comments(comments_of(document), findings, volume)
+    _compare_evidence(document, volume, others, segmentation)
 
 
-def decode_segmentation(data: bytes, volume: Volume) -> list[DecodedSegment]:
-    """Read a BINARY SEG from its bytes alone; the volume says only which image and plane a frame must lie on.
-
-    Raises:
-        ProofFailed: a frame lies elsewhere than the image it names, names none of the volume's, or the frame of reference differs.
-    """
-    seg = pydicom.dcmread(BytesIO(data))
-    _expect(str(seg.get("SegmentationType")) == "BINARY", "the SEG isn't BINARY")
-    _expect(str(seg.get("ContentQualification")) == "RESEARCH", "the SEG's Content Qualification isn't RESEARCH")
-    _expect(
-        seg.get("FrameOfReferenceUID") == volume.frame_of_reference_uid,
-        f"the SEG's Frame of Reference is {seg.get('FrameOfReferenceUID')}, the volume's {volume.frame_of_reference_uid}",
-    )
-    _expect(seg.StudyInstanceUID == volume.study_instance_uid, "the SEG belongs to another study than the volume")
-    _compare_images(_named_by_segmentation(seg), volume, "SEG")
-    to_index = np.linalg.inv(volume.affine)
-    found: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float64]]]] = {int(s.SegmentNumber): [] for s in seg.SegmentSequence}
-    voxel_ml = 0.0
-    shared = seg.SharedFunctionalGroupsSequence[0]
-    for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence):
-        name = f"frame {number + 1} of the SEG"
-        segment = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-        _expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
-        sources = [str(s.ReferencedSOPInstanceUID) for d in frame.DerivationImageSequence for s in d.SourceImageSequence]
-        _expect(
-            len(sources) == 1 and sources[0] in volume.sop_instance_uids, f"{name} names {sources} as its source, no image of the volume"
-        )
-        pixels = np.argwhere(frame_pixels(seg, number))
-        _expect(len(pixels) > 0, f"{name} is empty")
-        voxels = np.column_stack([np.full(len(pixels), volume.sop_instance_uids.index(sources[0])), pixels])
-        points, voxel_ml = _points(pixels, frame, shared)
-        off = float(np.abs(points @ to_index[:3, :3].T + to_index[:3, 3] - voxels).max())
-        _expect(off <= _HALF + 1e-6, f"{name} lies {off:.2f} voxels away from its place on the image it names")
-        found[segment].append((voxels, points))
-    return [_joined(item, found[int(item.SegmentNumber)], voxel_ml) for item in seg.SegmentSequence]
+def _read(report: ResultObject, volume: Volume) -> Dataset:
+    document = read(report.data)
+    expect(str(document.get("VerificationFlag")) == "UNVERIFIED", "the SR doesn't say that nobody has verified it")
+    expect(str(document.get("ContentQualification")) == "RESEARCH", "the SR's Content Qualification isn't RESEARCH")
+    expect(str(document.SOPInstanceUID) == report.sop_instance_uid, "the SR's bytes hold another SOP Instance UID than was announced")
+    expect(document.StudyInstanceUID == volume.study_instance_uid, "the SR belongs to another study than the volume")
+    return document
 
 
-def decode_report(document: Dataset) -> Iterator[DecodedGroup]:
-    """Yield the measurement groups of a TID 1500 report, whatever template each follows.
-
-    Raises:
-        ProofFailed: a group has not exactly one Tracking Unique Identifier, or a number has no unit.
-    """
-    for item in _items(document):
-        if _concept(item) == "125007":  # Measurement Group
-            content = list(_items(item))
-            tracking = [str(i.UID) for i in content if _concept(i) == "112040"]
-            _expect(len(tracking) == 1, f"a measurement group of the SR has {len(tracking)} Tracking Unique Identifiers")
-            yield DecodedGroup(
-                tracking_uid=tracking[0],
-                numbers=tuple(_number(i) for i in content if i.ValueType == "NUM"),
-                codes=tuple((_concept(i), str(i.ConceptCodeSequence[0].CodeValue)) for i in content if i.ValueType == "CODE"),
-                sides=tuple(
-                    _LATERALITY.get(str(i.ConceptCodeSequence[0].CodeValue), "other") for i in content if _concept(i) == "272741003"
-                ),
-                segment=_referenced_segment(content),
-                line=_line(content),
-            )
-
-
-def frame_pixels(seg: Dataset, frame: int) -> NDArray[np.bool_]:
-    """One frame of BINARY pixel data: bits follow each other without padding between frames, lowest bit first (PS3.5 8.1.1)."""
-    size = int(seg.Rows) * int(seg.Columns)
-    first = frame * size
-    data = np.frombuffer(seg.PixelData, dtype=np.uint8, count=(first + size + 7) // 8 - first // 8, offset=first // 8)
-    bits = np.unpackbits(data, bitorder="little")[first % 8 : first % 8 + size]
-    return bits.reshape(int(seg.Rows), int(seg.Columns)).astype(np.bool_)
-
-
-def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
-    """Volume, centre, bounds, side, and at last each voxel."""
+def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume, seg: Dataset) -> None:
+    """What it is called, volume, centre, bounds, side, and at last each voxel."""
     name = f"segment {segment.number}"
-    expected = np.argwhere(finding.segment.mask) + np.array(finding.segment.origin)
-    count = len(segment.voxels)
-    _expect(count == len(expected), f"{name} has {count} voxels, its finding {len(expected)}")
-    _expect(_near(segment.volume_ml, len(expected) * volume.voxel_ml), f"{name} has {segment.volume_ml:.4f} ml by its own pixel measures")
-    half_voxel = _HALF * np.abs(volume.affine[:3, :3]).sum(axis=1)  # along x, y, z
-    centre = segment.points_lps_mm.mean(axis=0)
-    if finding.centre_lps_mm is None:
-        raise ProofFailed(f"{name} is of a projection, which is not proved yet")
-    distance = np.abs(centre - np.array(finding.centre_lps_mm))
-    _expect(
-        bool((distance <= half_voxel).all()),
-        f"{name} has its centre at {_mm(centre)} mm (LPS), its finding at {_mm(finding.centre_lps_mm)} mm",
-    )
-    there = volume.to_lps(expected.astype(np.float64))
-    for decoded, wanted, end in (
-        (segment.points_lps_mm.min(axis=0), there.min(axis=0), "begins"),
-        (segment.points_lps_mm.max(axis=0), there.max(axis=0), "ends"),
+    for shape in ("box", "heat map"):
+        expect(
+            segment.label.endswith(f", {shape}") == (finding.shape == shape),
+            f"{name} is labelled {segment.label!r}, but is a {finding.shape}",
+        )
+    coded = tuple((code.value, code.scheme) for code in (finding.category, finding.type))
+    expect(segment.codes == coded, f"{name} is coded as {segment.codes}, its finding as {coded}")
+    count = finding.segment.voxel_count
+    expect(segment.count == count, f"{name} has {segment.count} voxels, its finding {count}")
+    _compare_measures(segment, volume)
+    middle, ends = _extent(finding.segment)
+    half_voxel = np.full(3, _HALF) if volume.is_projection else _HALF * np.abs(volume.affine[:3, :3]).sum(axis=1)  # along x, y, z
+    unit = "(slice, row, column)" if volume.is_projection else "mm (LPS)"
+    there = ends if volume.is_projection else volume.to_lps(ends)
+    said = middle if finding.centre_lps_mm is None else np.array(finding.centre_lps_mm)
+    expect((finding.centre_lps_mm is None) == volume.is_projection, f"{name} has a centre in space exactly where its images have none")
+    for decoded, wanted, verb in (
+        (segment.centre, said, "has its centre"),
+        (segment.low, there.min(axis=0), "begins"),
+        (segment.high, there.max(axis=0), "ends"),
     ):
-        near = bool((np.abs(decoded - wanted) <= half_voxel).all())
-        _expect(near, f"{name} {end} at {_mm(decoded)} mm (LPS), its finding at {_mm(wanted)} mm")
+        near = bool((np.abs(decoded - wanted) <= half_voxel + 1e-9).all())
+        expect(near, f"{name} {verb} at {_point(decoded)} {unit}, its finding at {_point(wanted)}")
     coded_side = finding.side if finding.site is not None else None
-    _expect(segment.side == coded_side, f"{name} is coded as {segment.side or 'neither'} side, its finding is {coded_side or 'neither'}")
-    _expect(bool(np.array_equal(segment.voxels, expected)), f"{name} has other voxels than its finding")
+    expect(segment.side == coded_side, f"{name} is coded as {segment.side or 'neither'} side, its finding is {coded_side or 'neither'}")
+    _compare_voxels(segment, finding, seg)
+
+
+def _compare_measures(segment: DecodedSegment, volume: Volume) -> None:
+    name = f"segment {segment.number}"
+    if volume.is_projection and volume.calibration != "patient":
+        expect(segment.pixel_mm is None, f"{name} claims a pixel spacing in the patient, which isn't known")
+        return
+    spacing = volume.spacing_mm[1:]
+    same = segment.pixel_mm is not None and all(_near(a, b) for a, b in zip(segment.pixel_mm, spacing, strict=True))
+    if not volume.is_projection:
+        wanted = segment.count * volume.voxel_ml
+        expect(_near(segment.volume_ml, wanted), f"{name} has {segment.volume_ml:.4f} ml by its own pixel measures")
+    else:
+        expect(same, f"{name} has the pixel spacing {segment.pixel_mm}, its image {spacing}")
+
+
+def _extent(segment: Segment) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The mean voxel index (3,), and the first and last voxel of each row (n, 3): a linear map has its extremes there."""
+    mask, origin = segment.mask, np.array(segment.origin, dtype=np.float64)
+    sums = [mask.sum(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
+    middle = np.array([total @ np.arange(len(total)) for total in sums], dtype=np.float64) / segment.voxel_count
+    filled = mask.any(axis=2)
+    left, right = mask.argmax(axis=2)[filled], mask.shape[2] - 1 - mask[:, :, ::-1].argmax(axis=2)[filled]
+    rows = np.argwhere(filled)
+    ends = np.concatenate([np.column_stack([rows, left]), np.column_stack([rows, right])])
+    return middle + origin, ends + origin
+
+
+def _compare_voxels(segment: DecodedSegment, finding: Finding, seg: Dataset) -> None:
+    first, row, column = finding.segment.origin
+    rows, columns = finding.segment.mask.shape[1:]
+    for frame in segment.frames:
+        k = frame.slice_index - first
+        same = 0 <= k < len(finding.segment.mask)
+        if same:
+            pixels, mask = frame_pixels(seg, frame.number - 1), finding.segment.mask[k]
+            same = frame.count == np.count_nonzero(mask) and np.array_equal(pixels[row : row + rows, column : column + columns], mask)
+        expect(bool(same), f"segment {segment.number} has other voxels than its finding")
 
 
 def _compare_groups(
@@ -186,58 +160,162 @@ def _compare_groups(
     segmentation: ResultObject | None,
     volume: Volume,
 ) -> None:
-    """The SR's groups under a finding's Tracking UID: one with the segment, one with the long axis."""
+    """The SR's groups under a finding's Tracking UID: one with the segment and the numbers, one with a line on an image."""
     name = f"finding {finding.number}"
-    _expect(len(groups) == 2, f"the SR has {len(groups)} groups under the Tracking UID of {name}, not two")
+    expect(len(groups) == 2, f"the SR has {len(groups)} groups under the Tracking UID of {name}, not two")
     by_segment = [g for g in groups if g.segment is not None]
-    by_line = [g for g in groups if g.line is not None]
-    _expect(len(by_segment) == 1 and len(by_line) == 1, f"the SR doesn't reference {name} once as segment and once as line")
+    by_region = [g for g in groups if g.region is not None]
+    expect(len(by_segment) == 1 and len(by_region) == 1, f"the SR doesn't reference {name} once as segment and once as region")
     uid = segmentation.sop_instance_uid if segmentation else ""
-    _expect(by_segment[0].segment == (uid, finding.number), f"the SR references another segment for {name}: {by_segment[0].segment}")
+    frame = segment.frames[0].number
+    right = (uid, None, frame) if volume.is_projection else (uid, finding.number, None)
+    expect(by_segment[0].segment == right, f"the SR references another segment for {name}: {by_segment[0].segment}")
     for group in groups:
         sides = tuple(s for s in (finding.side,) if s and finding.site)
-        _expect(group.sides == sides, f"the SR says {group.sides or 'no side'} for {name}, which is {sides or 'neither'}")
-    volumes = [_converted(n, _TO_ML, name) for g in groups for n in g.numbers if n[0] == _VOLUME]
-    one = len(volumes) == 1 and _near(volumes[0], segment.volume_ml)
-    _expect(one, f"the SR says {volumes} ml for {name}, the SEG {segment.volume_ml:.4f} ml")
-    lengths = [_converted(n, _TO_MM, name) for g in groups for n in g.numbers if n[0] == _LONG_AXIS]
-    _expect(bool(lengths) and any(n[0] == _LONG_AXIS for n in by_line[0].numbers), f"the SR's line of {name} has no length")
-    for length in lengths:
-        right = finding.long_axis_mm is not None and _near(length, finding.long_axis_mm)
-        _expect(right, f"the SR says {length} mm for {name}, which is {finding.long_axis_mm} mm")
-    for concept, value, unit, _ in (n for g in groups for n in g.numbers):
-        for wanted in (m for m in finding.measurements if m.name.value == concept):
-            _expect(_near(value, wanted.value) and unit == wanted.unit.value, f"the SR says {value} {unit} of {concept} for {name}")
-    _compare_line(by_line[0], lengths[0], segment, finding, volume)
+        expect(group.sides == sides, f"the SR says {group.sides or 'no side'} for {name}, which is {sides or 'neither'}")
+        for concept, code in ((_TYPE, finding.type), (_CATEGORY, finding.category)):
+            said = [value for c, value in group.codes if c == concept]
+            expect(said == [code.value], f"the SR says {said} of ({concept}) for {name}, which is {code.value}")
+    _compare_numbers(by_segment[0], by_region[0], finding, segment, volume)
+    if finding.shape == "outline":
+        _compare_line(by_region[0], finding, volume)
+    else:
+        _compare_rectangle(by_region[0], segment, finding, volume)
 
 
-def _compare_line(group: DecodedGroup, length: float, segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
+def _compare_numbers(by_segment: DecodedGroup, by_region: DecodedGroup, finding: Finding, segment: DecodedSegment, volume: Volume) -> None:
+    """Each number in each group; those that the SEG's voxels give are computed from them again."""
+    name = f"finding {finding.number}"
+    in_pixels = volume.calibration == "none"
+    pixel = 1.0 if in_pixels else volume.spacing_mm[1] * volume.spacing_mm[2]
+    known: dict[str, tuple[float | None, Mapping[str, float]]] = {
+        _CERTAINTY: (100.0 * finding.probability, _TO_PERCENT),
+        _LONG_AXIS: (finding.long_axis_mm, _TO_PIXELS if in_pixels else _TO_MM),
+        _AREA: (segment.count * pixel if volume.is_projection else None, _TO_PIXELS if in_pixels else _TO_MM2),
+        _VOLUME: (None if volume.is_projection else segment.volume_ml, _TO_ML),
+    }
+    given = {m.name.value: m for m in finding.measurements}
+    for number in (*by_segment.numbers, *by_region.numbers):
+        concept, value, unit, scheme = number
+        wanted, units = known.get(concept, (None, {}))
+        if wanted is not None:
+            said = _converted(number, units, name)
+            expect(_near(said, wanted), f"the SR says {said} {next(iter(units))} for {name}, which is {wanted:.6g}")
+        else:
+            expect(concept in given, f"the SR says {value} {unit} of {concept} for {name}, which the findings don't")
+        if concept in given:
+            same = _near(value, given[concept].value) and (unit, scheme) == (given[concept].unit.value, given[concept].unit.scheme)
+            expect(same, f"the SR says {value} {unit} of {concept} for {name}")
+    expected = {*given, _CERTAINTY, *([_LONG_AXIS] if finding.long_axis is not None else [])}
+    said_once = sorted(n[0] for n in by_segment.numbers)
+    expect(
+        said_once == sorted(expected), f"the SR gives the numbers {said_once} for the segment of {name}, the findings {sorted(expected)}"
+    )
+
+
+def _compare_line(group: DecodedGroup, finding: Finding, volume: Volume) -> None:
     """The long axis, drawn in pixels, has its length in millimetres, its place in space, and touches its segment."""
     name = f"finding {finding.number}"
-    image, points = group.line if group.line is not None else ("", np.empty((0, 2)))
-    _expect(image in volume.sop_instance_uids and len(points) == 2, f"the SR's line of {name} isn't a line on an image of the volume")
-    plane = volume.sop_instance_uids.index(image)
-    # PS3.3 C.18.6.1.2: (0, 0) is the corner of the first pixel, so centres lie at halves.
+    lengths = [n[1] * {**_TO_MM, **_TO_PIXELS}.get(n[2], 0.0) for n in group.numbers if n[0] == _LONG_AXIS]
+    expect(len(lengths) == 1, f"the SR's line of {name} has no length")
+    plane, points = _on_a_slice(group, volume, name)
+    expect(len(points) == 2, f"the SR's line of {name} isn't a line on an image of the volume")
     index = np.column_stack([np.full(2, plane), points[:, 1] - 0.5, points[:, 0] - 0.5])
     ends = volume.to_lps(index)
     drawn = float(np.linalg.norm(ends[1] - ends[0]))
-    _expect(abs(drawn - length) < 0.01, f"the SR's line of {name} is {drawn:.3f} mm long on its image, the SR says {length} mm")
+    expect(abs(drawn - lengths[0]) < 0.01, f"the SR's line of {name} is {drawn:.3f} mm long on its image, the SR says {lengths[0]} mm")
     half_voxel = _HALF * np.abs(volume.affine[:3, :3]).sum(axis=1)
     axis = finding.long_axis
-    off = np.abs(ends - np.array(axis.points_lps_mm)) if axis else np.inf * half_voxel
-    _expect(bool((off <= half_voxel).all()), f"the SR's line of {name} lies elsewhere than its long axis")
-    on_plane = segment.voxels[segment.voxels[:, 0] == plane][:, 1:]
-    _expect(len(on_plane) > 0, f"the SR's line of {name} lies on a slice where its segment has no voxel")
+    off = np.abs(ends - np.array(axis.points_lps_mm)) if axis else np.full(3, np.inf)
+    expect(bool((off <= half_voxel).all()), f"the SR's line of {name} lies elsewhere than its long axis")
+    first, row, column = finding.segment.origin
+    mask = finding.segment.mask[plane - first] if 0 <= plane - first < len(finding.segment.mask) else np.zeros((0, 0), dtype=np.bool_)
+    on_plane = np.argwhere(mask) + np.array([row, column])
+    expect(len(on_plane) > 0, f"the SR's line of {name} lies on a slice where its segment has no voxel")
     for end in index[:, 1:]:
         nearest = float(np.abs(on_plane - end).max(axis=1).min())
-        _expect(nearest <= 1.0, f"the SR's line of {name} ends {nearest:.1f} pixels away from its segment")
+        expect(nearest <= 1.0, f"the SR's line of {name} ends {nearest:.1f} pixels away from its segment")
 
 
-def _compare_images(named: Iterator[str], volume: Volume, what: str, segmentation: ResultObject | None = None) -> None:
-    """Every instance that an object names as its source or evidence is an image of the volume, or the SEG beside it."""
-    known = {*volume.sop_instance_uids, segmentation.sop_instance_uid if segmentation else ""}
+def _compare_rectangle(group: DecodedGroup, segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
+    """A closed rectangle around all of the segment's pixels, on its middle slice."""
+    name = f"finding {finding.number}"
+    plane, points = _on_a_slice(group, volume, name)
+    closed = len(points) == 5 and bool((points[0] == points[-1]).all())
+    expect(closed, f"the SR's region of {name}, a {finding.shape}, is no closed rectangle")
+    expect(plane == finding.middle_slice, f"the SR's rectangle of {name} lies on slice {plane}, its middle is {finding.middle_slice}")
+    bounds = np.array([frame.bounds for frame in segment.frames])
+    top, bottom, left, right = bounds[:, 0].min(), bounds[:, 1].max() + 1, bounds[:, 2].min(), bounds[:, 3].max() + 1
+    corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
+    off = float(np.abs(points[:4] - corners).max())
+    expect(off <= 0.01, f"the SR's rectangle of {name} lies {off:.2f} pixels away from its segment")
+
+
+def _on_a_slice(group: DecodedGroup, volume: Volume, name: str) -> tuple[int, NDArray[np.float64]]:
+    """The slice of a region, and its points (PS3.3 C.18.6.1.2: (0, 0) is the corner of the first pixel, so centres lie at halves)."""
+    image, points = group.region if group.region is not None else (("", None), np.empty((0, 2)))
+    slices = slices_of(volume)
+    expect(image in slices, f"the SR's region of {name} isn't a line on an image of the volume, but on {image}")
+    return slices[image], points
+
+
+def _compare_study(groups: Sequence[DecodedGroup], findings: Findings) -> None:
+    """The groups about the study: one for each class of a classification in their order, then the summary."""
+    expected = len(findings.scores) + 1
+    expect(len(groups) == expected, f"the SR has {len(groups)} groups that belong to no finding, and not {expected}")
+    expect(len({g.tracking_uid for g in groups}) == expected, "two groups of the SR that belong to no finding have one Tracking UID")
+    ending = _FINISHED[bool(findings.findings)]
+    expect((_SUMMARY, ending) in groups[-1].codes, f"the SR's summary isn't ({ending}, DCM)")
+    for group, score in zip(groups, findings.scores, strict=False):
+        expect((_TYPE, score.type.value) in group.codes, f"the SR's class is {group.codes}, not {score.type.value} ({score.label})")
+        said = [_converted(number, _TO_PERCENT, score.label) for number in group.numbers if number[0] == _CERTAINTY]
+        right = len(said) == 1 and _near(said[0], 100.0 * score.probability)
+        expect(right, f"the SR says {said} % for {score.label}, which is {100.0 * score.probability:.4g} %")
+
+
+def _compare_comments(comments: Sequence[str], findings: Findings, volume: Volume) -> None:
+    """What must be told in words is told: the warning, each note, each class, what was left out, what a number means."""
+    expect(_WARNING in comments, "the SR doesn't say that it is for research only")
+    for note in findings.notes:
+        expect(any(_says(comment, note) for comment in comments), f"the SR doesn't say: {note}")
+    for score in findings.scores:
+        words = f"{score.label}: {100.0 * score.probability:.1f} %, {'positive' if score.positive else 'negative'}"
+        expect(any(_says(comment, words) for comment in comments), f"the SR doesn't say in words: {words}")
+    left_out = any(comment.startswith(f"{findings.omitted} further finding") for comment in comments)
+    expect(left_out == (findings.omitted > 0), f"the SR doesn't say that {findings.omitted} findings are omitted")
+    for calibration, words in (("detector", "at the detector"), ("none", "in pixels")):
+        must = bool(findings.findings) and volume.calibration == calibration
+        expect(not must or any(words in comment for comment in comments), f"the SR doesn't say that it measures {words}")
+
+
+def _says(comment: str, words: str) -> bool:
+    """Whether a comment begins with the letters and digits of `words`, whatever became of those that ASCII lacks."""
+    left = iter(_letters(comment))
+    return all(letter in left for letter in _letters(words))
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if c.isascii() and c.isalnum())
+
+
+def _compare_images(named: Iterator[str], known: set[str], what: str) -> None:
+    """Every instance that an object names as its source or evidence is one of those the model was given, or the SEG beside it."""
     for uid in named:
-        _expect(uid in known, f"the {what} references {uid}, which is no image of the volume")
+        expect(uid in known, f"the {what} references {uid}, which is no image of the volume")
+
+
+def _compare_evidence(document: Dataset, volume: Volume, others: Sequence[Volume], segmentation: ResultObject | None) -> None:
+    """The SR names the images that were analysed, all of them, each in its series."""
+    series = {uid: v.series_instance_uid for v in (volume, *others) for uid in v.sop_instance_uids}
+    if segmentation is not None:
+        series[segmentation.sop_instance_uid] = segmentation.series_instance_uid
+    _compare_images(
+        (str(i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for i in items_below(document) if i.ValueType == "IMAGE"), {*series}, "SR"
+    )
+    named = dict(_evidence(document))
+    _compare_images(iter(named), {*series}, "SR")
+    for uid, where in series.items():
+        expect(named.get(uid) == where, f"the SR's evidence doesn't name {uid} in its series")
 
 
 def _named_by_segmentation(seg: Dataset) -> Iterator[str]:
@@ -247,113 +325,24 @@ def _named_by_segmentation(seg: Dataset) -> Iterator[str]:
     yield from (str(instance.ReferencedSOPInstanceUID) for instance in seg.SourceImageSequence)
 
 
-def _named_by_report(document: Dataset) -> Iterator[str]:
-    """Current Requested Procedure Evidence (PS3.3 C.17.2.3) and each IMAGE item of the content tree."""
+def _evidence(document: Dataset) -> Iterator[tuple[str, str]]:
+    """Current Requested Procedure Evidence (PS3.3 C.17.2.3): instance and series."""
     for study in document.get("CurrentRequestedProcedureEvidenceSequence", []):
         for series in study.ReferencedSeriesSequence:
-            yield from (str(instance.ReferencedSOPInstanceUID) for instance in series.ReferencedSOPSequence)
-    yield from (str(i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for i in _items(document) if i.ValueType == "IMAGE")
+            for instance in series.ReferencedSOPSequence:
+                yield str(instance.ReferencedSOPInstanceUID), str(series.SeriesInstanceUID)
 
 
-def _read(report: ResultObject) -> Dataset:
-    document = pydicom.dcmread(BytesIO(report.data))
-    _expect(str(document.get("ContentQualification")) == "RESEARCH", "the SR's Content Qualification isn't RESEARCH")
-    _expect(str(document.SOPInstanceUID) == report.sop_instance_uid, "the SR's bytes hold another SOP Instance UID than was announced")
-    return document
-
-
-def _points(pixels: NDArray[np.int64], frame: Dataset, shared: Dataset) -> tuple[NDArray[np.float64], float]:
-    """LPS mm of a frame's set pixels (n, 2) by PS3.3 C.7.6.2.1.1, and the millilitres of one.
-
-    Cosines are made orthogonal and of length one, since scanners round them.
-    """
-    position = np.array(_group(frame, shared, "PlanePositionSequence").ImagePositionPatient, dtype=np.float64)
-    cosines = np.array(_group(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=np.float64)
-    measures = _group(frame, shared, "PixelMeasuresSequence")
-    row_mm, column_mm = map(float, measures.PixelSpacing)
-    along_row = cosines[:3] / np.linalg.norm(cosines[:3])
-    along_column = cosines[3:] - along_row * (along_row @ cosines[3:])
-    along_column /= np.linalg.norm(along_column)
-    points = position + np.outer(pixels[:, 1] * column_mm, along_row) + np.outer(pixels[:, 0] * row_mm, along_column)
-    return points, row_mm * column_mm * float(measures.SpacingBetweenSlices) / 1000.0
-
-
-def _joined(item: Dataset, parts: Sequence[tuple[NDArray[np.int64], NDArray[np.float64]]], voxel_ml: float) -> DecodedSegment:
-    voxels = np.concatenate([v for v, _ in parts]) if parts else np.empty((0, 3), dtype=np.int64)
-    points = np.concatenate([p for _, p in parts]) if parts else np.empty((0, 3))
-    order = np.lexsort(voxels.T[::-1])
-    regions = item.get("AnatomicRegionSequence", [])
-    modifiers = [m for r in regions for m in r.get("AnatomicRegionModifierSequence", [])]
-    return DecodedSegment(
-        number=int(item.SegmentNumber),
-        tracking_uid=str(item.get("TrackingUID", "")),
-        side=_LATERALITY.get(str(modifiers[0].CodeValue), "other") if modifiers else None,
-        voxels=voxels[order],
-        points_lps_mm=points[order],
-        volume_ml=len(voxels) * voxel_ml,
-    )
-
-
-def _group(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
-    """A functional group of a frame, from its own groups or from the shared ones (PS3.3 C.7.6.16)."""
-    holder = frame if keyword in frame else shared
-    _expect(keyword in holder, f"the SEG has no {keyword}")
-    item: Dataset = holder[keyword].value[0]
-    return item
-
-
-def _items(dataset: Dataset) -> Iterator[Dataset]:
-    """All content items below one, depth first."""
-    for item in dataset.get("ContentSequence", []):
-        yield item
-        yield from _items(item)
-
-
-def _concept(item: Dataset) -> str:
-    names = item.get("ConceptNameCodeSequence", [])
-    return str(names[0].get("CodeValue", "")) if names else ""
-
-
-def _number(item: Dataset) -> tuple[str, float, str, str]:
-    value = item.MeasuredValueSequence[0]
-    units = value.get("MeasurementUnitsCodeSequence", [])
-    _expect(len(units) == 1, f"the SR's number ({_concept(item)}) has no unit")
-    return _concept(item), float(value.NumericValue), str(units[0].CodeValue), str(units[0].CodingSchemeDesignator)
-
-
-def _converted(number: tuple[str, float, str, str], units: dict[str, float], name: str) -> float:
+def _converted(number: Number, units: Mapping[str, float], name: str) -> float:
     concept, value, unit, scheme = number
     known = scheme == "UCUM" and unit in units
-    _expect(known, f"the SR gives {concept} of {name} in ({unit}, {scheme}), which isn't one of {sorted(units)} of UCUM")
+    expect(known, f"the SR gives {concept} of {name} in ({unit}, {scheme}), which isn't one of {sorted(units)} of UCUM")
     return value * units[unit]
-
-
-def _referenced_segment(content: Sequence[Dataset]) -> tuple[str, int] | None:
-    for item in content:
-        if item.ValueType == "IMAGE" and "ReferencedSegmentNumber" in item.ReferencedSOPSequence[0]:
-            reference = item.ReferencedSOPSequence[0]
-            return str(reference.ReferencedSOPInstanceUID), int(reference.ReferencedSegmentNumber)
-    return None
-
-
-def _line(content: Sequence[Dataset]) -> tuple[str, NDArray[np.float64]] | None:
-    for item in content:
-        if item.ValueType == "SCOORD":
-            images = [i for i in _items(item) if i.ValueType == "IMAGE"]
-            _expect(len(images) == 1, "a region of the SR lies on no image")
-            uid = str(images[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
-            return uid, np.array(item.GraphicData, dtype=np.float64).reshape(-1, 2)
-    return None
 
 
 def _near(value: float, wanted: float) -> bool:
     return abs(value - wanted) <= _NUMBER * abs(wanted) + 1e-9
 
 
-def _mm(point: Sequence[float] | NDArray[np.float64]) -> str:
+def _point(point: Sequence[float] | NDArray[np.float64]) -> str:
     return "(" + ", ".join(f"{float(v):.1f}" for v in point) + ")"
-
-
-def _expect(true: bool, otherwise: str) -> None:
-    if not true:
-        raise ProofFailed(f"{otherwise[0].upper()}{otherwise[1:]}.")

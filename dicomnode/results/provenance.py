@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime, timedelta, timezone, tzinfo
 from io import BytesIO
 
@@ -28,7 +29,7 @@ _IMAGE_KEYWORDS = (
     "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns",
     "FrameOfReferenceUID", "PositionReferenceIndicator", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SliceThickness", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "Manufacturer",
-    "ManufacturerModelName", "AcquisitionDate", "AcquisitionTime", "BodyPartExamined",
+    "ManufacturerModelName", "AcquisitionDate", "AcquisitionTime", "BodyPartExamined", "PatientOrientation",
 )  # fmt: skip
 # Optional numbers that the encoder computes with: what is no number is left out, as a result needs no word of it.
 _NUMBERS = ("SliceThickness", "LossyImageCompressionRatio")
@@ -54,13 +55,24 @@ def long_string(text: str, *, ending: str = "") -> str:
 
 
 def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
-    """Return one reduced header for each slice of the volume, in its order.
+    """Return one reduced header for each slice of the volume, in its order, with the plane's geometry as a classic image has it.
 
-    The position stays the image's own. Orientation and pixel spacing are for all those of the image that the volume's axes
-    follow: images of one series may differ in the last digits. Patient and study attributes are left empty (see `stamp`).
+    The position stays the image's own, of a multi-frame image the frame's. Orientation and pixel spacing are for all those of the
+    plane that the volume's axes follow: images of one series may differ in the last digits. A projection has neither position nor
+    frame of reference, and a pixel spacing only where that is known in the patient. Patient and study attributes are left empty
+    (see `stamp`).
     """
     by_uid = {str(header.SOPInstanceUID): header for header in headers}
-    images = [reduced_header(by_uid[uid]) for uid in volume.sop_instance_uids]
+    whole = {uid: reduced_header(by_uid[uid]) for uid in dict.fromkeys(volume.sop_instance_uids)}
+    if volume.is_projection:
+        return [_of_projection(whole[uid], volume) for uid in volume.sop_instance_uids]
+    if volume.frame_numbers is None:
+        images = list(whole.values())
+    else:
+        images = [
+            _of_frame(whole[uid], by_uid[uid], number, volume, k)
+            for k, (uid, number) in enumerate(zip(volume.sop_instance_uids, volume.frame_numbers, strict=True))
+        ]
     first = min(images, key=lambda image: _distance(image, volume))
     slice_mm = f"{volume.spacing_mm[0]:.10g}"
     for image in images:
@@ -73,23 +85,39 @@ def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
     return images
 
 
+def frame_number(volume: Volume, slice_index: int) -> int | None:
+    """Return which frame of its image a slice is, or None where the images have one frame each."""
+    return volume.frame_numbers[slice_index] if volume.frame_numbers is not None else None
+
+
 def reduced_header(header: Dataset) -> Dataset:
-    """Return what a result object needs of an image's header; patient and study attributes are present and empty."""
+    """Return what a result object needs of an image's header, as a copy; patient and study attributes are present and empty.
+
+    What cannot be read is left out.
+    """
     image = Dataset()
     for keyword in _IMAGE_KEYWORDS:
-        if keyword in header and (keyword not in _NUMBERS or _is_number(header, keyword)):
-            image[keyword] = header[keyword]
+        if keyword in header and _is_readable(header, keyword):
+            image.add(copy(header[keyword]))  # an element that two data sets share is changed in both
     for keyword in _PATIENT_AND_STUDY_KEYWORDS:
         setattr(image, keyword, "")
     return image
 
 
-def _is_number(header: Dataset, keyword: str) -> bool:
+def copied(image: Dataset) -> Dataset:
+    """Return a data set of its own with the same elements: what is set in one stays as it is in the other."""
+    other = Dataset()
+    for element in image:
+        other.add(copy(element))
+    return other
+
+
+def _is_readable(header: Dataset, keyword: str) -> bool:
     try:
         value = header[keyword].value
-        for number in value if isinstance(value, MultiValue) else [value]:
+        for number in (value if isinstance(value, MultiValue) else [value]) if keyword in _NUMBERS else ():
             float(number)
-    except (TypeError, ValueError, ArithmeticError):
+    except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError, AttributeError):
         return False
     return True
 
@@ -192,6 +220,58 @@ def encode(result: Dataset) -> ResultObject:
         modality=str(result.Modality),
         data=buffer.getvalue(),
     )
+
+
+def _of_projection(image: Dataset, volume: Volume) -> Dataset:
+    for keyword in (
+        "FrameOfReferenceUID",
+        "PositionReferenceIndicator",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "SliceThickness",
+    ):
+        image.pop(keyword, None)
+    image.pop("PixelSpacing", None)
+    if volume.calibration == "patient":
+        image.PixelSpacing = [_decimal(mm) for mm in volume.spacing_mm[1:]]
+    return image
+
+
+def _of_frame(image: Dataset, header: Dataset, number: int, volume: Volume, slice_index: int) -> Dataset:
+    """The plane of one frame: its own functional groups (PS3.3 C.7.6.16) where it has them, else where the volume puts it."""
+    plane = copied(image)
+    column_step, row_step = (volume.affine[:3, axis] / np.linalg.norm(volume.affine[:3, axis]) for axis in (2, 1))
+    position = volume.to_lps(np.array([slice_index, 0.0, 0.0]))
+    groups: dict[str, list[str]] = {
+        "ImagePositionPatient": [_decimal(v) for v in position],
+        "ImageOrientationPatient": [_decimal(v) for v in (*column_step, *row_step)],
+        "PixelSpacing": [_decimal(v) for v in volume.spacing_mm[1:]],
+    }
+    for keyword, values in groups.items():
+        own = _of_functional_groups(header, number, keyword)
+        setattr(plane, keyword, values if own is None else own)
+    thickness = _of_functional_groups(header, number, "SliceThickness")
+    if thickness is not None:
+        plane.SliceThickness = thickness
+    return plane
+
+
+def _of_functional_groups(header: Dataset, number: int, keyword: str) -> object:
+    """A value of a frame, from its own functional groups or from the shared ones; None where neither has it."""
+    sequence = {"ImagePositionPatient": "PlanePositionSequence", "ImageOrientationPatient": "PlaneOrientationSequence"}.get(
+        keyword, "PixelMeasuresSequence"
+    )
+    per_frame, shared = header.get("PerFrameFunctionalGroupsSequence") or [], header.get("SharedFunctionalGroupsSequence") or []
+    for groups in (*per_frame[number - 1 : number], *shared[:1]):
+        for item in groups.get(sequence) or []:
+            if item.get(keyword):
+                return item.get(keyword)
+    return None
+
+
+def _decimal(value: float) -> str:
+    """A number as VR DS holds it: at most 16 characters."""
+    return f"{value + 0.0:.10g}"
 
 
 def _distance(image: Dataset, volume: Volume) -> float:

@@ -5,17 +5,18 @@ Must never decide what is a finding, read a clock or draw a random number: the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from highdicom import sr
-from highdicom.sr import CodedConcept
 from pydicom import Dataset
 from pydicom.sr.codedict import codes as dicom_codes
 from pydicom.uid import Comprehensive3DSRStorage, ExplicitVRLittleEndian
 
-from dicomnode.findings import Code, Finding, Findings, Measurement, ResultObject, RunIdentity, Volume
+from dicomnode.findings import Code, Finding, Findings, Measurement, ResultObject, RunIdentity, Score, Volume
 from dicomnode.results import codes, identity as uids, provenance
+from dicomnode.results.library import image_library
 from dicomnode.results.segmentation import coded
 
 
@@ -24,14 +25,15 @@ def encode_report(
 ) -> ResultObject:
     """Return the report of a finished analysis; "no finding" is a report too.
 
-    Each finding has two measurement groups under one Tracking UID: TID 1411 references its segment and holds its numbers, TID 1410
-    draws the long axis on its image. (A viewer in wide use loses a report whose only group has no image region.) One TID 1501
-    group says how the algorithm ended.
+    Each finding has two measurement groups under one Tracking UID. The first references its segment and holds its numbers (TID 1411;
+    of a projection TID 1410). The second, TID 1410, draws on an image: the long axis of an outline, a closed rectangle of a box or a
+    heat map. (A viewer in wide use loses a report whose only group has no image region.) A TID 1501 group for each class of a
+    classification gives its probability, and the last one says how the algorithm ended.
 
     Args:
         findings: what to report.
         volume: gives slices their images.
-        headers: the source images' headers, in any order; more than the volume's are ignored.
+        headers: the images' headers, in any order: the volume's, and those of `findings.other_series`; more are ignored.
         identity: everything UIDs and dates derive from.
         segmentation: the SEG of the same findings; None where there are none.
     """
@@ -39,22 +41,22 @@ def encode_report(
         raise ValueError("a report refers to the segmentation of its findings, and to none without findings")
     images = provenance.source_images(volume, headers)
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
-    evidence = list(images)
+    others = [
+        [provenance.reduced_header(header) for header in headers if str(header.SeriesInstanceUID) == uid] for uid in findings.other_series
+    ]
+    evidence = [*images, *(image for series in others for image in series)]
     groups: list[Dataset] = []
     if segmentation is not None:
         evidence.append(_reference(segmentation, volume.study_instance_uid))
         for finding in findings.findings:
-            groups += [
-                _segment_group(finding, findings, identity, segmentation, volume),
-                _long_axis_group(finding, findings, identity, images),
-            ]
+            about = _about(finding, findings, identity)
+            groups += [_segment_group(finding, segmentation, volume, images, about), _region_group(finding, volume, images, about)]
+    groups += [_class_group(number, score, findings, identity) for number, score in enumerate(findings.scores, start=1)]
     evaluation = codes.WITH_FINDINGS if findings.findings else codes.WITHOUT_FINDINGS
-    comments = [provenance.RESEARCH]
-    if findings.omitted:
-        comments.append(f"{findings.omitted} further findings are omitted: the package reports at most {len(findings.findings)}.")
     groups.append(_summary_group(evaluation, findings.algorithm_name, identity))
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
-    content = _measurement_report(origin, identity, groups, comments, images, **made_by)
+    content = _measurement_report(origin, identity, groups, _said(findings, volume), **made_by)
+    content[0].ContentSequence.insert(-2, image_library(images, [series for series in others if series], volume))  # TID 1500 row 5
     return _document(content, evidence, origin, identity, **made_by)
 
 
@@ -77,48 +79,68 @@ def encode_refusal(
     comments = [provenance.RESEARCH, f"Not analysed ({code}): {reason}"]
     group = _summary_group(codes.NO_ALGORITHM_SUCCEEDED, algorithm_name, identity)
     made_by = {"manufacturer": manufacturer, "model": algorithm_name}
-    content = _measurement_report(headers[0], identity, [group], comments, None, **made_by)
+    content = _measurement_report(headers[0], identity, [group], comments, **made_by)
     return _document(content, images, headers[0], identity, **made_by)
 
 
 def _segment_group(
-    finding: Finding, findings: Findings, identity: RunIdentity, segmentation: ResultObject, volume: Volume
-) -> sr.VolumetricROIMeasurementsAndQualitativeEvaluations:
-    """TID 1411: the segment and every number about it."""
+    finding: Finding, segmentation: ResultObject, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any]
+) -> Dataset:
+    """TID 1411, of a projection TID 1410: the segment and every number about it."""
     measurements = list(finding.measurements)
-    if not any(m.name.value == codes.LONG_AXIS.value for m in measurements):
-        measurements.append(_long_axis(finding))
-    measurements.append(Measurement(name=codes.CERTAINTY, value=100.0 * finding.probability, unit=codes.PERCENT))
-    return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
-        referenced_segment=sr.ReferencedSegment(
+    if finding.long_axis is not None and not any(m.name.value == codes.LONG_AXIS.value for m in measurements):
+        measurements.append(_long_axis(finding, volume))
+    measurements.append(_certainty(finding.probability))
+    numbers = [_measurement(m) for m in measurements]
+    if volume.is_projection:
+        image = images[0]
+        frame = sr.ReferencedSegmentationFrame(
             sop_class_uid=segmentation.sop_class_uid,
             sop_instance_uid=segmentation.sop_instance_uid,
+            frame_number=finding.number,  # a projection is one slice, so each segment has one frame
             segment_number=finding.number,
-            source_series=sr.SourceSeriesForSegmentation(volume.series_instance_uid),
-        ),
-        measurements=[_measurement(m) for m in measurements],
-        **_about(finding, findings, identity),
+            source_image=sr.SourceImageForSegmentation(image.SOPClassUID, image.SOPInstanceUID, _frames(volume, 0)),
+        )
+        del frame[0].ReferencedSOPSequence[0].ReferencedSegmentNumber  # not beside a frame number (PS3.3 C.18.4)
+        planar: Dataset = sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_segment=frame, measurements=numbers, **about)
+        return planar
+    segment = sr.ReferencedSegment(
+        sop_class_uid=segmentation.sop_class_uid,
+        sop_instance_uid=segmentation.sop_instance_uid,
+        segment_number=finding.number,
+        source_series=sr.SourceSeriesForSegmentation(volume.series_instance_uid),
     )
+    group: Dataset = sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, measurements=numbers, **about)
+    return group
 
 
-def _long_axis_group(
-    finding: Finding, findings: Findings, identity: RunIdentity, images: Sequence[Dataset]
-) -> sr.PlanarROIMeasurementsAndQualitativeEvaluations:
-    """TID 1410: the long axis as a line on its image. SCOORD counts from the corner of the first pixel (PS3.3 C.18.6.1.2)."""
-    if finding.long_axis is None:
-        raise ValueError("boxes and heat maps are not reported yet")
-    image = images[finding.long_axis.slice_index]
+def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any]) -> Dataset:
+    """TID 1410: a line or a closed rectangle on an image. SCOORD counts from the corner of the first pixel (PS3.3 C.18.6.1.2)."""
+    if finding.long_axis is not None:
+        slice_index, points = finding.long_axis.slice_index, list(finding.long_axis.points_px)
+        number, purpose = _long_axis(finding, volume), None
+    else:
+        left, top, right, bottom = finding.bounds_px
+        slice_index, points = finding.middle_slice, [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+        number, purpose = _certainty(finding.probability), coded(codes.BOUNDED_BY)
+    image = images[slice_index]
     region = sr.ImageRegion(
         graphic_type=sr.GraphicTypeValues.POLYLINE,
-        graphic_data=np.asarray(finding.long_axis.points_px, dtype=np.float64) + 0.5,
-        source_image=sr.SourceImageForRegion(image.SOPClassUID, image.SOPInstanceUID),
+        graphic_data=np.asarray(points, dtype=np.float64) + 0.5,
+        source_image=sr.SourceImageForRegion(image.SOPClassUID, image.SOPInstanceUID, _frames(volume, slice_index)),
     )
-    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(
-        referenced_region=region, measurements=[_measurement(_long_axis(finding))], **_about(finding, findings, identity)
+    group: Dataset = sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+        referenced_region=region, measurements=[_measurement(number)], geometric_purpose=purpose, **about
     )
+    return group
 
 
-def _about(finding: Finding, findings: Findings, identity: RunIdentity) -> dict[str, object]:
+def _frames(volume: Volume, slice_index: int) -> list[int] | None:
+    number = provenance.frame_number(volume, slice_index)
+    return None if number is None else [number]
+
+
+def _about(finding: Finding, findings: Findings, identity: RunIdentity) -> dict[str, Any]:
     """What both groups of a finding say in the same words."""
     side = coded(codes.LATERALITY[finding.side]) if finding.side else None
     return {
@@ -130,6 +152,18 @@ def _about(finding: Finding, findings: Findings, identity: RunIdentity) -> dict[
     }
 
 
+def _class_group(number: int, score: Score, findings: Findings, identity: RunIdentity) -> sr.MeasurementsAndQualitativeEvaluations:
+    """TID 1501: the probability of one class of a classification, positive or not."""
+    return sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(
+            uid=uids.class_tracking_uid(identity, number), identifier=uids.class_tracking_id(identity, number)
+        ),
+        finding_type=coded(score.type),
+        algorithm_id=_algorithm(findings.algorithm_name, identity),
+        measurements=[_measurement(_certainty(score.probability))],
+    )
+
+
 def _summary_group(evaluation: Code, algorithm_name: str, identity: RunIdentity) -> sr.MeasurementsAndQualitativeEvaluations:
     """TID 1501: how the algorithm ended. Silence never means normal."""
     return sr.MeasurementsAndQualitativeEvaluations(
@@ -139,17 +173,28 @@ def _summary_group(evaluation: Code, algorithm_name: str, identity: RunIdentity)
     )
 
 
+def _said(findings: Findings, volume: Volume) -> list[str]:
+    """What the reader is told in words: the warning, the package's notes, what numbers mean, and what was left out."""
+    comments = [provenance.RESEARCH, *findings.notes]
+    for score in findings.scores:
+        verdict = "positive" if score.positive else "negative"
+        comments.append(f"{score.label}: {100 * score.probability:.1f} %, {verdict} at a threshold of {100 * score.threshold:.1f} %.")
+    if any(finding.long_axis is None for finding in findings.findings):
+        comments.append("Rectangles, and the segments named box or heat map, show where a finding lies: they are no outlines.")
+    if findings.findings and volume.calibration == "detector":
+        comments.append("Lengths and areas are measured at the detector: in the patient they are smaller by an unknown magnification.")
+    if findings.findings and volume.calibration == "none":
+        comments.append("The image says no pixel spacing: lengths and areas are in pixels.")
+    if findings.omitted:
+        noun = "finding is" if findings.omitted == 1 else "findings are"
+        comments.append(f"{findings.omitted} further {noun} omitted: only the {len(findings.findings)} most probable are reported.")
+    return comments
+
+
 def _measurement_report(
-    header: Dataset,
-    identity: RunIdentity,
-    groups: Sequence[Dataset],
-    comments: Sequence[str],
-    images: Sequence[Dataset] | None,
-    *,
-    manufacturer: str,
-    model: str,
+    header: Dataset, identity: RunIdentity, groups: Sequence[Dataset], comments: Sequence[str], *, manufacturer: str, model: str
 ) -> sr.MeasurementReport:
-    """TID 1500: who observed, what procedure, which images, the groups."""
+    """TID 1500: who observed, what procedure, the groups, the words."""
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=uids.device_uid(identity),
         name=provenance.ascii_text(f"{identity.package} {identity.version}", 1024),
@@ -164,25 +209,8 @@ def _measurement_report(
         imaging_measurements=groups,
         title=dicom_codes.DCM.ImagingMeasurementReport,
     )
-    if images:
-        report[0].ContentSequence.insert(-1, _image_library(images))  # TID 1500 row 5, before the measurements
     report[0].ContentSequence.append(_comments(comments))
     return report
-
-
-def _image_library(images: Sequence[Dataset]) -> sr.ContainerContentItem:
-    """TID 1600: the analysed images as one group, what they share said once. Saying it for each of 500 makes a report of megabytes."""
-    contains = sr.RelationshipTypeValues.CONTAINS
-    source = CodedConcept(value="260753009", scheme_designator="SCT", meaning="Source")
-    group = sr.ContainerContentItem(name=dicom_codes.DCM.ImageLibraryGroup, relationship_type=contains)
-    group.ContentSequence = sr.ContentSequence(
-        item for item in sr.ImageLibraryEntryDescriptors(images[0]) if not item.name.meaning.startswith("Image Position (Patient)")
-    )
-    for image in images:
-        group.ContentSequence.append(sr.ImageContentItem(source, image.SOPClassUID, image.SOPInstanceUID, relationship_type=contains))
-    library = sr.ContainerContentItem(name=dicom_codes.DCM.ImageLibrary, relationship_type=contains)
-    library.ContentSequence = sr.ContentSequence([group])
-    return library
 
 
 def _comments(comments: Sequence[str]) -> sr.ContainerContentItem:
@@ -192,7 +220,7 @@ def _comments(comments: Sequence[str]) -> sr.ContainerContentItem:
         [
             sr.TextContentItem(
                 name=coded(codes.COMMENT),
-                value=provenance.ascii_text(comment, 1024),
+                value=provenance.ascii_text(comment, 100_000),  # UT has no limit; this is one
                 relationship_type=sr.RelationshipTypeValues.CONTAINS,
             )
             for comment in comments
@@ -247,8 +275,13 @@ def _algorithm(name: str, identity: RunIdentity) -> sr.AlgorithmIdentification:
     )
 
 
-def _long_axis(finding: Finding) -> Measurement:
-    return Measurement(name=codes.LONG_AXIS, value=finding.long_axis_mm or 0.0, unit=codes.MILLIMETRE)
+def _long_axis(finding: Finding, volume: Volume) -> Measurement:
+    unit = codes.PIXELS if volume.calibration == "none" else codes.MILLIMETRE
+    return Measurement(name=codes.LONG_AXIS, value=finding.long_axis_mm or 0.0, unit=unit)
+
+
+def _certainty(probability: float) -> Measurement:
+    return Measurement(name=codes.CERTAINTY, value=100.0 * probability, unit=codes.PERCENT)
 
 
 def _measurement(measurement: Measurement) -> sr.Measurement:

@@ -13,15 +13,24 @@ from highdicom.color import CIELabColor
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
-from pydicom import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
+from pydicom import DataElement, Dataset
+from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentity, Volume
 from dicomnode.results import codes, identity as uids, provenance
 
+_ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
+_EXPLANATIONS = {
+    "box": "A box around what was found, filled: not an outline, and its extent is no measurement.",
+    "heat map": "Where the heat map is above half of its maximum: not an outline, and its extent is no measurement.",
+}
+
 
 def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity) -> ResultObject | None:
     """Return the SEG of all findings, or None where there are none: a study without a finding gets no SEG.
+
+    A segment has a frame for each slice in which it has a voxel, and a box or a heat map is called so in its label: neither may pass
+    for an outline. Of a projection the SEG has no frame of reference and no plane positions (PS3.3 A.51.5.1).
 
     Args:
         findings: what to encode; `finding.number` counts from 1 without a gap and becomes the segment number.
@@ -29,20 +38,18 @@ def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Da
         headers: the source images' headers, in any order; more than the volume's are ignored.
         identity: everything UIDs and dates derive from.
 
-    Only planes that hold a finding are built, so memory is one label volume of those planes (one per finding where
-    findings overlap).
+    Segments may overlap. Memory is that of the object's packed bits, held twice while they are written.
     """
     if not findings.findings:
         return None
     images = provenance.source_images(volume, headers)
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
-    planes, pixels = _paint(findings.findings, volume.voxels.shape[1:])
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     arguments = provenance.common_arguments(origin, identity, "SEG", **made_by)
     arguments["series_instance_uid"] = uids.series_uid(identity, "SEG")
     result = Segmentation(
-        source_images=[images[plane] for plane in planes],
-        pixel_array=pixels,
+        source_images=[_plain(images[findings.findings[0].segment.origin[0]], volume)],
+        pixel_array=_one_pixel(volume.voxels.shape[1:]),
         segmentation_type=SegmentationTypeValues.BINARY,
         segment_descriptions=[_describe(finding, findings, identity) for finding in findings.findings],
         sop_instance_uid=uids.object_uid(identity, SegmentationStorage, ExplicitVRLittleEndian),
@@ -54,6 +61,9 @@ def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Da
     )
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
     result.ContentCreatorName = ""  # type 2: no person made this
+    _write_frames(result, findings.findings, images, volume)
+    if volume.is_projection:  # type 2C (PS3.3 C.7.6.1): without a place in space an image says which way its rows and columns run
+        result.PatientOrientation = images[0].get("PatientOrientation", "")
     _reference_whole_series(result, images)
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
@@ -65,39 +75,102 @@ def coded(code: Code) -> CodedConcept:
     return CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=provenance.ascii_text(code.meaning, 64))
 
 
-def _paint(findings: Sequence[Finding], plane_shape: tuple[int, ...]) -> tuple[list[int], NDArray[np.integer]]:
-    """Return the slice indices that hold a finding, and their pixels.
+def _plain(image: Dataset, volume: Volume) -> Dataset:
+    """A plane as a classic image, whatever object it is a frame of: the encoder takes a frame's geometry from no other kind."""
+    plain = provenance.copied(image)
+    plain.SOPClassUID = ComputedRadiographyImageStorage if volume.is_projection else CTImageStorage
+    return plain
 
-    (planes, rows, columns) of segment numbers where no voxel belongs to two findings, else (planes, rows, columns, findings) of 0
-    and 1.
+
+def _one_pixel(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Pixels for the encoder to begin with; `_write_frames` puts the true ones in their place."""
+    pixels = np.zeros((1, *shape), dtype=np.uint8)
+    pixels[0, 0, 0] = 1
+    return pixels
+
+
+def _write_frames(result: Dataset, findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> None:
+    """Write each segment's non-empty slices as frames: pixels (PS3.5 8.1.1) and functional groups (PS3.3 C.7.6.16).
+
+    highdicom would hold every slice of every segment at once where segments overlap: 50 on 300 slices are 4 GB.
     """
-    occupied = {f.segment.origin[0] + int(k) for f in findings for k in np.flatnonzero(f.segment.mask.any(axis=(1, 2)))}
-    planes = sorted(occupied)
-    index = {plane: i for i, plane in enumerate(planes)}
-    labels = np.zeros((len(planes), *plane_shape), dtype=np.uint8 if len(findings) < 256 else np.uint16)
-    for finding in findings:
-        for plane, window, mask in _slices(finding):
-            target = labels[index[plane]][window]
-            if target[mask].any():
-                return planes, _paint_overlapping(findings, labels.shape, index)
-            target[mask] = finding.number
-    return planes, labels
+    frames = [(finding, k) for finding in findings for k in _slices(finding)]
+    planes = sorted({k for _, k in frames})
+    ranks = {k: rank for rank, k in enumerate(planes, start=1)}
+    places = {k: _place(images[k], provenance.frame_number(volume, k)) for k in planes}
+    groups = []
+    for finding, k in frames:
+        item = Dataset()
+        content = Dataset()
+        content.DimensionIndexValues = [finding.number] if volume.is_projection else [finding.number, ranks[k]]
+        item.FrameContentSequence = [content]
+        for element in places[k]:
+            item.add(element)
+        if len(findings) > 1:  # that of a single one stands in the shared groups
+            segment = Dataset()
+            segment.ReferencedSegmentNumber = finding.number
+            item.SegmentIdentificationSequence = [segment]
+        groups.append(item)
+    result.PerFrameFunctionalGroupsSequence = groups
+    result.NumberOfFrames = len(frames)
+    result.PixelData = _packed(frames, volume.voxels.shape[1:])
+    result.SegmentsOverlap = "YES" if _overlap(findings) else "NO"
 
 
-def _paint_overlapping(findings: Sequence[Finding], shape: tuple[int, ...], index: dict[int, int]) -> NDArray[np.uint8]:
-    stack = np.zeros((*shape, len(findings)), dtype=np.uint8)
-    for finding in findings:
-        for plane, window, mask in _slices(finding):
-            stack[index[plane]][window][mask, finding.number - 1] = 1
-    return stack
+def _place(image: Dataset, number: int | None) -> list[DataElement]:
+    """Where a frame lies and which image, and which frame of it, it was derived from."""
+    place = Dataset()
+    if "ImagePositionPatient" in image:
+        position = Dataset()
+        position.ImagePositionPatient = image.ImagePositionPatient
+        place.PlanePositionSequence = [position]
+    source = Dataset()
+    source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
+    if number is not None:
+        source.ReferencedFrameNumber = number
+    source.PurposeOfReferenceCodeSequence = [coded(codes.SOURCE_IMAGE)]
+    source.SpatialLocationsPreserved = "YES"
+    derivation = Dataset()
+    derivation.DerivationCodeSequence = [coded(codes.SEGMENTED)]
+    derivation.SourceImageSequence = [source]
+    place.DerivationImageSequence = [derivation]
+    return list(place)
 
 
-def _slices(finding: Finding) -> list[tuple[int, tuple[slice, slice], NDArray[np.bool_]]]:
-    """The finding's non-empty slices: slice index in the volume, its window in the plane, its mask there."""
-    first, row, column = finding.segment.origin
-    _, rows, columns = finding.segment.mask.shape
-    window = (slice(row, row + rows), slice(column, column + columns))
-    return [(first + k, window, mask) for k, mask in enumerate(finding.segment.mask) if mask.any()]
+def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> bytes:
+    """The frames' pixels as bits that follow each other without padding between frames, lowest bit first."""
+    size = shape[0] * shape[1]
+    data = np.zeros((len(frames) * size + 15) // 16 * 2, dtype=np.uint8)  # of even length
+    for number, (finding, k) in enumerate(frames):
+        first, shift = divmod(number * size, 8)
+        bits = np.zeros(shift + size, dtype=np.uint8)
+        _, row, column = finding.segment.origin
+        mask = finding.segment.mask[k - finding.segment.origin[0]]
+        bits[shift:].reshape(shape)[row : row + mask.shape[0], column : column + mask.shape[1]] = mask
+        packed = np.packbits(bits, bitorder="little")
+        data[first : first + len(packed)] |= packed
+    return data.tobytes()
+
+
+def _slices(finding: Finding) -> list[int]:
+    """The slices of the volume in which a finding has a voxel."""
+    return [finding.segment.origin[0] + int(k) for k in np.flatnonzero(finding.segment.mask.any(axis=(1, 2)))]
+
+
+def _overlap(findings: Sequence[Finding]) -> bool:
+    """Whether a voxel belongs to two findings."""
+    for i, one in enumerate(findings):
+        for other in findings[i + 1 :]:
+            low = np.maximum(one.segment.origin, other.segment.origin)
+            high = np.minimum(*(np.add(f.segment.origin, f.segment.mask.shape) for f in (one, other)))
+            if (high > low).all():
+                parts = [
+                    f.segment.mask[tuple(slice(a, b) for a, b in zip(low - f.segment.origin, high - f.segment.origin, strict=True))]
+                    for f in (one, other)
+                ]
+                if (parts[0] & parts[1]).any():
+                    return True
+    return False
 
 
 def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> SegmentDescription:
@@ -111,7 +184,7 @@ def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> Se
     )
     description = SegmentDescription(
         segment_number=finding.number,
-        segment_label=provenance.long_string(finding.label, ending=str(finding.number)),
+        segment_label=provenance.long_string(finding.label, ending=_ENDINGS[finding.shape].format(finding.number)),
         segmented_property_category=coded(finding.category),
         segmented_property_type=coded(finding.type),
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
@@ -121,6 +194,8 @@ def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> Se
         anatomic_regions=[coded(finding.site)] if finding.site else None,
         display_color=CIELabColor(*finding.colour_cielab),
     )
+    if finding.shape != "outline":
+        description.SegmentDescription = _EXPLANATIONS[finding.shape]
     if finding.site and finding.side:
         description.AnatomicRegionSequence[0].AnatomicRegionModifierSequence = [coded(codes.LATERALITY[finding.side])]
     return description
@@ -134,7 +209,7 @@ def _content_label(package: str) -> str:
 def _reference_whole_series(result: Dataset, images: Sequence[Dataset]) -> None:
     """Name every image that was analysed, not only those under a frame (PS3.3 C.12.2, C.7.6.1.1)."""
     references = []
-    for image in images:
+    for image in {str(image.SOPInstanceUID): image for image in images}.values():
         reference = Dataset()
         reference.ReferencedSOPClassUID = image.SOPClassUID
         reference.ReferencedSOPInstanceUID = image.SOPInstanceUID

@@ -114,7 +114,7 @@ def test_the_line_counts_from_the_corner_of_the_first_pixel(case: Case, two: tup
 def test_findings_end_with_the_summary_with_findings_and_say_how_many_are_omitted(case: Case, two: tuple[Dataset, Dataset]) -> None:
     assert coded(found(case, SUMMARY, two[0])) == ["111242"]
     comments = text(found(case, "121106", two[0]))
-    assert comments == ["RESEARCH USE ONLY - NOT FOR DIAGNOSIS", "3 further findings are omitted: the package reports at most 2."]
+    assert comments == ["RESEARCH USE ONLY - NOT FOR DIAGNOSIS", "3 further findings are omitted: only the 2 most probable are reported."]
 
 
 def test_no_finding_is_a_report(case: Case) -> None:

@@ -18,7 +18,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
 from dicomnode.findings import Code, Finding, ResultObject, Segment
-from dicomnode.results.proof import decode_segmentation
+from dicomnode.results.decoding import decode_segmentation
 from dicomnode.results.segmentation import encode_segmentation
 from results_cases import DIGEST, Case, finding_of, sphere, synthetic
 
@@ -86,23 +86,23 @@ def test_frames_without_a_finding_are_left_out_and_the_slice_spacing_stays() -> 
 def test_a_frame_size_that_fills_no_whole_bytes_loses_no_pixel() -> None:
     case = synthetic(shape=(5, 11, 13))
     found = [box(case, (0, 0, 0), (5, 11, 13)), box(case, (1, 3, 3), (3, 1, 1))]
-    result, seg = encode(case, found[0])
+    _, seg = encode(case, found[0])
     assert seg.NumberOfFrames == 5
-    assert len(decode_segmentation(result.data, case.volume)[0].voxels) == 5 * 11 * 13
+    assert decode_segmentation(seg, case.volume)[0].count == 5 * 11 * 13
 
 
 def test_overlapping_findings_both_keep_all_their_voxels() -> None:
     case = synthetic()
-    result, seg = encode(case, box(case, (2, 10, 10), (3, 6, 6)), box(case, (3, 13, 13), (3, 6, 6)))
+    _, seg = encode(case, box(case, (2, 10, 10), (3, 6, 6)), box(case, (3, 13, 13), (3, 6, 6)))
     assert seg.SegmentsOverlap == "YES"
-    assert [len(s.voxels) for s in decode_segmentation(result.data, case.volume)] == [108, 108]
+    assert [s.count for s in decode_segmentation(seg, case.volume)] == [108, 108]
 
 
 def test_findings_that_only_touch_do_not_overlap() -> None:
     case = synthetic()
-    result, seg = encode(case, box(case, (2, 10, 10), (3, 6, 6)), box(case, (2, 16, 10), (3, 6, 6)))
+    _, seg = encode(case, box(case, (2, 10, 10), (3, 6, 6)), box(case, (2, 16, 10), (3, 6, 6)))
     assert seg.SegmentsOverlap == "NO"
-    assert [len(s.voxels) for s in decode_segmentation(result.data, case.volume)] == [108, 108]
+    assert [s.count for s in decode_segmentation(seg, case.volume)] == [108, 108]
 
 
 @pytest.mark.parametrize(
