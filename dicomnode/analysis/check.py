@@ -7,7 +7,6 @@ up the network before anything heavy is imported, then runs `inference.check_pac
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.isolation import leave_network
 from dicomnode.analysis.package import digest_of
 from dicomnode.errors import NodeError, PackageError
 from dicomnode.findings import Volume
@@ -31,8 +31,6 @@ MEMORY_BYTES = 4 * 2**30
 SECONDS = 600.0
 REPORT_BYTES = 2**20
 
-_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
-_PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 _INHERITED = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "SYSTEMROOT")  # nothing secret goes along
 _TEXTS = ("series_instance_uid", "study_instance_uid", "modality", "calibration")
 
@@ -78,19 +76,6 @@ def check_in_child(
             finally:
                 _end(child)
         return _report(place, name, code, seconds)
-
-
-def leave_network() -> bool:
-    """Move this process, which must have one thread, into a network of its own with nothing in it; False where the kernel refuses.
-
-    Also gives up gaining privileges by executing other programs.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "unshare"):
-        return False
-    left = any(libc.unshare(flags) == 0 for flags in (_CLONE_NEWNET, _CLONE_NEWUSER | _CLONE_NEWNET))
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    return left
 
 
 def _report(place: Path, name: str, code: int, seconds: float) -> dict[str, Any]:

@@ -22,6 +22,7 @@ REASONS = {
     "image-type": "all images are localizers, derived images or screens",
     "body-part": "Body Part Examined names another body part, or none where one is demanded",
     "pixel-format": "the pixels are no single-frame greyscale of at most 16 bits",
+    "transfer-syntax": "the pixels are compressed in a way that the node doesn't decode",
     "not-hu": "Rescale Slope or Intercept is absent, or the rescaled values are no Hounsfield units",
     "missing-geometry": "the position, orientation, pixel spacing or frame of reference of an image is absent or malformed",
     "too-few-slices": "the series has fewer slices than the package needs",

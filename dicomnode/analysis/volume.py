@@ -1,139 +1,247 @@
-"""One selected series as a Volume: values in the modality's units on an orthogonal grid in patient space.
+"""One selected series as a Volume: values in the modality's units, in patient space or in the plane of a projection.
 
-Must never guess geometry, trust a size before it is checked, or die of a file that cannot be decoded. Must never import torch.
+Native pixels are read from the file straight to their place; compressed ones come from child processes. Must never guess geometry,
+trust a size before it is checked, or die of a file that cannot be decoded. Must never import torch.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
-from pydicom.errors import InvalidDicomError
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import JPEG2000, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless, RLELossless
+from pydicom.uid import ExplicitVRBigEndian
 
-from dicomnode.analysis.eligibility import check_pixels
-from dicomnode.analysis.geometry import MAXIMUM_EDGE, stack_of
+from dicomnode.analysis.decoding import NATIVE, Decoder, EncodedFrame, is_decodable
+from dicomnode.analysis.eligibility import NotEligible, number_of, texts_of
+from dicomnode.analysis.frames import Frame
+from dicomnode.analysis.geometry import MAXIMUM_EDGE, MAXIMUM_VOXELS, stack_of
 from dicomnode.analysis.select import SelectedSeries
+from dicomnode.analysis.stored import PixelPlace, Unreadable, pixels_of
+from dicomnode.analysis.units import PixelFormat, Units, clean, convert, format_of, units_of
 from dicomnode.errors import AnalysisFailed
-from dicomnode.findings import Volume
+from dicomnode.findings import Calibration, Volume, Voxels
 
-AIR_HU = -1000.0
-
-# One decoder for each syntax that CT comes in, so that the same file gives the same voxels wherever the node is installed.
-DECODERS: Mapping[str, str] = {
-    RLELossless: "pylibjpeg",  # pydicom's own goes on where segments are broken
-    JPEGLossless: "gdcm",
-    JPEGLosslessSV1: "gdcm",
-    JPEGLSLossless: "pyjpegls",
-    JPEGLSNearLossless: "pyjpegls",
-    JPEG2000Lossless: "pylibjpeg",
-    JPEG2000: "pylibjpeg",
-}
-
-# What pydicom and the decoders behind it raise on malformed, truncated or unsupported data.
-_DECODING_FAILS = (
-    InvalidDicomError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
-    TypeError, ValueError, struct.error,
-)  # fmt: skip
+PROJECTIONS = frozenset({"CR", "DX", "IO", "MG", "PX", "RF", "RG", "XA"})  # modalities whose images have no place in the patient
+MAXIMUM_THREADS = 4  # that read: more wait for memory
+WORTH_A_THREAD = 16 * 2**20  # bytes
 
 
-def read_volume(selected: SelectedSeries) -> Volume:
-    """Read a CT series into Hounsfield units, slices sorted by position.
+@dataclass(frozen=True, kw_only=True)
+class _Plane:
+    """One slice of the volume: where its pixels lie, how they are stored, and what makes units of them."""
 
-    Pixel Padding Value (0028,0120) becomes air: it marks what lies outside the reconstructed circle, holds no measurement, and
-    as it stands (often -3024 HU) would bleed into its neighbours when the volume is resampled.
+    file: Path
+    index: int  # of the frame in the file, from 0
+    place: PixelPlace
+    pixels: PixelFormat
+    units: Units
+    sop_instance_uid: str
+
+
+class _DoesNotFit(Exception):
+    """A value is beyond int16."""
+
+
+def read_volume(selected: SelectedSeries, decoder: Decoder | None = None) -> Volume:
+    """Read a series into the modality's units (CT: HU), slices sorted by position; or one projection.
+
+    int16 where each value is exact in it, else float32, rounded once. Pixel Padding Value (0028,0120) becomes air in CT and the image's
+    smallest value elsewhere: it marks what lies outside the image, holds no measurement, and as it stands (often -3024 HU) would
+    bleed into its neighbours when the volume is resampled. A projection in MONOCHROME1 is turned round, so that air is dark.
+
+    Compressed images are decoded by `decoder`, without one by children started for this call.
 
     Raises:
-        NotEligible: the series is no even stack of slices in Hounsfield units.
+        NotEligible: the series is no even stack of slices, or its pixels are of a kind that the node doesn't read.
         AnalysisFailed: an image cannot be decoded, or its pixels contradict its header; names its SOP Instance UID.
     """
-    stack = stack_of([frame.header for frame in selected.frames])
-    headers = [selected.frames[i].header for i in stack.order]
-    files = [selected.frames[i].file for i in stack.order]
-    for header in headers:
-        check_pixels(header)
-    rows, columns = int(headers[0].Rows), int(headers[0].Columns)
-    voxels = np.empty((len(files), rows, columns), dtype=np.float32)
-    for slice_, file, header in zip(voxels, files, headers, strict=True):
-        _read_hounsfield(file, header, slice_)
-    first = headers[0]
+    frames, projection = list(selected.frames), is_projection(selected.frames)
+    if projection:
+        affine, calibration = _plane_affine(frames[0])
+    else:
+        stack = stack_of([frame.header for frame in frames])
+        affine, calibration = stack.affine, "patient"
+        frames = [frames[i] for i in stack.order]
+    planes = _planes(frames, projection=projection)
+    try:
+        voxels = _read(planes, np.dtype(np.int16), decoder)
+    except _DoesNotFit:
+        voxels = _read(planes, np.dtype(np.float32), decoder)
+    first = frames[0].header
+    numbers = [frame.number for frame in frames]
     return Volume(
         voxels=voxels,
-        affine=stack.affine,
-        sop_instance_uids=tuple(str(header.SOPInstanceUID) for header in headers),
+        affine=affine,
+        sop_instance_uids=tuple(plane.sop_instance_uid for plane in planes),
         series_instance_uid=selected.series_instance_uid,
         study_instance_uid=str(first.StudyInstanceUID),
-        frame_of_reference_uid=str(first.FrameOfReferenceUID),
+        frame_of_reference_uid=None if projection else str(first.FrameOfReferenceUID),
         modality=str(first.Modality),
+        frame_numbers=None if all(number is None for number in numbers) else tuple(number or 1 for number in numbers),
+        calibration=calibration,
     )
 
 
-def _read_hounsfield(file: Path, header: Dataset, out: NDArray[np.float32]) -> None:
-    """Decode one image into `out` (rows, columns)."""
-    uid = str(header.get("SOPInstanceUID", "?"))
+def is_projection(frames: Sequence[Frame]) -> bool:
+    """Whether this is one image of a modality that projects."""
+    return len(frames) == 1 and frames[0].header.get("Modality") in PROJECTIONS
+
+
+def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
+    """Find the pixels of all slices, and check what they claim to be before anything is allocated for them."""
+    formats = [format_of(frame.header) for frame in frames]
+    rows, columns = formats[0].rows, formats[0].columns
+    if max(rows, columns) > MAXIMUM_EDGE or rows * columns * len(frames) > MAXIMUM_VOXELS:
+        raise NotEligible("too-large", f"{len(frames)} slices of {rows} x {columns} pixels are more than the node reads at once.")
+    places: dict[Path, PixelPlace] = {}
+    planes = []
+    for frame, pixels in zip(frames, formats, strict=True):
+        uid = str(frame.image.get("SOPInstanceUID", "?"))
+        if frame.file not in places:
+            places[frame.file] = _place(frame.file, uid)
+        place = places[frame.file]
+        if (pixels.rows, pixels.columns) != (rows, columns) or not rows * columns:
+            raise NotEligible("mixed-size", "Rows or Columns differ within the series.")
+        index = (frame.number or 1) - 1
+        if place.transfer_syntax_uid in NATIVE:
+            _check_native(place, pixels, index, uid)
+        units = units_of(frame.header, pixels, projection=projection)
+        planes.append(_Plane(file=frame.file, index=index, place=place, pixels=pixels, units=units, sop_instance_uid=uid))
+    return planes
+
+
+def _place(file: Path, uid: str) -> PixelPlace:
     try:
-        image = pydicom.dcmread(file)
-        _check_codestream(image, out.shape)
-        syntax = image.file_meta.TransferSyntaxUID
-        stored, _ = get_decoder(syntax).as_array(image, raw=True, decoding_plugin=DECODERS.get(syntax, ""))
-    except _DECODING_FAILS as error:
-        raise AnalysisFailed(f"The image {uid} cannot be decoded ({type(error).__name__}).") from error
-    if stored.shape != out.shape:
-        raise AnalysisFailed(f"The image {uid} holds pixels of another size than its header says.")
-    np.multiply(stored, np.float32(header.RescaleSlope), out=out, casting="unsafe")
-    out += np.float32(header.RescaleIntercept)
-    padding = _padding(header)
-    if padding is not None:
-        out[(stored >= padding[0]) & (stored <= padding[1])] = AIR_HU
+        place = pixels_of(file)
+    except (Unreadable, OSError) as error:
+        raise AnalysisFailed(f"The image {uid} cannot be read ({type(error).__name__}).") from error
+    if place is None:
+        raise AnalysisFailed(f"The image {uid} has no pixel data.")
+    if not is_decodable(place.transfer_syntax_uid):
+        name = place.transfer_syntax_uid.name
+        raise NotEligible("transfer-syntax", f"The pixels are encoded as {name}, which the node doesn't decode.")
+    return place
 
 
-def _padding(header: Dataset) -> tuple[int, int] | None:
-    """Return the smallest and largest padding value (PS3.3 C.7.5.1.1.2) as stored: many writers encode signed ones as unsigned."""
-    values = []
-    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        value = header.get(keyword)
-        if isinstance(value, int):
-            bits = int(header.BitsAllocated)
-            wrapped = value % 2**bits
-            values.append(wrapped - 2**bits if header.PixelRepresentation == 1 and wrapped >= 2 ** (bits - 1) else wrapped)
-    return (min(values), max(values)) if values and isinstance(header.get("PixelPaddingValue"), int) else None
+def _check_native(place: PixelPlace, pixels: PixelFormat, index: int, uid: str) -> None:
+    end = (index + 1) * pixels.frame_bytes
+    if place.length is None or place.length < end or place.offset + end > place.file_bytes:
+        raise AnalysisFailed(f"The image {uid} cannot be decoded: it has fewer pixels than its header says.")
 
 
-def _check_codestream(image: Dataset, shape: tuple[int, ...]) -> None:
-    """Compare the size that a JPEG, JPEG-LS or JPEG 2000 stream claims with the header's, before a decoder allocates it.
+def _read(planes: Sequence[_Plane], dtype: np.dtype[Any], decoder: Decoder | None) -> Voxels:
+    """Return the planes' values in units as one array of this type.
 
     Raises:
-        ValueError: they differ, or Rows or Columns is beyond the limit.
+        _DoesNotFit: the type is int16, and a value is not exact in it.
     """
-    if (image.Rows, image.Columns) != shape or max(shape) > MAXIMUM_EDGE:
-        raise ValueError("the image's size is not that of its series")
-    if not image.file_meta.TransferSyntaxUID.is_encapsulated:
+    if dtype == np.int16 and any(plane.units.fits_int16(plane.pixels) is False for plane in planes):
+        raise _DoesNotFit
+    pixels = planes[0].pixels
+    voxels: Voxels = np.empty((len(planes), pixels.rows, pixels.columns), dtype=dtype)
+    native = [k for k, plane in enumerate(planes) if plane.place.transfer_syntax_uid in NATIVE]
+    _read_native(planes, native, voxels)
+    encoded = [k for k, plane in enumerate(planes) if plane.place.transfer_syntax_uid not in NATIVE]
+    if encoded and decoder is None:
+        with Decoder() as own:
+            _read_encoded(planes, encoded, voxels, own)
+    elif encoded and decoder is not None:
+        _read_encoded(planes, encoded, voxels, decoder)
+    return voxels
+
+
+def _read_native(planes: Sequence[_Plane], wanted: Sequence[int], voxels: Voxels) -> None:
+    threads = min(MAXIMUM_THREADS, len(os.sched_getaffinity(0)), 1 + voxels.nbytes // WORTH_A_THREAD, len(wanted))
+    if threads < 2:
+        _read_native_part(planes, wanted, voxels)
         return
-    claimed = _claimed_size(get_frame(image.PixelData, 0, number_of_frames=1))
-    if claimed is not None and claimed != shape:
-        raise ValueError("the stream's size is not the header's")
+    parts = [wanted[i * len(wanted) // threads : (i + 1) * len(wanted) // threads] for i in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda part: _read_native_part(planes, part, voxels), parts))
 
 
-def _claimed_size(stream: bytes) -> tuple[int, int] | None:
-    """Return (rows, columns) from the SIZ marker (ISO 15444-1 A.5.1) or frame header (ISO 10918-1 B.2.2); None if there is none."""
-    start = stream.find(b"\xff\x4f\xff\x51", 0, 4096)  # SOC SIZ; a JP2 box may come before it
-    if start >= 0 and (start == 0 or not stream.startswith(b"\xff\xd8")):
-        width, height, left, top = struct.unpack_from(">4I", stream, start + 8)
-        return height - top, width - left
-    if not stream.startswith(b"\xff\xd8"):
-        return None
-    position = 2
-    while position + 9 <= len(stream):
-        marker, length = struct.unpack_from(">HH", stream, position)
-        if (0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC)) or marker == 0xFFF7:  # SOFn, and SOF55 of JPEG-LS
-            height, width = struct.unpack_from(">HH", stream, position + 5)
-            return height, width
-        position += 2 + length
-    return None
+def _read_native_part(planes: Sequence[_Plane], wanted: Sequence[int], voxels: Voxels) -> None:
+    """Read some planes, one after another; neighbours of one file through one descriptor."""
+    opened: Path | None = None
+    descriptor = -1
+    try:
+        for k in wanted:
+            plane = planes[k]
+            if plane.file != opened:
+                if descriptor >= 0:
+                    os.close(descriptor)
+                descriptor, opened = os.open(plane.file, os.O_RDONLY), plane.file
+            _read_native_plane(descriptor, plane, voxels[k])
+    except OSError as error:
+        raise AnalysisFailed(f"The image {plane.sop_instance_uid} cannot be read ({type(error).__name__}).") from error
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _read_native_plane(descriptor: int, plane: _Plane, out: Voxels) -> None:
+    pixels = plane.pixels
+    in_place = out.dtype == np.int16 and pixels.bits_allocated == 16 and plane.units.lookup is None
+    stored: NDArray[Any] = out.view(pixels.dtype) if in_place else np.empty((pixels.rows, pixels.columns), dtype=pixels.dtype)
+    _read_bytes(descriptor, plane, stored.reshape(-1).view(np.uint8).data)
+    if plane.place.transfer_syntax_uid == ExplicitVRBigEndian:
+        _swap(stored, plane)
+    _convert(stored, plane, out)
+
+
+def _read_bytes(descriptor: int, plane: _Plane, target: memoryview) -> None:
+    offset, done = plane.place.offset + plane.index * plane.pixels.frame_bytes, 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], offset + done)
+        if not count:
+            raise AnalysisFailed(f"The image {plane.sop_instance_uid} cannot be decoded: its file is cut off.")
+        done += count
+
+
+def _swap(stored: NDArray[Any], plane: _Plane) -> None:
+    """Bring big endian values to little endian; bytes too lie in words of 16 bits where the VR is OW (PS3.5 8.1.1)."""
+    if plane.pixels.bits_allocated > 8:
+        stored.byteswap(inplace=True)
+    elif plane.place.vr == "OW" and stored.size % 2 == 0:
+        stored.reshape(-1).view(np.uint16).byteswap(inplace=True)
+
+
+def _read_encoded(planes: Sequence[_Plane], wanted: Sequence[int], voxels: Voxels, decoder: Decoder) -> None:
+    encoded = [
+        EncodedFrame(
+            file=planes[k].file, index=planes[k].index, shape=(planes[k].pixels.rows, planes[k].pixels.columns),
+            sop_instance_uid=planes[k].sop_instance_uid,
+        )
+        for k in wanted
+    ]  # fmt: skip
+
+    def use(i: int, decoded: NDArray[Any]) -> None:
+        plane = planes[wanted[i]]
+        if decoded.dtype != plane.pixels.dtype:
+            raise AnalysisFailed(f"The image {plane.sop_instance_uid} holds pixels of another format than its header says.")
+        _convert(decoded.copy(), plane, voxels[wanted[i]])
+
+    decoder.decode(encoded, use)
+
+
+def _convert(stored: NDArray[Any], plane: _Plane, out: Voxels) -> None:
+    clean(stored, plane.pixels)
+    if not convert(stored, plane.pixels, plane.units, out):
+        raise _DoesNotFit
+
+
+def _plane_affine(frame: Frame) -> tuple[NDArray[np.float64], Calibration]:
+    """Return where the pixels of a projection lie in the image plane, and where its millimetres are."""
+    spacing = [number_of(text) for text in texts_of(frame.header, "ImagerPixelSpacing")]
+    affine = np.zeros((4, 4))
+    affine[2, 0] = affine[1, 1] = affine[0, 2] = affine[3, 3] = 1.0
+    if len(spacing) != 2 or not all(spacing):
+        return affine, "none"
+    affine[1, 1], affine[0, 2] = spacing
+    return affine, "detector"
