@@ -64,6 +64,7 @@ class InputSection(_Section):
     view_positions: tuple[_Short, ...] = Field((), description="values of View Position, as PA or AP; empty: any")
     view_position_may_be_absent: bool = True
     laterality: tuple[Literal["L", "R", "B", "U"], ...] = Field((), description="values of (Image) Laterality; empty: any")
+    laterality_may_be_absent: bool = True
     mr_contrasts: tuple[MrContrast, ...] = Field(
         (), description="MR weightings; a series whose weighting is unknown is refused; empty: any"
     )
@@ -82,6 +83,8 @@ class InputSection(_Section):
         description="an image whose Image Type has all values of an entry is left out",
     )
     quality_control_images: bool = Field(False, description="also phantoms: Quality Control Image is YES")
+    animals: bool = Field(False, description="also images of animals")
+    for_processing: bool = Field(False, description="also projections whose Presentation Intent Type is FOR PROCESSING")
     burned_in_annotation: bool = Field(False, description="also images whose Burned In Annotation is YES")
     preferred_kernels: tuple[_Short, ...] = Field(
         (), description="of several series that fit, those with these Convolution Kernels, in order"

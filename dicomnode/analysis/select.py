@@ -8,30 +8,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
 
-from dicomnode.analysis.eligibility import REASONS, NotEligible, keep_accepted, number_of
+from dicomnode.analysis.attributes import text_of
+from dicomnode.analysis.candidates import Candidate, Refused, SelectedSeries, candidates_of, rule_between, series_number_of
+from dicomnode.analysis.eligibility import REASONS, NotEligible
 from dicomnode.analysis.frames import Frame, frames_of
-from dicomnode.analysis.geometry import stack_of
 from dicomnode.analysis.manifest import InputSection, Manifest
 
+__all__ = ["SelectedSeries", "Selection", "select"]
 
-@dataclass(frozen=True, kw_only=True)
-class SelectedSeries:
-    """The series that an input of the manifest is given, sorted by position along the slice normal; one frame of a projection."""
-
-    input_name: str
-    series_instance_uid: str
-    frames: tuple[Frame, ...]
-    why: str
-
-    @property
-    def headers(self) -> tuple[Dataset, ...]:
-        """The headers of the images, each once, in the order of their first frames."""
-        return tuple({str(frame.image.SOPInstanceUID): frame.image for frame in self.frames}.values())
+BEST = 8  # candidates of an input that are tried in a set: with four inputs that is 4096 sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,116 +32,156 @@ class Selection:
     series: tuple[SelectedSeries, ...]  # in the manifest's order; the findings lie on the grid of the first
     absent: tuple[str, ...]  # optional inputs that the study doesn't have
     why: str
-    considered: tuple[
-        dict[str, Any], ...
-    ]  # each series: input, series_instance_uid, series_number, images, chosen, reason_code, reason, rank
+    # Each series for each input: input, series_instance_uid, series_number, part, images, chosen, reason_code, reason, rank
+    considered: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    series: SelectedSeries
-    number: int | None
-    spacing_mm: float
-    thickness_mm: float  # of what a slice shows: overlapping slices are thicker than their distance
+class _Choice:
+    accepts: InputSection
+    fitting: Sequence[Candidate]  # the best first
+    refused: Sequence[Refused]
 
 
 def select(manifest: Manifest, headers: Sequence[tuple[Path, Dataset]]) -> Selection:
-    """Return the series that the package should run on: of several, the thinnest slices, then most images, then lowest number.
+    """Return the series that the package should run on; the members of a set share study and frame of reference.
+
+    Of several series that fit, the rules of `candidates` choose.
 
     Raises:
-        NotEligible: an input that isn't optional has no series; the code is that of the series that came closest.
+        NotEligible: an input that isn't optional has no series, or the inputs have none in one frame of reference; the code is that
+            of the series that came closest.
     """
-    frames = frames_of(headers)
-    chosen = tuple(_select_one(accepts, frames) for accepts in manifest.inputs)
-    return Selection(series=chosen, absent=(), why="; ".join(series.why for series in chosen), considered=())
-
-
-def _select_one(accepts: InputSection, frames: Sequence[Frame]) -> SelectedSeries:
     by_series: dict[str, list[Frame]] = {}
-    for frame in frames:
-        by_series.setdefault(str(frame.image.get("SeriesInstanceUID", "")), []).append(frame)
+    for frame in frames_of(headers):
+        by_series.setdefault(text_of(frame.image, "SeriesInstanceUID"), []).append(frame)
     if not by_series:
         raise NotEligible("no-images", "The study holds no images.")
-    candidates: list[_Candidate] = []
-    refusals: list[tuple[NotEligible, int, str]] = []
-    for uid in sorted(by_series):
-        images = by_series[uid]
-        try:
-            candidates.append(_candidate(accepts, uid, images))
-        except NotEligible as refusal:
-            refusals.append((refusal, len(images), _label(images[0].image)))
-    if not candidates:
-        raise _closest(refusals)
-    candidates.sort(key=lambda c: (c.thickness_mm, -len(c.series.frames), _last_if_absent(c.number), c.series.series_instance_uid))
-    chosen = candidates[0]
-    why = f"{_label(chosen.series.headers[0])}: {len(chosen.series.frames)} slices, {chosen.spacing_mm:.2f} mm apart"
-    why += chosen.series.why
-    if len(candidates) > 1:
-        why += f"; chosen among {len(candidates)} that fit: {_rule(chosen, candidates[1])}"
-    if refusals:
-        why += "; not: " + _others(refusals)
-    return replace(chosen.series, why=why)
+    choices = []
+    for accepts in manifest.inputs:
+        fitting, refused = candidates_of(accepts, by_series)
+        choices.append(_Choice(accepts=accepts, fitting=fitting, refused=refused))
+    try:
+        chosen = _best_set(choices)
+    except NotEligible as refusal:
+        raise NotEligible(refusal.code, refusal.reason, considered=_considered(choices, [None] * len(choices), by_series)) from None
+    several = len(choices) > 1
+    series, sentences, absent = [], [], []
+    for choice, candidate in zip(choices, chosen, strict=True):
+        name = choice.accepts.name
+        if candidate is None:
+            absent.append(name)
+            sentences.append(f"without {name}")
+            continue
+        why = _why(choice, candidate)
+        series.append(replace(candidate.series, why=why))
+        sentences.append(f"{name}: {why}" if several else why)
+    considered = _considered(choices, chosen, by_series)
+    return Selection(series=tuple(series), absent=tuple(absent), why="; ".join(sentences), considered=considered)
 
 
-def _candidate(accepts: InputSection, uid: str, frames: Sequence[Frame]) -> _Candidate:
-    """Check one series against the manifest, in the order of REASONS; images that it excludes one by one are left out."""
-    total = len(frames)
-    frames = keep_accepted(accepts, frames)
-    if len(frames) < accepts.minimum_slices:
-        raise NotEligible("too-few-slices", f"{len(frames)} slice(s), the package needs {accepts.minimum_slices}.")
-    if len(frames) > accepts.maximum_slices:
-        raise NotEligible("too-many-slices", f"{len(frames)} slices, the package reads {accepts.maximum_slices}.")
-    stack = stack_of([frame.header for frame in frames])
-    for name, value, (low, high) in (
-        ("slices", stack.spacing_mm[0], accepts.slice_spacing_mm),
-        ("rows", stack.spacing_mm[1], accepts.pixel_spacing_mm),
-        ("columns", stack.spacing_mm[2], accepts.pixel_spacing_mm),
-    ):
-        if not low <= value <= high:
-            raise NotEligible("spacing", f"The {name} are {value:.2f} mm apart; the package reads {low:g} to {high:g} mm.")
-    ordered = [frames[i] for i in stack.order]
-    left_out = f" ({total - len(frames)} other image(s) of the series left out)" if total > len(frames) else ""
-    series = SelectedSeries(input_name=accepts.name, series_instance_uid=uid, frames=tuple(ordered), why=left_out)
-    thickness = max(stack.spacing_mm[0], *(_positive_or_zero(frame.header, "SliceThickness") for frame in ordered))
-    return _Candidate(
-        series=series, number=_seriesnumber_of(ordered[0].image), spacing_mm=stack.spacing_mm[0], thickness_mm=round(thickness, 2)
-    )
+def _best_set(choices: Sequence[_Choice]) -> list[Candidate | None]:
+    """Choose a candidate for each input, None for an optional one without: as many inputs as can be, then the best of the first.
+
+    Raises:
+        NotEligible: no set has all inputs that aren't optional.
+    """
+    required = [choice for choice in choices if not choice.accepts.optional]
+    for choice in required:
+        if not choice.fitting:
+            raise _closest(choice, named=len(choices) > 1)
+    sets: list[tuple[tuple[int, ...], list[Candidate | None]]] = []
+    complete_spaces = 0
+    for space in dict.fromkeys(candidate.space for candidate in choices[0].fitting):
+        options = [_options(choice, space) for choice in choices]
+        complete_spaces += all(options)
+        for members in product(*options):
+            found = [candidate for _, candidate in members if candidate is not None]
+            if not _overlap(found):
+                absent = sum(candidate is None for _, candidate in members)
+                sets.append(((absent, *(place for place, _ in members)), [candidate for _, candidate in members]))
+    if sets:
+        return min(sets, key=lambda entry: entry[0])[1]
+    names = " and ".join(choice.accepts.name for choice in required)
+    if complete_spaces:
+        raise NotEligible("same-series", f"The inputs {names} need series of their own, and the study has one that fits several of them.")
+    raise NotEligible("frame-of-reference", f"No frame of reference of the study has a series for each of {names}.")
 
 
-def _closest(refusals: list[tuple[NotEligible, int, str]]) -> NotEligible:
+def _options(choice: _Choice, space: tuple[str, str]) -> list[tuple[int, Candidate | None]]:
+    """The candidates of an input in one frame of reference, with their places; after them nothing, if the input is optional."""
+    options: list[tuple[int, Candidate | None]] = [
+        (place, candidate) for place, candidate in enumerate(choice.fitting) if candidate.space == space
+    ]
+    options = options[:BEST]
+    return [*options, (len(choice.fitting), None)] if choice.accepts.optional else options
+
+
+def _overlap(members: Sequence[Candidate]) -> bool:
+    """Whether two members of a set have an image plane in common."""
+    planes = Counter(id(frame) for candidate in members for frame in candidate.series.frames) if len(members) > 1 else Counter[int]()
+    return any(count > 1 for count in planes.values())
+
+
+def _why(choice: _Choice, chosen: Candidate) -> str:
+    why = f"{chosen.label}{f' ({chosen.part})' if chosen.part else ''}: {chosen.shape}{chosen.series.why}"
+    others = [candidate for candidate in choice.fitting if candidate is not chosen]
+    if others:
+        why += f"; chosen among {len(choice.fitting)} that fit: {_rule(choice, chosen)}"
+    if choice.refused:
+        why += "; not: " + _counted(choice.refused)
+    return why
+
+
+def _rule(choice: _Choice, chosen: Candidate) -> str:
+    place = choice.fitting.index(chosen)
+    return rule_between(chosen, choice.fitting[1]) if place == 0 else "the frame of reference of the other inputs, or not taken by them"
+
+
+def _closest(choice: _Choice, *, named: bool) -> NotEligible:
     progress = list(REASONS)
-    ordered = sorted(refusals, key=lambda entry: (-progress.index(entry[0].code), -entry[1]))
-    closest, _, label = ordered[0]
-    reason = f"{label}: {closest.reason}"
+    ordered = sorted(choice.refused, key=lambda refused: (-progress.index(refused.refusal.code), -refused.images))
+    closest = ordered[0]
+    reason = f"{closest.label}: {closest.refusal.reason}"
     if len(ordered) > 1:
-        reason += " Others: " + _others(ordered[1:]) + "."
-    return NotEligible(closest.code, reason)
+        reason += " Others: " + _counted(ordered[1:]) + "."
+    return NotEligible(closest.refusal.code, f"Input {choice.accepts.name}: {reason}" if named else reason)
 
 
-def _others(refusals: list[tuple[NotEligible, int, str]]) -> str:
-    counts = Counter(refusal.code for refusal, _, _ in refusals)
+def _counted(refused: Sequence[Refused]) -> str:
+    counts = Counter(entry.refusal.code for entry in refused)
     return ", ".join(f"{count} series {code}" for code, count in counts.items())
 
 
-def _rule(chosen: _Candidate, second: _Candidate) -> str:
-    if chosen.thickness_mm < second.thickness_mm:
-        return "the thinnest slices"
-    return "the most images" if len(chosen.series.frames) > len(second.series.frames) else "the lowest series number"
+def _considered(
+    choices: Sequence[_Choice], chosen: Sequence[Candidate | None], by_series: dict[str, list[Frame]]
+) -> tuple[dict[str, Any], ...]:
+    """Return each series for each input as data, the best first."""
+    rows: list[dict[str, Any]] = []
+    for choice, taken in zip(choices, chosen, strict=True):
+        for candidate in choice.fitting:
+            code, reason = (None, None) if candidate is taken else _not_taken(choice, candidate, taken)
+            uid, images, number = candidate.series.series_instance_uid, len(candidate.series.frames), candidate.rank["series_number"]
+            rows.append(_row(choice, uid, number, candidate.part, images) | {
+                "chosen": candidate is taken, "reason_code": code, "reason": reason, "rank": dict(candidate.rank),
+            })  # fmt: skip
+        for entry in choice.refused:
+            number = series_number_of(by_series[entry.series_instance_uid][0].image)
+            row = _row(choice, entry.series_instance_uid, number, entry.part, entry.images)
+            rows.append(row | {"chosen": False, "reason_code": entry.refusal.code, "reason": entry.refusal.reason, "rank": None})
+    return tuple(rows)
 
 
-def _label(header: Dataset) -> str:
-    number = _seriesnumber_of(header)
-    return "Series without number" if number is None else f"Series {number}"
+def _not_taken(choice: _Choice, candidate: Candidate, taken: Candidate | None) -> tuple[str | None, str]:
+    """Why a candidate that fits by itself was not taken: a code where a set ruled it out, else the rule alone."""
+    if taken is None:
+        return "frame-of-reference", "It fits, but no set of the package's inputs is complete with it."
+    if candidate.space != taken.space:
+        return "frame-of-reference", "It fits, but lies in another frame of reference than what was chosen."
+    if choice.fitting.index(candidate) < choice.fitting.index(taken):
+        return "same-series", "It fits, but another input was given it."
+    return None, f"It fits; preferred was {rule_between(taken, candidate)}."
 
 
-def _seriesnumber_of(header: Dataset) -> int | None:
-    number = number_of(header.get("SeriesNumber"))
-    return None if number is None else int(number)
-
-
-def _last_if_absent(number: int | None) -> tuple[bool, int]:
-    return number is None, number or 0
-
-
-def _positive_or_zero(header: Dataset, keyword: str) -> float:
-    return max(0.0, number_of(header.get(keyword)) or 0.0)
+def _row(choice: _Choice, uid: str, number: int | None, part: str, images: int) -> dict[str, Any]:
+    return {"input": choice.accepts.name, "series_instance_uid": uid, "series_number": number, "part": part, "images": images}

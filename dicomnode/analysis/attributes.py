@@ -1,0 +1,72 @@
+"""Values of a header as plain text and numbers, whatever stands there.
+
+A malformed value is as good as none: reading one never raises. Must never decide anything.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as ItemSequence
+
+# What pydicom raises when a raw value is converted for the first time.
+_CONVERSION_FAILS = (
+    ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error,
+)  # fmt: skip
+
+
+def value_of(header: Dataset, keyword: str) -> Any:
+    """Return an attribute's value, or None where it is absent, empty or malformed."""
+    try:
+        return header.get(keyword)
+    except _CONVERSION_FAILS:
+        return None
+
+
+def number_of(value: object) -> float | None:
+    """Return a header's value as a finite number, or None."""
+    try:
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def texts_of(header: Dataset, keyword: str) -> list[str]:
+    """Return an attribute's values as texts; none where it is absent or empty."""
+    value = value_of(header, keyword)
+    if value is None or isinstance(value, str | bytes):
+        return [str(value)] if value else []
+    if isinstance(value, ItemSequence | Dataset):
+        return []
+    return [str(part) for part in value] if isinstance(value, Iterable) else [str(value)]
+
+
+def text_of(header: Dataset, keyword: str) -> str:
+    """Return an attribute's values as one text without space around it, empty where there is none."""
+    return " ".join(texts_of(header, keyword)).strip()
+
+
+def whole_of(header: Dataset, keyword: str) -> int:
+    """Return an attribute's value if it is a whole number, else 0."""
+    value = value_of(header, keyword)
+    return value if isinstance(value, int) else 0
+
+
+def items_of(header: Dataset, keyword: str) -> list[Dataset]:
+    """Return the items of a sequence; none where it is absent or no sequence."""
+    value = value_of(header, keyword)
+    return [item for item in value if isinstance(item, Dataset)] if isinstance(value, ItemSequence) else []
+
+
+def codes_of(header: Dataset, keyword: str) -> list[tuple[str, str, str]]:
+    """Return the coded entries of a sequence (PS3.3 8.8): value, scheme, meaning; entries without a value are left out."""
+    codes = [
+        (text_of(item, "CodeValue"), text_of(item, "CodingSchemeDesignator").upper(), text_of(item, "CodeMeaning"))
+        for item in items_of(header, keyword)
+    ]
+    return [code for code in codes if code[0]]

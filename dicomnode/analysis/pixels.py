@@ -1,0 +1,116 @@
+"""Whether the pixels are what the header says: values that mean what they should, an image at all, black and white not exchanged.
+
+What can be told by numbers alone; anatomy is judged where the manifest names a region (`lung`, `radiograph`). Must never decide by an
+image's size, or import torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from dicomnode.analysis.attributes import text_of
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.manifest import InputSection
+from dicomnode.findings import Volume
+
+SAMPLES = 400_000  # voxels that are looked at: percentiles of so many are good to a tenth of a percent
+SATURATED = 0.6  # of the pixels at one end of their range; films have up to a third there, where the beam met nothing or lead
+AIR_HU = -200.0  # below: air, lung, or what lies outside the reconstructed circle
+TISSUE_HU = (-200.0, 300.0)
+UNSCALED_TISSUE = (850.0, 1350.0)  # where tissue lies in values to which no intercept of -1024 was added
+LARGEST_HU = 3100.0  # of 12 bits; only metal lies above
+
+
+def check_pixels_fit(accepts: InputSection, volume: Volume, header: Dataset) -> None:
+    """Compare the voxels with what the header says of them; `header` is that of the first image.
+
+    Raises:
+        NotEligible: "empty-image", "saturated", "not-hu" (CT) or "polarity" (projections; of a region that the manifest names, the
+            network that finds it tells).
+    """
+    values = _sample(volume.voxels)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(low) or not np.isfinite(high) or low == high:
+        raise NotEligible("empty-image", f"All pixels have the value {low:g}.")
+    if volume.modality == "CT":
+        _check_hounsfield(values)
+    elif volume.is_projection:
+        _check_range_used(values)
+        _check_polarity(accepts, volume.voxels[0], header)
+    else:
+        share = float(np.mean(values == high))
+        if share > SATURATED:
+            raise NotEligible("saturated", f"{share:.0%} of the pixels have the largest value, {high:g}.")
+
+
+def _sample(voxels: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.float32]:
+    flat = voxels.reshape(-1)
+    step = max(1, flat.size // SAMPLES) | 1  # odd, so that no column of an image is all that is seen
+    return flat[::step].astype(np.float32)
+
+
+def _check_hounsfield(values: NDArray[np.float32]) -> None:
+    """Raise NotEligible if the values can't be Hounsfield units: PS3.3 C.8.2.1 has water at 0 and air at -1000."""
+    tissue = _share(values, *TISSUE_HU)
+    unscaled = _share(values, *UNSCALED_TISSUE)
+    air = float(np.mean(values < AIR_HU))
+    if unscaled > 0.2 and air < 0.01:
+        raise NotEligible("not-hu", f"{unscaled:.0%} of the pixels lie at 850 to 1350 and none at air's value: no Hounsfield units.")
+    large = float(np.mean(values > LARGEST_HU))
+    if large > 0.05:
+        raise NotEligible("not-hu", f"{large:.0%} of the pixels lie above {LARGEST_HU:.0f}: no Hounsfield units.")
+    if tissue < 0.02:
+        raise NotEligible("not-hu", f"{tissue:.1%} of the pixels lie at -200 to 300, where tissue does: no Hounsfield units.")
+    spread = float(np.subtract(*np.percentile(values, [99.5, 0.5])))
+    if spread < 20:
+        raise NotEligible("not-hu", f"The pixels lie within {spread:.1f} units of each other: no Hounsfield units of a body.")
+
+
+def _share(values: NDArray[np.float32], low: float, high: float) -> float:
+    return float(np.mean((values >= low) & (values <= high)))
+
+
+def _check_range_used(values: NDArray[np.float32]) -> None:
+    for end in (float(values.min()), float(values.max())):
+        share = float(np.mean(values == end))
+        if share > SATURATED:
+            raise NotEligible("saturated", f"{share:.0%} of the pixels have the value {end:g}, at the border of their range.")
+
+
+def _check_polarity(accepts: InputSection, pixels: NDArray[np.int16] | NDArray[np.float32], header: Dataset) -> None:
+    """Compare Photometric Interpretation with the rest of the header, and where no network judges the anatomy, with the pixels."""
+    photometric, shape = text_of(header, "PhotometricInterpretation"), text_of(header, "PresentationLUTShape").upper()
+    if (photometric, shape) in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
+        raise NotEligible("polarity", f"Photometric Interpretation is {photometric} and Presentation LUT Shape {shape}: they contradict.")
+    if not accepts.region and air_is_bright(pixels):
+        raise NotEligible("polarity", f"With {photometric} the air around the body is bright and the body dark: they are exchanged.")
+
+
+def air_is_bright(pixels: NDArray[np.int16] | NDArray[np.float32]) -> bool:
+    """Whether a projection (rows, columns), bone bright, shows its background of air bright: the sign of a false polarity.
+
+    Where the beam met nothing lies at the border of the image, is smooth and has one end of the values; where a collimator shut it out
+    lies at the other end, and outside the former. True only where one of the two is there and the histogram leaves no doubt.
+    """
+    image = _small(pixels)
+    low, high = np.percentile(image, [1, 99])
+    if high <= low:
+        return False
+    image = np.clip((image - low) / (high - low), 0, 1)
+    border = np.zeros(image.shape, dtype=bool)
+    width = max(2, min(image.shape) // 16)
+    border[:width], border[-width:], border[:, :width], border[:, -width:] = True, True, True, True
+    inside = image[image.shape[0] // 4 : -image.shape[0] // 4, image.shape[1] // 4 : -image.shape[1] // 4]
+    bright, dark = float(np.mean(image[border] > 0.95)), float(np.mean(image[border] < 0.05))
+    # Collimation is a frame; air alone, around a hand or beside a neck, leaves the other end of the values inside.
+    return bright > 0.35 and dark < 0.05 and float(np.median(inside)) < 0.5 and float(np.mean(inside > 0.95)) < 0.05
+
+
+def _small(pixels: NDArray[np.int16] | NDArray[np.float32], edge: int = 128) -> NDArray[np.float32]:
+    """Return a projection in about `edge` x `edge` block means."""
+    rows, columns = (max(1, size // edge) for size in pixels.shape)
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+    blocks = pixels[: height * rows, : width * columns].astype(np.float32).reshape(height, rows, width, columns)
+    return np.asarray(blocks.mean(axis=(1, 3)), dtype=np.float32)
