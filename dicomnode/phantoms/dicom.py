@@ -1,4 +1,4 @@
-"""Write voxels as a CT series: one CT Image Storage file a slice (PS3.3 A.3), with every UID derived from a seed.
+"""Write voxels as a CT or MR series, one file a slice (PS3.3 A.3, A.4), or a film (`film.py`), with every UID derived from a seed.
 
 Must never put anything but obviously synthetic people into a file.
 """
@@ -20,6 +20,27 @@ CT, MR = str(CTImageStorage), str(MRImageStorage)
 
 
 @dataclass(frozen=True, kw_only=True)
+class MrSequence:
+    """What an MR series says of how it was made (PS3.3 C.8.3.1)."""
+
+    name: str  # Scanning Sequence
+    repetition_ms: float
+    echo_ms: float
+    inversion_ms: float | None = None
+    contrast_agent: str | None = None
+
+
+SEQUENCES = {
+    "": MrSequence(name="SE", repetition_ms=500, echo_ms=15),
+    "t1": MrSequence(name="SE", repetition_ms=500, echo_ms=12),
+    "t1c": MrSequence(name="SE", repetition_ms=500, echo_ms=12, contrast_agent="SYNTHETIC GADOLINIUM"),
+    "t2": MrSequence(name="SE", repetition_ms=4000, echo_ms=95),
+    "flair": MrSequence(name="IR", repetition_ms=9000, echo_ms=110, inversion_ms=2500),
+    "pd": MrSequence(name="SE", repetition_ms=2500, echo_ms=20),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeriesHeader:
     """Who and what a written series claims to be."""
 
@@ -36,6 +57,9 @@ class SeriesHeader:
     image_type: tuple[str, ...] = ("ORIGINAL", "PRIMARY", "AXIAL")
     thickness_mm: float = 2.5
     sop_class_uid: str = CT
+    contrast: str = ""  # of an MR series: a key of SEQUENCES
+    patient_position: str = "HFS"
+    tilt_degrees: float = 0.0  # of the gantry, as the header says it
     descending: bool = False  # Instance Number runs from head to feet
     skip: tuple[int, ...] = ()  # slices that are not written
 
@@ -47,7 +71,10 @@ def uid_from(*parts: str) -> str:
 
 
 def write_ct_series(folder: Path, voxels: NDArray[np.float32], affine: NDArray[np.float64], header: SeriesHeader) -> list[Path]:
-    """Write (slices, rows, columns) HU with an affine from (k, r, c, 1) to LPS mm; return the files, slice 0 first."""
+    """Write (slices, rows, columns) HU, or signal if the SOP class is MR, with an affine from (k, r, c, 1) to LPS mm.
+
+    Returns the files, slice 0 first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for k in range(len(voxels)):
@@ -63,7 +90,7 @@ def write_ct_series(folder: Path, voxels: NDArray[np.float32], affine: NDArray[n
 
 def _image(pixels: NDArray[np.float32], affine: NDArray[np.float64], k: int, number: int, header: SeriesHeader) -> Dataset:
     image = Dataset()
-    _patient_and_study(image, header)
+    write_patient_and_study(image, header)
     row_way, column_way = affine[:3, 2], affine[:3, 1]
     column_step, row_step = float(np.linalg.norm(row_way)), float(np.linalg.norm(column_way))
     position = affine[:3, 3] + k * affine[:3, 0]
@@ -73,7 +100,7 @@ def _image(pixels: NDArray[np.float32], affine: NDArray[np.float64], k: int, num
     image.SeriesInstanceUID = uid_from(header.seed, str(header.series_number))
     image.SeriesNumber = header.series_number
     image.SeriesDescription = header.series_description
-    image.PatientPosition = "HFS"
+    image.PatientPosition = header.patient_position
     image.FrameOfReferenceUID = uid_from(header.seed, "frame of reference")
     image.PositionReferenceIndicator = None
     image.BodyPartExamined = header.body_part
@@ -93,26 +120,43 @@ def _image(pixels: NDArray[np.float32], affine: NDArray[np.float64], k: int, num
     image.BitsAllocated = 16
     if header.sop_class_uid == CT:
         image.KVP, image.ConvolutionKernel = "120", "SYNTHETIC"
+        if header.tilt_degrees:
+            image.GantryDetectorTilt = _decimal(header.tilt_degrees)
         image.BitsStored, image.HighBit, image.PixelRepresentation = 12, 11, 0
         image.RescaleIntercept, image.RescaleSlope, image.RescaleType = "-1024", "1", "HU"
         stored = np.clip(np.round(pixels) + 1024, 0, 4095)
         image.WindowCenter, image.WindowWidth = ["-600", "40"], ["1500", "400"]
     else:
-        image.ScanningSequence, image.SequenceVariant, image.ScanOptions = "SE", "NONE", None
-        image.MRAcquisitionType, image.RepetitionTime, image.EchoTime, image.EchoTrainLength = "2D", "500", "15", 1
+        _mr_sequence(image, SEQUENCES[header.contrast])
         image.BitsStored, image.HighBit, image.PixelRepresentation = 12, 11, 0
         stored = np.clip(np.round(pixels), 0, 4095)
         image.WindowCenter, image.WindowWidth = "500", "1000"
     image.PixelData = stored.astype("<u2").tobytes()
+    image.file_meta = file_meta(image)
+    return image
+
+
+def _mr_sequence(image: Dataset, sequence: MrSequence) -> None:
+    image.ScanningSequence, image.SequenceVariant, image.ScanOptions = sequence.name, "NONE", None
+    image.MRAcquisitionType, image.EchoTrainLength = "2D", 1
+    image.RepetitionTime, image.EchoTime = _decimal(sequence.repetition_ms), _decimal(sequence.echo_ms)
+    if sequence.inversion_ms is not None:
+        image.InversionTime = _decimal(sequence.inversion_ms)
+    if sequence.contrast_agent is not None:
+        image.ContrastBolusAgent = sequence.contrast_agent
+
+
+def file_meta(image: Dataset) -> FileMetaDataset:
+    """The file meta information of an uncompressed image."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = UID(uid_from("dicomnode", "phantoms"))
-    image.file_meta = meta
-    return image
+    return meta
 
 
-def _patient_and_study(image: Dataset, header: SeriesHeader) -> None:
+def write_patient_and_study(image: Dataset, header: SeriesHeader) -> None:
+    """Set what all images of a study share: an obviously synthetic person."""
     image.SpecificCharacterSet = "ISO_IR 192"
     image.PatientName, image.PatientID = header.patient_name, header.patient_id
     image.PatientBirthDate, image.PatientSex = "19500101", "O"
@@ -124,7 +168,7 @@ def _patient_and_study(image: Dataset, header: SeriesHeader) -> None:
     image.AccessionNumber = header.accession_number
     image.ReferringPhysicianName = None
     image.Manufacturer = "dicomnode phantoms"
-    image.ManufacturerModelName = "synthetic chest"
+    image.ManufacturerModelName = "synthetic head" if header.body_part == "HEAD" and header.contrast else "synthetic chest"
     image.SeriesDate, image.SeriesTime = header.study_date, header.study_time
 
 

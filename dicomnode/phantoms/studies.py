@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from dicomnode.findings import Volume
@@ -13,10 +15,15 @@ from dicomnode.phantoms.acquisition import Protocol, scan
 from dicomnode.phantoms.anatomy import points_in_lung
 from dicomnode.phantoms.chest import ChestScene, chest_scene
 from dicomnode.phantoms.dicom import MR, SeriesHeader, uid_from, write_ct_series
+from dicomnode.phantoms.film import WHITE
+from dicomnode.phantoms.head import CONTRASTS, acquire, head_scene, receive, render_head, signal
 from dicomnode.phantoms.nodules import Nodule, sphere
-from dicomnode.phantoms.shapes import Grid
+from dicomnode.phantoms.radiograph import Technique, View, expose, project
+from dicomnode.phantoms.shapes import Floats, Grid
 
 DEMO_PROTOCOL = Protocol(thickness_mm=3.0, blur_px=0.2, noise_hu=14.0, grain_px=0.7)
+
+DEMO_TECHNIQUE = Technique(bone_per_cm=0.7, scatter=0.4, photons=100000.0, black_percent=2.0, white_percent=2.0, enhancement=0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +92,69 @@ def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
     return with_nodule, without, write_mr_bottle(folder / "mr-three-images")
 
 
-def check_volume(*, seed: int = 42) -> Volume:
-    """A small part of a chest CT with one nodule in its middle slices, for a first run of a package: 20 slices of 3 mm, 160 x 160."""
+def check_volume(*, modality: str = "CT", projection: bool = False, seed: int = 42, contrast: str = "") -> Volume:
+    """What a package is run on for the first time: something of its modality that it might accept.
+
+    CT: a small part of a chest with one nodule, 20 slices of 3 mm, 160 x 160. MR: a whole head, 48 slices of 4 mm, 160 x 128;
+    the contrasts (keys of `head.CONTRASTS`; "" is t1) of one seed share grid and frame of reference. A projection, or an X-ray
+    modality: a frontal chest film, white where much absorbs, spacing at the detector.
+    """
+    if projection or modality in ("CR", "DX", "RG", "MG", "XA", "RF", "IO", "PX"):
+        return _check_film(modality if modality != "CT" else "DX", seed)
+    if modality == "MR":
+        return _check_head(seed, contrast or "t1")
     scene, grid = _around_a_nodule(seed, pixel_mm=2.2, pixels=160)
     return volume_of(scan(scene, grid, DEMO_PROTOCOL), grid, f"check {seed}")
+
+
+def _check_film(modality: str, seed: int) -> Volume:
+    pixels = np.round(WHITE * chest_film(seed, pixel_mm=1.5, step_mm=(3.0, 6.0, 3.0))).astype(np.float32)
+    affine = np.diag([1.0, 1.5, 1.5, 1.0])[[2, 1, 0, 3]]  # (k, r, c) to (x, y): columns run along x, rows along y
+    name = f"check film {seed}"
+    return Volume(
+        voxels=pixels[None], affine=affine, sop_instance_uids=(uid_from(name, "2", "0"),), series_instance_uid=uid_from(name, "2"),
+        study_instance_uid=uid_from(name, "study"), frame_of_reference_uid=None, modality=modality, calibration="detector",
+    )  # fmt: skip
+
+
+def _check_head(seed: int, contrast: str) -> Volume:
+    grid = Grid(origin_lps_mm=(-101.6, -127.2, -104.0), spacing_mm=(4.0, 1.6, 1.6), shape=(48, 160, 128))
+    name = f"check head {seed}"
+    volume = volume_of(head_images(seed, grid.affine, grid.shape, (contrast,), thickness_mm=4.0)[contrast], grid, name)
+    return replace(
+        volume, modality="MR", series_instance_uid=uid_from(name, contrast),
+        sop_instance_uids=tuple(uid_from(name, contrast, str(k)) for k in range(len(volume.voxels))),
+    )  # fmt: skip
+
+
+def chest_film(seed: int, *, pixel_mm: float, step_mm: tuple[float, float, float] = (2.0, 5.0, 2.0)) -> Floats:
+    """An upright frontal chest film of `seed`, 0 black to 1 white, framed as a film is."""
+    shadow = project(chest_scene(seed), View(), seed=0, pixel_mm=pixel_mm, step_mm=step_mm)
+    rows, columns = (np.flatnonzero((shadow.right | shadow.left).any(axis=axis)) for axis in (1, 0))
+    margin = round(35 / pixel_mm)
+    seen = tuple(slice(max(0, int(edge[0]) - margin), int(edge[-1]) + margin) for edge in (rows, columns))
+    film = expose(shadow, DEMO_TECHNIQUE, np.random.default_rng([seed, 61]))[seen]
+    low, high = np.percentile(film, (0.5, 99.5))
+    return np.asarray(np.clip((film - low) / (high - low), 0, 1), dtype=np.float32)
+
+
+def head_images(
+    seed: int,
+    affine: NDArray[np.float64],
+    shape: tuple[int, int, int],
+    contrasts: Sequence[str],
+    *,
+    thickness_mm: float,
+    lesion_mm: float = 0.0,
+) -> dict[str, Floats]:
+    """The head of `seed` in each contrast, in slices of any orientation: signal 0 to about 1000, rounded."""
+    fine = Grid(origin_lps_mm=(-100.0, -126.0, -126.0), spacing_mm=(2.0, 2.0, 2.0), shape=(114, 124, 101))
+    shares, _ = render_head(head_scene(seed, lesion_mm=lesion_mm), fine)
+    images = {}
+    for number, contrast in enumerate(contrasts):
+        scanned = acquire(signal(shares, CONTRASTS[contrast]), fine, affine, shape, thickness_mm=thickness_mm)
+        images[contrast] = np.round(1000 * receive(scanned, np.random.default_rng([seed, number, 62]), bias=0.1))
+    return images
 
 
 def write_check_study(folder: Path, seed: str) -> TrueStudy:

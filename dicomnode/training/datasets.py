@@ -16,7 +16,7 @@ from dicomnode.phantoms.acquisition import apply_matrix, averaging, develop, int
 from dicomnode.phantoms.anatomy import points_in_lung
 from dicomnode.phantoms.chest import ChestScene, chest_scene, render, scatter_nodules, true_mask
 from dicomnode.phantoms.shapes import Grid
-from dicomnode.training.recipe import DataSection
+from dicomnode.training.recipe import NodulePatches
 
 SCENES_AT_A_TIME = 4  # a batch of four shows four chests, and four batches in a row share them
 PATCHES_PER_SCENE = 4  # three of them at a nodule, one where mistakes are likely
@@ -27,7 +27,7 @@ Patch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class PhantomPatches(Dataset[Patch]):
     """Patch number -> (image (1, k, r, c) scaled to 0..1, truth (1, k, r, c) 0/1, region (1, k, r, c) 0/1), float32."""
 
-    def __init__(self, data: DataSection, *, seed: int, count: int) -> None:
+    def __init__(self, data: NodulePatches, *, seed: int, count: int) -> None:
         self._data, self._seed, self._count = data, seed, count
         self._scenes: OrderedDict[int, ChestScene] = OrderedDict()
 
@@ -79,7 +79,7 @@ def _likely_mistake(scene: ChestScene, rng: np.random.Generator) -> NDArray[np.f
     return point
 
 
-def _patch(scene: ChestScene, centre: NDArray[np.float64], data: DataSection, rng: np.random.Generator) -> Patch:
+def _patch(scene: ChestScene, centre: NDArray[np.float64], data: NodulePatches, rng: np.random.Generator) -> Patch:
     step_z, step_y, step_x = data.spacing_mm
     slices, rows, columns = data.patch
     corner = centre - np.array([columns * step_x, rows * step_y, slices * step_z]) / 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dicomnode.analysis.manifest import Manifest
 from dicomnode.errors import ConfigError
@@ -16,9 +16,10 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataSection(_Section):
-    """What a training patch is. Orders: slice, row, column."""
+class NodulePatches(_Section):
+    """Patches of chest CT with nodules. Orders: slice, row, column."""
 
+    kind: Literal["chest-ct-nodules"] = "chest-ct-nodules"
     spacing_mm: tuple[float, float, float]
     window_hu: tuple[float, float] = Field(description="clipped to it and scaled to 0..1")
     patch: tuple[int, int, int]
@@ -26,6 +27,23 @@ class DataSection(_Section):
     nodules_per_scene: int = Field(ge=0)
     diameters_mm: tuple[float, float, float] = Field(description="log-uniform from the first to the second; a few up to the third")
     large_share: float = Field(ge=0, le=1, description="share of nodules between the second and the third diameter")
+
+
+class Radiographs(_Section):
+    """Frontal chest radiographs with their lung fields, and films of what is no chest with empty masks. Two outputs: right, left."""
+
+    kind: Literal["chest-radiographs"]
+    size_px: int = Field(ge=32, le=1024, description="of the longer side; the other is padded with zeros")
+    others: float = Field(ge=0, lt=1, description="share of films that are no upright frontal chest, or whose polarity is wrong")
+
+
+class Heads(_Section):
+    """Parts of heads in MR of random contrast, and what is no head with empty masks. Orders: slice, row, column."""
+
+    kind: Literal["mr-heads"]
+    spacing_mm: tuple[float, float, float]
+    patch: tuple[int, int, int]
+    others: float = Field(ge=0, lt=1, description="share of volumes that hold no head")
 
 
 class NetworkSection(_Section):
@@ -56,12 +74,18 @@ class TrainingSection(_Section):
 
 
 class Recipe(_Section):
-    """A whole training."""
+    """A whole training. A `data` without a kind is of nodules."""
 
-    data: DataSection
+    data: NodulePatches | Radiographs | Heads = Field(discriminator="kind")
     network: NetworkSection
     training: TrainingSection
     package: Manifest = Field(description="the manifest of the package that export writes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nodules_unless_said(cls, entries: Any) -> Any:
+        data = entries.get("data") if isinstance(entries, dict) else None
+        return {**entries, "data": {"kind": "chest-ct-nodules", **data}} if isinstance(data, dict) else entries
 
 
 def load_recipe(file: Path) -> Recipe:
