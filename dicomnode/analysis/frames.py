@@ -14,6 +14,7 @@ from pathlib import Path
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     ComputedRadiographyImageStorage,
@@ -25,7 +26,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from dicomnode.analysis.functional_groups import UNREADABLE, FunctionalGroups, items_of
+from dicomnode.analysis.functional_groups import UNREADABLE, FunctionalGroups
 from dicomnode.errors import AnalysisFailed
 
 MAXIMUM_FRAMES = 20_000  # of one image; one that claims more stays as it is, and is refused for its Number of Frames
@@ -46,6 +47,7 @@ _READ_HERE = (
     "ProtocolName", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "Manufacturer",
     "ManufacturerModelName",
 )  # fmt: skip
+_BODY_PART = Tag(0x0018, 0x0015)
 _NOT_OF_A_PLANE = {0x52009229, 0x52009230, 0x00280008}  # functional groups, Number of Frames
 # Classes of which an object is one image (PS3.3 A.2, A.3, A.4, A.8.1, A.21, A.26): one that claims several frames is malformed.
 _ONE_FRAME = {
@@ -104,20 +106,22 @@ def _read_header(file: Path) -> Dataset:
 
 
 def _planes(file: Path, image: Dataset) -> list[Frame]:
-    own = items_of(image, "PerFrameFunctionalGroupsSequence")
-    grouped = len(own) > 0 or "SharedFunctionalGroupsSequence" in image
+    groups = FunctionalGroups(image)
+    grouped = len(groups) > 0 or "SharedFunctionalGroupsSequence" in image
     count = image.get("NumberOfFrames")
-    count = len(own) or 1 if count is None else count
+    count = len(groups) or 1 if count is None else count
     several = isinstance(count, int) and 1 < count <= MAXIMUM_FRAMES and image.get("SOPClassUID") not in _ONE_FRAME
     if not (several or (grouped and count == 1)):
         return [Frame(file=file, image=image, number=None, header=image)]
-    groups = FunctionalGroups(image)
-    items: Sequence[Dataset | None] = own if len(own) == count else [None] * count  # else nobody knows whose they are
+    own = len(groups) == count  # else nobody knows whose they are
     top = {tag: element for tag in list(image.keys()) if tag not in _NOT_OF_A_PLANE and (element := image.get_item(tag)) is not None}
+    if not image.get("BodyPartExamined"):
+        top.pop(_BODY_PART, None)
     implicit, little = image.original_encoding
     frames = []
-    for number, item in enumerate(items, start=1):
-        header = Dataset({**top, **groups.plane(item)})
+    for index in range(count):
+        own_or_shared = groups.plane(index if own else None)
+        header = Dataset({**top, **own_or_shared, **({_BODY_PART: top[_BODY_PART]} if _BODY_PART in top else {})})
         header.set_original_encoding(implicit, little, image.original_character_set)
-        frames.append(Frame(file=file, image=image, number=number, header=header))
+        frames.append(Frame(file=file, image=image, number=index + 1, header=header))
     return frames
