@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from dicomnode.cli import check, metrics, node, peers, site, training, work
+from dicomnode.cli import check, metrics, node, packages, peers, site, training, work
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs
 from dicomnode.version import VERSION
@@ -23,6 +23,7 @@ node.register(app)
 check.register(app)
 metrics.register(app)
 peers.register(app)
+packages.register(app)
 site.register(app)
 work.register(app)
 training.register(app)

@@ -102,7 +102,7 @@ def demo(
     timeout: Annotated[float, typer.Option(min=1, help="seconds")] = 600.0,
 ) -> None:
     """Run the whole job once: a scanner sends studies, the node analyses them, a PACS receives the results."""
-    from dicomnode.cli.peers import add_package, builtin_packages, check_package, enable_package
+    from dicomnode.cli.packages import add_package, builtin_packages, check_package, enable_package
     from dicomnode.demo import run_demo
 
     def enable_packages(storage: Storage) -> list[str]:

@@ -1,29 +1,27 @@
-"""Commands over what admins change while the node runs: peers, routes and model packages."""
+"""Commands over what admins change while the node runs: peers and routes."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from dicomnode.cli.packages import known_package
 from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_version, opened, show
-from dicomnode.errors import PackageError, UsageError
+from dicomnode.errors import UsageError
 from storage import Storage
-from storage.records import PackageRecord, Peer, Route
+from storage.records import Peer, Route
 
 peer = typer.Typer(no_args_is_help=True, help="Remote application entities: who may send here, who gets results.")
 route = typer.Typer(no_args_is_help=True, help="Which studies go to which package, and whose results go to which peers.")
-package = typer.Typer(no_args_is_help=True, help="Model packages: add, check (your consent to run it once), enable.")
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.add_typer(peer, name="peer")
     app.add_typer(route, name="route")
-    app.add_typer(package, name="package")
 
 
 @peer.command("add")
@@ -128,7 +126,7 @@ def route_add(
     """Add a route, or change the one with this name."""
     wanted, version = name_and_version(package_name)
     with opened(config) as (_, storage):
-        _known_package(storage, package_name)
+        known_package(storage, package_name)
         for title in to:
             if not _known_peer(storage, title).receives:
                 raise UsageError(f"{title} is a peer that doesn't receive results: `dicomnode peer add {title} HOST PORT --receives`")
@@ -174,124 +172,6 @@ def route_remove(name: str, config: ConfigOption = None) -> None:
         storage.registry.remove_route(name)
 
 
-@package.command("add")
-def package_add(
-    folder: Annotated[Path, typer.Argument(help="folder with manifest.toml and bundle/, or the name of a built-in package")],
-    config: ConfigOption = None,
-) -> None:
-    """Copy a model package into the node. It is read as data: nothing of it runs."""
-    with opened(config) as (_, storage):
-        source = folder if folder.is_dir() else builtin_packages().get(str(folder))
-        if source is None:
-            raise UsageError(f"{folder} is neither a folder nor a built-in package; built in: {', '.join(builtin_packages())}")
-        added = add_package(storage, source)
-        typer.echo(
-            f"added {added.name}@{added.version}, digest {added.digest[:12]}; next: dicomnode package check {added.name}@{added.version}"
-        )
-
-
-@package.command("list")
-def package_list(config: ConfigOption = None, json: JsonOption = False) -> None:
-    """List the packages."""
-    with opened(config) as (_, storage):
-        show(storage.registry.packages(), ["name", "version", "state", "digest", "added_at"], as_json=json)
-
-
-@package.command("check")
-def package_check(
-    name: Annotated[str, typer.Argument(help="NAME[@VERSION]")], config: ConfigOption = None, json: JsonOption = False
-) -> None:
-    """Run a package once on a phantom, in a child process without network and under limits. This is your consent to run it."""
-    with opened(config) as (_, storage):
-        checked = check_package(storage, _known_package(storage, name))
-        report = checked.check or {}
-        if json:
-            show([{"name": checked.name, "version": checked.version, **report}], [], as_json=True)
-        elif checked.state != "added":
-            rows = [{"what": key, "value": len(value) if key == "findings" else value} for key, value in report.items()]
-            show(rows, ["what", "value"], as_json=False)
-        if checked.state == "added":
-            raise PackageError(f"{name} did not pass its check: {(checked.check or {}).get('error', 'no finding could be made')}")
-
-
-@package.command("enable")
-def package_enable(name: Annotated[str, typer.Argument(help="NAME[@VERSION]")], config: ConfigOption = None) -> None:
-    """Let the node run a checked package; other versions of it are disabled."""
-    with opened(config) as (_, storage):
-        enable_package(storage, _known_package(storage, name))
-
-
-@package.command("disable")
-def package_disable(name: Annotated[str, typer.Argument(help="NAME[@VERSION]")], config: ConfigOption = None) -> None:
-    """Stop using a package for new studies."""
-    with opened(config) as (_, storage):
-        known = _known_package(storage, name)
-        storage.registry.disable(known.name, known.version)
-
-
-def builtin_packages() -> dict[str, Path]:
-    """The packages that come with the node: name -> folder of the newest version."""
-    found = sorted((Path(__file__).parents[1] / "packages").glob("*/*/manifest.toml"))
-    return {manifest.parents[1].name: manifest.parent for manifest in found}
-
-
-def add_package(storage: Storage, folder: Path) -> PackageRecord:
-    """Copy the package in `folder` into the node; adding the same content again repairs the copy and changes nothing else.
-
-    Raises:
-        PackageError: it is malformed, or this version is known with another content.
-    """
-    from dicomnode.analysis.package import copy_package, load_package
-
-    found = load_package(folder)
-    name, version = found.manifest.name, found.manifest.version
-    known = {(p.name, p.version): p for p in storage.registry.packages()}.get((name, version))
-    if known is not None and known.digest != found.digest:
-        raise PackageError(f"{name}@{version} is already here with other content: give the new one a new version")
-    copy = storage.registry.package_folder(name, version)
-    if known is None or not _is_intact(copy, found.digest):
-        shutil.rmtree(copy, ignore_errors=True)  # left behind when an earlier copying was cut off, or changed since
-        copy_package(folder, copy)
-        storage.registry.add_package(name, version, found.digest)
-    return _known_package(storage, f"{name}@{version}")
-
-
-def check_package(storage: Storage, record: PackageRecord) -> PackageRecord:
-    """Run the package once in a child process and keep what came of it."""
-    from dicomnode.analysis.check import check_in_child
-    from dicomnode.analysis.package import load_package
-    from dicomnode.phantoms.studies import check_volume
-
-    folder = storage.registry.package_folder(record.name, record.version)
-    try:
-        inputs = [accepts.name for accepts in load_package(folder).manifest.inputs]
-        report, passed = check_in_child(folder, {name: check_volume() for name in inputs}, digest=record.digest), True
-    except PackageError as error:
-        report, passed = {"error": str(error)}, False
-    storage.registry.set_check(record.name, record.version, record.digest, report, passed=passed)
-    return _known_package(storage, f"{record.name}@{record.version}")
-
-
-def enable_package(storage: Storage, record: PackageRecord) -> None:
-    """Enable a checked package after comparing the digest on disk with the one that was consented to."""
-    from dicomnode.analysis.package import digest_of
-
-    if record.state == "added":
-        raise PackageError(f"{record.name}@{record.version} has not passed `dicomnode package check`")
-    if digest_of(storage.registry.package_folder(record.name, record.version)) != record.digest:
-        raise PackageError(f"the files of {record.name}@{record.version} have changed since it was added: its digest is wrong")
-    storage.registry.enable(record.name, record.version)
-
-
-def _is_intact(folder: Path, digest: str) -> bool:
-    from dicomnode.analysis.package import digest_of
-
-    try:
-        return digest_of(folder) == digest
-    except PackageError:  # a file that must be there is gone
-        return False
-
-
 def _passcode(file: str) -> str:
     """Read a passcode from the first line of a file, or ask for it."""
     if file == "prompt":
@@ -321,11 +201,4 @@ def _known_peer(storage: Storage, aet: str) -> Peer:
     found = storage.registry.peer(ae_title(aet))
     if found is None:
         raise UsageError(f"there is no peer {aet!r}")
-    return found
-
-
-def _known_package(storage: Storage, name: str) -> PackageRecord:
-    found = storage.registry.package(*name_and_version(name))
-    if found is None:
-        raise UsageError(f"there is no package {name!r}")
     return found

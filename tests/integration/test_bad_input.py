@@ -20,7 +20,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
 from dicomnode.cli import run
-from dicomnode.cli.peers import add_package
+from dicomnode.cli.packages import add_package
 from dicomnode.config import ListenerSection, load_settings
 from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener

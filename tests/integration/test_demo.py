@@ -16,7 +16,7 @@ from pydicom import dcmread
 from rich.console import Console
 
 from dicomnode.cli import run
-from dicomnode.cli.peers import add_package
+from dicomnode.cli.packages import add_package
 from dicomnode.demo import run_demo
 from dicomnode.findings import RunIdentity
 from dicomnode.logs import configure_logs
