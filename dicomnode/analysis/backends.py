@@ -7,6 +7,7 @@ telemetry isn't even imported.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import platform
@@ -251,10 +252,14 @@ def _converted(openvino: Any, network: torch.nn.Module, window: torch.Tensor) ->
     if isinstance(network, torch.jit.ScriptModule):
         traced = network
     else:
+        plain = copy.deepcopy(network)
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.contiguous()  # OpenVINO reads no other layout
         with torch.inference_mode():
-            traced = torch.jit.freeze(torch.jit.trace(network, window, check_trace=False))  # type: ignore[no-untyped-call]  # torch's own
+            traced = torch.jit.freeze(torch.jit.trace(plain, window, check_trace=False))  # type: ignore[no-untyped-call]  # torch's own
     frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
-    return frontend.convert(frontend.load(decoder(traced, example_input=window, skip_freeze=True)))
+    graph = decoder(traced, example_input=window, skip_freeze=True)  # it must outlive its conversion
+    return frontend.convert(frontend.load(graph))
 
 
 def weights_on_disk(folder: Path) -> int:
