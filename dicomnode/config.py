@@ -123,6 +123,11 @@ class AnalysisSection(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
     threads: int = Field(0, ge=0, description="CPU threads for inference; 0: all cores")
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what computes on a CPU: auto is the fastest that agreed with torch when the package was checked"
+    )
+    deadline_seconds: float = Field(3600, gt=0, description="a study that takes longer has failed; time for urgent ones doesn't count")
+    warm_memory_mb: int = Field(4096, ge=0, description="memory for models that stay loaded; the one in use stays whatever it takes")
 
 
 class LogSection(_Section):

@@ -163,6 +163,16 @@ class Worker:
         if not self._client.has_pending(self.name):
             self._storage.leases.release(WORKER_LEASE + self.name, self.name)
 
+    def do_now(self, key: str) -> None:
+        """Do a queued job at once, in the caller's thread, between two steps of another one.
+
+        Its ticket stays on the queue: it finds the job ended, or does it if this process dies on the way.
+        """
+        job = self._storage.jobs.job(key)
+        for queue in self._queues:
+            if job is not None and queue.kind == job.kind:
+                self._run(queue, key, None, 0)
+
     def _register(self, queue: Queue) -> None:
         def workflow(key: str, ticket: str, attempt: int) -> None:
             self._run(queue, key, ticket, attempt)
@@ -170,14 +180,14 @@ class Worker:
         workflow.__qualname__ = workflow.__name__ = queue.kind
         DBOS.workflow(name=queue.kind, max_recovery_attempts=RECOVERY_ATTEMPTS)(workflow)
 
-    def _run(self, queue: Queue, key: str, ticket: str, attempt: int) -> None:
+    def _run(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
         self._at_work.add(key)
         try:
             self._work(queue, key, ticket, attempt)
         finally:
             self._at_work.discard(key)
 
-    def _work(self, queue: Queue, key: str, ticket: str, attempt: int) -> None:
+    def _work(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
         jobs = self._storage.jobs
         try:
             wait = queue.work(key, attempt)
@@ -190,7 +200,7 @@ class Worker:
             reason = f"{type(error).__name__}: see the log"
             self._once_possible(lambda: jobs.finish(key, "failed", reason_code="internal-error", reason=reason))
             return
-        if wait is not None:
+        if wait is not None and ticket is not None:
             self._once_possible(lambda: self._enqueue_again(queue, key, ticket, attempt + 1, wait))
 
     def _enqueue_again(self, queue: Queue, key: str, ticket: str, attempt: int, wait: float) -> None:

@@ -7,7 +7,8 @@ transaction at its end, and UIDs and dates derive from the job, so being killed 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from dicomnode.analysis.inference import Model, load_model
 from dicomnode.analysis.package import load_package
 from dicomnode.analysis.select import Selection, select
 from dicomnode.analysis.volume import read_volume
+from dicomnode.analysis.warm import WarmModels
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
 from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
 from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity
 from dicomnode.logs import get_logger
+from dicomnode.pace import Pace
 from dicomnode.results.identity import tracking_uid
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
@@ -50,13 +53,19 @@ class Outcome:
 
 
 class Analyser:
-    """Works off analyse jobs, one at a time, with the last used model kept warm."""
+    """Works off analyse jobs, one at a time, with models kept warm; between two windows an urgent job may pass."""
 
     def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
         self._settings = settings
         self._storage = storage
         self._client = client
-        self._warm: tuple[str, Model] | None = None
+        self._warm: WarmModels[Model] = WarmModels(settings.analysis.warm_memory_mb * 2**20)
+        self._do_now: Callable[[str], None] | None = None
+        self._passing = False  # an urgent job is done between two windows of another one; nobody passes that
+
+    def let_pass(self, do_now: Callable[[str], None]) -> None:
+        """Let urgent jobs that wait be done by `do_now` between two windows of a routine one."""
+        self._do_now = do_now
 
     def analyse(self, key: str, attempt: int) -> float | None:
         """Do the analyse job `key` on its n-th try; return None when its row says how it ended, or seconds until the next try."""
@@ -105,7 +114,9 @@ class Analyser:
         volumes = {series.input_name: read_volume(series) for series in selection.series}
         selected, volume = selection.series[0], next(iter(volumes.values()))
         clock.lap("volume")
-        findings = self._model(folder, job.digest)(volumes)
+        with self._model(folder, job) as model:
+            clock.lap("load")
+            findings = model(volumes, self._pace(job))
         clock.lap("inference")
         identity = _identity(job)
         segmentation = encode_segmentation(findings, volume, selected.headers, identity)
@@ -135,12 +146,35 @@ class Analyser:
             return {"manufacturer": "dicomnode", "algorithm_name": job.package}
         return {"manufacturer": manifest.manufacturer, "algorithm_name": manifest.algorithm_name}
 
-    def _model(self, folder: Path, digest: str) -> Model:
-        if self._warm is None or self._warm[0] != digest:
-            self._warm = None  # frees the old one's memory before the next is loaded
-            analysis = self._settings.analysis
-            self._warm = digest, load_model(folder, digest=digest, device=analysis.device, threads=analysis.threads)
-        return self._warm[1]
+    def _model(self, folder: Path, job: Job) -> AbstractContextManager[Model]:
+        """The package's model, warm or loaded now, by the fastest backend that its check allows."""
+        settings = self._settings.analysis
+
+        def load() -> Model:
+            record = self._storage.registry.package(job.package, job.version)
+            return load_model(
+                folder, digest=job.digest, device=settings.device, threads=settings.threads, backend=settings.backend,
+                report=record.check if record else None,
+            )  # fmt: skip
+
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return self._warm.using(job.digest, load, expected_bytes=size)
+
+    def _pace(self, job: Job) -> Pace:
+        let_pass = None if self._passing or job.priority == "stat" else self._let_urgent_pass
+        return Pace(self._storage, job.key, deadline_seconds=self._settings.analysis.deadline_seconds, let_pass=let_pass)
+
+    def _let_urgent_pass(self) -> None:
+        """Do a STAT job that no free analyser has taken: it has waited for longer than two polls. One level deep."""
+        urgent = self._storage.jobs.urgent("analyse", 2 * self._settings.engine.poll_seconds)
+        if urgent is None or self._do_now is None:
+            return
+        log.info("an urgent job passes", job=urgent.key)
+        self._passing = True
+        try:
+            self._do_now(urgent.key)
+        finally:
+            self._passing = False
 
     def _keep(self, job: Job, outcome: Outcome) -> None:
         """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
@@ -206,8 +240,14 @@ def _detail(selection: Selection, findings: Findings, identity: RunIdentity, sec
         "considered": list(selection.considered),
         "device": findings.device,
         "omitted": findings.omitted,
+        "notes": list(findings.notes),
+        "scores": [
+            {"label": score.label, "probability": round(score.probability, 4), "threshold": score.threshold, "positive": score.positive}
+            for score in findings.scores
+        ],
         "findings": [_finding(finding, identity) for finding in findings.findings],
         "seconds": dict(seconds),
+        "model_seconds": {stage: round(value, 3) for stage, value in findings.seconds.items()},
     }
 
 

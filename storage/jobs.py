@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, update
@@ -19,6 +19,7 @@ from storage.records import Delivery, DeliveryState, Job, JobKind, JobState, Pri
 from storage.schema import DELIVERY, JOB, RESULT
 
 _UNFINISHED = ("queued", "running")
+WAITING = "waiting"  # reason code of a job that waits for its next try
 
 
 class Jobs:
@@ -94,7 +95,7 @@ class Jobs:
             Conflict: there is no such job.
         """
         with self._database.writing() as connection:
-            values = {"state": "running", "attempts": JOB.c.attempts + 1, "started_at": self._database.now(connection)}
+            values = {"state": "running", "attempts": JOB.c.attempts + 1, "started_at": self._database.now(connection), "progress": None}
             connection.execute(update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED)).values(values))
             return _job(_row(connection, key))
 
@@ -116,7 +117,7 @@ class Jobs:
         Raises:
             Conflict: there is no such job.
         """
-        values: dict[str, Any] = {"state": state, "reason_code": reason_code, "reason": reason}
+        values: dict[str, Any] = {"state": state, "reason_code": reason_code, "reason": reason, "progress": None}
         if detail is not None:
             values["detail"] = detail
         with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
@@ -140,7 +141,29 @@ class Jobs:
         """Let a running job wait for its next try, with why; nothing happens if it has ended."""
         with self._database.writing() as connection:
             waiting = update(JOB).where(JOB.c.key == key, JOB.c.state == "running")
-            connection.execute(waiting.values(state="queued", reason_code="waiting", reason=reason))
+            connection.execute(waiting.values(state="queued", reason_code=WAITING, reason=reason, progress=None))
+
+    def progress(self, key: str, share: float) -> bool:
+        """Note how much of a running job is done, 0..1; False, and nothing changed, if it doesn't run."""
+        with self._database.writing() as connection:
+            running = update(JOB).where(JOB.c.key == key, JOB.c.state == "running")
+            return bool(connection.execute(running.values(progress=share)).rowcount)
+
+    def urgent(self, kind: JobKind, waited_seconds: float) -> Job | None:
+        """Return the queued STAT job of this kind that has waited longest, if for longer than `waited_seconds`.
+
+        One that waits for its next try isn't meant.
+        """
+        statement = select(JOB).where(
+            JOB.c.kind == kind, JOB.c.state == "queued", JOB.c.priority == "stat",
+            JOB.c.reason_code.is_distinct_from(WAITING),
+        )  # fmt: skip
+        with self._database.reading() as connection:
+            before = self._database.now(connection) - timedelta(seconds=waited_seconds)
+            row = connection.execute(
+                statement.where(JOB.c.created_at < before).order_by(JOB.c.created_at, JOB.c.key).limit(1)
+            ).one_or_none()
+        return _job(row) if row else None
 
     def set_priority(self, key: str, priority: Priority) -> None:
         """Change the priority of a job. Raises Conflict if there is no such job."""
@@ -153,7 +176,15 @@ class Jobs:
 
         With `connection` this is part of the caller's write transaction.
         """
-        fresh = {"state": "queued", "attempts": 0, "reason_code": None, "reason": None, "started_at": None, "ended_at": None}
+        fresh = {
+            "state": "queued",
+            "attempts": 0,
+            "reason_code": None,
+            "reason": None,
+            "started_at": None,
+            "ended_at": None,
+            "progress": None,
+        }
         with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
             if not transaction.execute(update(JOB).where(JOB.c.key == key).values(**fresh)).rowcount:
                 raise Conflict(f"there is no job {key}")
@@ -262,6 +293,7 @@ def _job(row: Row[Any]) -> Job:
         created_at=row.created_at,
         started_at=row.started_at,
         ended_at=row.ended_at,
+        progress=row.progress,
     )
 
 

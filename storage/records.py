@@ -194,6 +194,7 @@ class Job:
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
+    progress: float | None = None  # 0..1 while it runs, where its kind can tell
 
 
 @dataclass(frozen=True, kw_only=True)

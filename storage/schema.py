@@ -237,6 +237,7 @@ JOB = Table(
     Column("created_at", UtcTime, nullable=False),
     Column("started_at", UtcTime),
     Column("ended_at", UtcTime),
+    Column("progress", Float),  # 0..1 while it runs
     ForeignKeyConstraint(["study_instance_uid", "revision"], ["revision.study_instance_uid", "revision.number"]),  # contract 7
     Index(None, "study_instance_uid", "revision", "package"),
     Index(None, "state"),

@@ -12,11 +12,11 @@ import importlib
 import os
 import platform
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -255,13 +255,9 @@ def _converted(openvino: Any, network: torch.nn.Module, window: torch.Tensor) ->
         plain = copy.deepcopy(network)
         for parameter in plain.parameters():
             parameter.data = parameter.data.contiguous()  # OpenVINO reads no other layout
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # shapes are fixed, as the tracer warns; and OpenVINO has no quicker way in than tracing
             traced = torch.jit.freeze(torch.jit.trace(plain, window, check_trace=False))  # type: ignore[no-untyped-call]  # torch's own
     frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
     graph = decoder(traced, example_input=window, skip_freeze=True)  # it must outlive its conversion
     return frontend.convert(frontend.load(graph))
-
-
-def weights_on_disk(folder: Path) -> int:
-    """Return the bytes of a package's files: about what its network will take in memory."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dicomnode.analysis.backends import TORCH, Backend, available, backend_for, device_named, is_out_of_memory
+from dicomnode.analysis.backends import TORCH, Backend, Choice, available, backend_for, choose, device_named, is_out_of_memory
 from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSection, parse_manifest
@@ -80,6 +80,11 @@ class OwnModel:
     def device(self) -> torch.device:
         """See Model."""
         return self.backend.device
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it holds while it waits."""
+        return self.backend.memory_bytes
 
     def __call__(self, volumes: Mapping[str, Volume], between: Between = go_on) -> Findings:
         """See Model. Where memory runs short, smaller steps are tried: their findings are the same within rounding."""
@@ -205,10 +210,13 @@ def others(manifest: Manifest, volumes: Mapping[str, Volume]) -> tuple[str, ...]
     return tuple(volumes[accepts.name].series_instance_uid for accepts in manifest.inputs[1:] if accepts.name in volumes)
 
 
-def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int = 0, backend: str = TORCH) -> Model:
+def load_model(
+    folder: Path, *, digest: str, device: str = "auto", threads: int = 0, backend: Choice = "torch", report: Mapping[str, Any] | None = None
+) -> Model:
     """Load the network of a package whose content has `digest`; `threads` above 0 limits torch's CPU threads in this process.
 
-    Each file is read once: what was digested is what is loaded.
+    Each file is read once: what was digested is what is loaded. What computes it is chosen by `backend` among those that agreed
+    with torch when the package was checked, as that check's `report` says.
 
     Raises:
         PackageError: the digest differs, or the network or its weights are not acceptable.
@@ -231,9 +239,8 @@ def load_model(folder: Path, *, digest: str, device: str = "auto", threads: int 
     network.eval().requires_grad_(requires_grad=False)
     network.to(place)
     _lay_out(network)
-    return OwnModel(
-        manifest=manifest, digest=digest, network=network, backend=backend_for(network, backend, device=place, threads=threads)
-    )  # fmt: skip
+    chosen = backend_for(network, choose(report, backend, place), device=place, threads=threads)
+    return OwnModel(manifest=manifest, digest=digest, network=network, backend=chosen)
 
 
 def check_package(folder: Path, volumes: Mapping[str, Volume], *, digest: str | None = None, device: str = "auto") -> dict[str, Any]:

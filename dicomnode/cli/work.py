@@ -50,7 +50,10 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
             ),
             "series": (storage.index.series(uid), ["series_instance_uid", "modality", "series_number", "series_description", "instances"]),
             "revisions": (storage.index.revisions(uid), ["number", "closed_at", "evidence", "outcome"]),
-            "jobs": (storage.jobs.jobs(study_instance_uid=uid), ["key", "state", "priority", "attempts", "reason_code", "reason"]),
+            "jobs": (
+                storage.jobs.jobs(study_instance_uid=uid),
+                ["key", "state", "progress", "priority", "attempts", "reason_code", "reason"],
+            ),
             "results": (storage.jobs.results(study_instance_uid=uid), ["modality", "sop_instance_uid", "created_at"]),
             "deliveries": (
                 storage.jobs.deliveries(study_instance_uid=uid),
@@ -94,7 +97,7 @@ def job_list(
     only_kind: JobKind | None = kind
     with opened(config) as (_, storage):
         jobs = storage.jobs.jobs(state=only_state, kind=only_kind)
-        show(jobs, ["key", "state", "priority", "attempts", "reason_code", "reason", "created_at"], as_json=json)
+        show(jobs, ["key", "state", "progress", "priority", "attempts", "reason_code", "reason", "created_at"], as_json=json)
 
 
 @job.command("retry")

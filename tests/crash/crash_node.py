@@ -60,7 +60,7 @@ def stub_findings(volume: Volume) -> Findings:
 
 stub = types.ModuleType("dicomnode.analysis.inference")
 stub.Model = Callable  # type: ignore[attr-defined]  # a module made by hand
-stub.load_model = lambda _folder, **_: stub_findings  # type: ignore[attr-defined]  # likewise
+stub.load_model = lambda _folder, **_: lambda volumes, *_between: stub_findings(next(iter(volumes.values())))  # type: ignore[attr-defined]  # likewise
 sys.modules["dicomnode.analysis.inference"] = stub
 
 from crash_points import POINTS, Point  # noqa: E402
