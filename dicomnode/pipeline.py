@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from pydicom import Dataset
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import read_headers
 from dicomnode.analysis.inference import Model, load_model
+from dicomnode.analysis.manifest import Manifest
 from dicomnode.analysis.package import load_package
-from dicomnode.analysis.select import Selection, select
+from dicomnode.analysis.pixels import check_pixels_fit
+from dicomnode.analysis.select import SelectedSeries, Selection, select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.analysis.warm import WarmModels
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
 from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
-from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity
+from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity, Volume
 from dicomnode.logs import get_logger
 from dicomnode.pace import Pace
 from dicomnode.results.identity import tracking_uid
@@ -96,7 +98,8 @@ class Analyser:
             headers = read_headers(files)
             return self._analyse(job, headers)
         except NotEligible as refusal:
-            return self._without_result(job, headers, "refused", refusal.code, refusal.reason, report=job.report_refusals)
+            refused = self._without_result(job, headers, "refused", refusal.code, refusal.reason, report=job.report_refusals)
+            return replace(refused, detail={"considered": list(refusal.considered)})
         except PackageError as error:
             return self._without_result(job, headers, "failed", "package", str(error), report=True)
         except AnalysisFailed as error:
@@ -111,7 +114,7 @@ class Analyser:
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
         selection = select(package.manifest, headers)
-        volumes = {series.input_name: read_volume(series) for series in selection.series}
+        volumes = {series.input_name: _volume(package.manifest, series) for series in selection.series}
         selected, volume = selection.series[0], next(iter(volumes.values()))
         clock.lap("volume")
         with self._model(folder, job) as model:
@@ -203,6 +206,14 @@ class Analyser:
         )  # fmt: skip
         self._storage.jobs.add_deliveries(transaction, key, peer, sop_instance_uids)
         self._client.enqueue(transaction, key, "deliver", job.priority)
+
+
+def _volume(manifest: Manifest, series: SelectedSeries) -> Volume:
+    """Read a series, and refuse one whose pixels aren't what its header says."""
+    volume = read_volume(series)
+    accepts = next(accepts for accepts in manifest.inputs if accepts.name == series.input_name)
+    check_pixels_fit(accepts, volume, series.frames[0].header)
+    return volume
 
 
 class _Clock:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dicomnode.analysis.grid import Grid, Triple, grid_over
+from dicomnode.analysis.grid import Grid, Triple, grid_of, resample_to
 from dicomnode.analysis.manifest import InputSection, Manifest, PreprocessingSection
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Volume, Voxels
@@ -63,7 +63,7 @@ def prepare(manifest: Manifest, volumes: Mapping[str, Volume], device: torch.dev
     if first.name not in volumes:
         raise AnalysisFailed(f"The package {manifest.name} needs the input {first.name}.")
     volume = volumes[first.name]
-    grid = grid_for(volume, settings, coarser)
+    grid = grid_of(volume, _coarsened(settings, coarser))
     image = resample(volume.voxels, grid, device)
     region = side = None
     if first.region:
@@ -72,7 +72,7 @@ def prepare(manifest: Manifest, volumes: Mapping[str, Volume], device: torch.dev
     channels, notes = [normalised(image[box], settings)], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:
-            channels.append(normalised(_on_grid(volumes[accepts.name], volume, grid, device)[box], settings))
+            channels.append(normalised(resample(resample_to(volumes[accepts.name], volume).voxels, grid, device)[box], settings))
         else:
             notes.append(_without(manifest, accepts))
             channels.append(torch.zeros_like(channels[0]))
@@ -80,16 +80,6 @@ def prepare(manifest: Manifest, volumes: Mapping[str, Volume], device: torch.dev
         grid=grid, origin=(box[0].start, box[1].start, box[2].start), image=torch.stack(channels),
         region=None if region is None else region[box], side=None if side is None else side[box], notes=tuple(notes),
     )  # fmt: skip
-
-
-def grid_for(volume: Volume, settings: PreprocessingSection, coarser: float = 1.0) -> Grid:
-    """Return the grid that the manifest asks for over a volume; a projection keeps its one slice and its rows and columns."""
-    if volume.is_projection:
-        return _plane_grid(volume, settings, coarser)
-    if settings.spacing_mm is None:
-        raise PackageError("size_px is for projections: a series needs spacing_mm")
-    slices, rows, columns = (spacing * coarser for spacing in settings.spacing_mm)
-    return grid_over(_shape(volume.voxels), volume.affine, (slices, rows, columns))
 
 
 def normalised(image: torch.Tensor, settings: PreprocessingSection) -> torch.Tensor:
@@ -132,59 +122,16 @@ def region_of(name: str) -> Region:
     return region
 
 
-def _on_grid(volume: Volume, first: Volume, grid: Grid, device: torch.device) -> torch.Tensor:
-    """Return a further input on the grid over the first: by the same small matrices where both share theirs, else voxel by voxel."""
-    if volume.voxels.shape == first.voxels.shape and np.allclose(volume.affine, first.affine, atol=1e-3):
-        return resample(volume.voxels, grid, device)
-    return _interpolated(volume, grid, device)
-
-
-def _interpolated(volume: Volume, grid: Grid, device: torch.device) -> torch.Tensor:
-    """Return a volume of the same patient space on a grid that isn't over it, by linear interpolation; 0 beyond its edges."""
-    to_index = np.linalg.inv(volume.affine) @ grid.affine  # grid index -> voxel of this volume
-    size = np.array(volume.voxels.shape, dtype=np.float64)
-    steps = np.linalg.norm(to_index[:3, :3], axis=1)
-    voxels = torch.from_numpy(np.require(volume.voxels, requirements=["C", "W"])).to(device).float()[None, None]
-    factors = [max(1, int(step)) for step in steps]  # a coarser grid averages instead of skipping voxels
-    if max(factors) > 1:
-        voxels = torch.nn.functional.avg_pool3d(voxels, factors, ceil_mode=True, count_include_pad=False)
-    rows, columns = (torch.arange(n, device=device, dtype=torch.float64) for n in grid.shape[1:])
-    result = torch.empty(grid.shape, dtype=torch.float32, device=device)
-    for k in range(grid.shape[0]):
-        scaled = []
-        for axis in (2, 1, 0):  # grid_sample wants x, y, z in -1..1 from edge to edge
-            along = to_index[axis]
-            index = along[0] * k + along[1] * rows[:, None] + along[2] * columns[None, :] + along[3]
-            pooled = -(-size[axis] // factors[axis])
-            scaled.append((2 * ((index + 0.5) / factors[axis]) / pooled - 1).float())
-        where = torch.stack(scaled, dim=-1)[None, None]
-        result[k] = torch.nn.functional.grid_sample(voxels, where, mode="bilinear", padding_mode="zeros", align_corners=False)[0, 0, 0]
-    return result
-
-
-def _plane_grid(volume: Volume, settings: PreprocessingSection, coarser: float) -> Grid:
-    """Return a grid of one slice over a projection."""
-    shape = _shape(volume.voxels)
-    row_mm, column_mm = float(np.linalg.norm(volume.affine[:2, 1])), float(np.linalg.norm(volume.affine[:2, 2]))
-    if settings.size_px is not None:
-        scale = max(shape[1:]) / settings.size_px * coarser  # pixels of the image for one of the grid
-        step = (1.0, scale, scale)
-    elif settings.spacing_mm is not None:
-        step = (1.0, settings.spacing_mm[1] * coarser / row_mm, settings.spacing_mm[2] * coarser / column_mm)
-    size = (1, max(1, round(shape[1] / step[1])), max(1, round(shape[2] / step[2])))
-    offset = (0.0, *((n - 1) / 2 - (g - 1) / 2 * s for n, g, s in zip(shape[1:], size[1:], step[1:], strict=True)))
-    scaled = np.diag([*step, 1.0])
-    scaled[:3, 3] = offset
-    return Grid(
-        shape=size, source_shape=shape, source_axis=(0, 1, 2), reversed_=(False, False, False), step=step,
-        offset=(offset[0], offset[1], offset[2]), spacing_mm=(1.0, row_mm * step[1], column_mm * step[2]), affine=volume.affine @ scaled,
-    )  # fmt: skip
+def _coarsened(settings: PreprocessingSection, coarser: float) -> PreprocessingSection:
+    if settings.spacing_mm is not None:
+        return settings.model_copy(update={"spacing_mm": tuple(spacing * coarser for spacing in settings.spacing_mm)})
+    return settings.model_copy(update={"size_px": max(1, round((settings.size_px or 1) / coarser))})
 
 
 def _without(manifest: Manifest, accepts: InputSection) -> str:
     if not accepts.optional:
         raise AnalysisFailed(f"The package {manifest.name} needs the input {accepts.name}.")
-    return f"The study has no {accepts.name}: the model ran without it."
+    return f"The input {accepts.name} is absent: the model was given zeros in its place."
 
 
 def _box_around(region: NDArray[np.bool_] | None, grid: Grid) -> tuple[slice, slice, slice]:
@@ -196,8 +143,3 @@ def _box_around(region: NDArray[np.bool_] | None, grid: Grid) -> tuple[slice, sl
         margin = round(CONTEXT_MM / grid.spacing_mm[axis])
         boxes.append(slice(max(0, int(filled[0]) - margin), min(grid.shape[axis], int(filled[-1]) + 1 + margin)))
     return boxes[0], boxes[1], boxes[2]
-
-
-def _shape(voxels: Voxels) -> Triple:
-    slices, rows, columns = voxels.shape
-    return slices, rows, columns
