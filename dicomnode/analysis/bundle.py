@@ -26,11 +26,12 @@ from numpy.typing import NDArray
 from dicomnode.analysis.bundle_answers import answer_of
 from dicomnode.analysis.bundle_config import BUNDLE_FAILS, Parts, checkpoint_of, missing_library, read_config, resolve
 from dicomnode.analysis.bundle_modules import BundleModules
-from dicomnode.analysis.bundle_space import affine_of_image, image_of, resample_to
+from dicomnode.analysis.bundle_space import affine_of_image, image_of
 from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.grid import resample_to
 from dicomnode.analysis.labels import find_in
 from dicomnode.analysis.manifest import BundleSection, Manifest
-from dicomnode.analysis.networks import Between, first_line, go_on, is_scripted, load_state, scripted_network
+from dicomnode.analysis.networks import Between, at_rest, first_line, go_on, is_scripted, load_state, scripted_network
 from dicomnode.analysis.package import BUNDLE
 from dicomnode.errors import AnalysisFailed, NodeError, PackageError
 from dicomnode.findings import Finding, Findings, Score, Volume
@@ -73,8 +74,7 @@ def load_bundle(contents: Mapping[str, bytes], manifest: Manifest, digest: str, 
         parts = resolve(content, section, root, device, scripted, name)
         if scripted is None:
             load_state(parts.network, weights, contents[weights], name, key)
-    parts.network.eval().requires_grad_(requires_grad=False)
-    parts.network.to(device)
+    at_rest(parts.network).to(device)
     return BundleModel(
         manifest=manifest, section=section, digest=digest, device=device, parts=parts, modules=modules,
         channels=_image_channels(root),

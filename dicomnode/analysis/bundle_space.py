@@ -6,7 +6,6 @@ An image is indexed (x, y, z) = (column, row, slice) and its affine maps to RAS 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,18 +21,6 @@ def image_of(volume: Volume) -> NDArray[np.float32]:
     """Return the voxels as float32 (x, y, z), or (x, y) of a projection."""
     turned = volume.voxels.transpose(2, 1, 0)
     return np.array(turned[:, :, 0] if volume.is_projection else turned, dtype=np.float32, order="C")  # a copy: transforms may write
-
-
-def resample_to(volume: Volume, reference: Volume) -> Volume:
-    """Return the volume on the reference's grid: linear, its smallest value beyond it."""
-    if volume.voxels.shape == reference.voxels.shape and np.allclose(volume.affine, reference.affine, atol=1e-4):
-        return volume
-    matrix = np.linalg.inv(volume.affine) @ reference.affine
-    voxels = ndimage.affine_transform(
-        volume.voxels.astype(np.float32), matrix[:3, :3], offset=matrix[:3, 3], output_shape=reference.voxels.shape, order=1,
-        mode="constant", cval=float(volume.voxels.min()),
-    )  # fmt: skip
-    return replace(volume, voxels=voxels, affine=reference.affine)
 
 
 def affine_of_image(volume: Volume) -> Matrix:

@@ -19,8 +19,8 @@ from dicomnode.analysis.backends import TORCH, Backend, Choice, available, backe
 from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSection, parse_manifest
-from dicomnode.analysis.networks import Between, build_network, first_line, go_on, load_weights
-from dicomnode.analysis.package import NETWORK_CONFIG, digest_of, digest_of_contents, package_files
+from dicomnode.analysis.networks import Between, first_line, go_on, load_network
+from dicomnode.analysis.package import digest_of, digest_of_contents, package_files
 from dicomnode.analysis.preparation import Prepared, prepare
 from dicomnode.analysis.sliding import Sliding, slide
 from dicomnode.errors import AnalysisFailed, PackageError
@@ -234,10 +234,7 @@ def load_model(
         return load_bundle(contents, manifest, digest, place)
     if manifest.kind != "segmentation":
         raise PackageError(f"the package {manifest.name} is of a kind that isn't run yet")
-    network = build_network(contents[NETWORK_CONFIG], manifest.name)
-    load_weights(network, contents, manifest.name)
-    network.eval().requires_grad_(requires_grad=False)
-    network.to(place)
+    network = load_network(contents, manifest.name, place)
     _lay_out(network)
     chosen = backend_for(network, choose(report, backend, place), device=place, threads=threads)
     return OwnModel(manifest=manifest, digest=digest, network=network, backend=chosen)

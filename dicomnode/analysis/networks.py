@@ -1,26 +1,34 @@
-"""Networks from the files of a package: MONAI's and torch's classes by name, and their weights.
+"""Networks from the files of a package: MONAI's and torch's classes by name with their weights, TorchScript, torch.export, ONNX.
 
 Must never run a bundle's expressions, unpickle code, or reach for the network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
 import pickle  # only for the name of the error that torch's weights_only loader raises
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Self
 
+import numpy as np
 import safetensors.torch
 import torch
 from monai.bundle import ConfigParser
 from safetensors import SafetensorError
 
+from dicomnode.analysis.onnx_file import vet_onnx
 from dicomnode.analysis.package import NETWORK_CONFIG, WEIGHTS
+from dicomnode.analysis.vetting import vet_export, vet_script
 from dicomnode.errors import PackageError
 
+FILES = ("bundle/models/model.ts", "bundle/models/model.pt2", "bundle/models/model.onnx")  # a network with its weights
 NETWORK_ROOTS = ("monai.networks.", "torch.nn.")  # where a bundle's classes may come from
 
 
@@ -150,18 +158,144 @@ def is_scripted(data: bytes) -> bool:
         return False
 
 
+def load_network(contents: Mapping[str, bytes], name: str, device: torch.device) -> torch.nn.Module:
+    """Return the network among a package's files (name -> bytes) on a device, without gradients and not in training.
+
+    It is in one of the files of FILES, or built as `network_def` says and given its weights.
+
+    Raises:
+        PackageError: none of them holds an acceptable network.
+    """
+    file = next((file for file in FILES if file in contents), None)
+    if file is None:
+        weights = next((w for w in WEIGHTS if w in contents and is_scripted(contents[w])), None)
+        if weights is not None:
+            return scripted_network(contents[weights], name, device)
+        network = build_network(contents[NETWORK_CONFIG], name)
+        load_weights(network, contents, name)
+        return at_rest(network).to(device)
+    loader = {".ts": scripted_network, ".pt2": exported_network, ".onnx": OnnxNetwork}[PurePosixPath(file).suffix]
+    return loader(contents[file], name, device)
+
+
+def at_rest(network: torch.nn.Module) -> torch.nn.Module:
+    """Return the network out of training, its weights without gradients."""
+    for parameter in network.parameters():  # TorchScript refuses requires_grad_ of the whole
+        parameter.requires_grad = False
+    return network.eval()
+
+
 def scripted_network(data: bytes, name: str, device: torch.device) -> torch.nn.Module:
     """Return the network of a TorchScript archive.
 
     Raises:
-        PackageError: it can't be read, or holds numbers that are not finite.
+        PackageError: it can't be read, its code reaches for files, or it holds numbers that are not finite.
     """
+    vet_script(data, name)
     try:
-        network: torch.nn.Module = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]  # torch's own
+        with _quiet():
+            network: torch.nn.Module = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]  # torch's own
     except (RuntimeError, ValueError) as error:
+        unknown = re.search(r"Unknown (?:builtin )?op(?:erator)?: '?(\w+)::", str(error))
+        if unknown:
+            raise PackageError(f"The TorchScript of the package {name} needs {unknown[1]}, which isn't installed.") from error
         raise PackageError(f"The TorchScript of the package {name} cannot be read: {first_line(error)}.") from error
     check_finite((*network.parameters(), *network.buffers()), name)
-    return network.eval()
+    return at_rest(network)
+
+
+def exported_network(data: bytes, name: str, device: torch.device) -> torch.nn.Module:
+    """Return the network of an archive of torch.export.
+
+    Raises:
+        PackageError: it can't be read, holds more than tensors and torch's operators on them, or numbers that are not finite.
+    """
+    for inner in vet_export(data, name):
+        try:
+            torch.load(io.BytesIO(inner), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError, AttributeError) as error:
+            raise PackageError(f"The exported program of the package {name} holds a pickle with more than tensors: refused.") from error
+    try:
+        with _quiet():
+            program = torch.export.load(io.BytesIO(data))
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        raise PackageError(f"The exported program of the package {name} cannot be read: {first_line(error)}.") from error
+    check_finite(program.state_dict.values(), name)
+    return at_rest(ExportedNetwork(program.module().to(device)))
+
+
+class ExportedNetwork(torch.nn.Module):
+    """An exported program: it can't be put into training or out of it, so it isn't asked to."""
+
+    def __init__(self, program: torch.nn.Module) -> None:
+        super().__init__()
+        self.program_module = program
+
+    def train(self, mode: bool = False) -> Self:  # noqa: ARG002  # torch's signature
+        """Do nothing: an exported program is as it was exported."""
+        self.training = False
+        return self
+
+    def forward(self, windows: torch.Tensor) -> Any:
+        """Run the program."""
+        return self.program_module(windows)
+
+
+class OnnxNetwork(torch.nn.Module):
+    """A network in ONNX, computed by onnxruntime: on the GPU where it has the provider for it, else on the CPU."""
+
+    program = "onnxruntime"
+
+    def __init__(self, data: bytes, name: str, device: torch.device) -> None:
+        """Load it.
+
+        Raises:
+            PackageError: it can't be read, or takes or gives more than one tensor.
+        """
+        super().__init__()
+        vet_onnx(data, name)
+        runtime = importlib.import_module("onnxruntime")
+        options = runtime.SessionOptions()
+        options.use_deterministic_compute = True
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        there = runtime.get_available_providers()
+        providers = ["CUDAExecutionProvider"] if device.type == "cuda" and "CUDAExecutionProvider" in there else []
+        try:
+            self._session = runtime.InferenceSession(data, options, providers=[*providers, "CPUExecutionProvider"])
+        except _onnx_fails() as error:
+            raise PackageError(f"The ONNX file of the package {name} cannot be read: {first_line(error)}.") from error
+        if len(self._session.get_inputs()) != 1:
+            raise PackageError(f"The ONNX file of the package {name} takes {len(self._session.get_inputs())} tensors, and must take one.")
+        self.onnx = data  # another backend may compile it for itself
+        self._entry = self._session.get_inputs()[0]
+        self.eval()
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Run the session; one window at a time where the file fixes that."""
+        dtype = {"tensor(float16)": np.float16, "tensor(double)": np.float64}.get(self._entry.type, np.float32)
+        array = windows.detach().cpu().numpy().astype(dtype, copy=False)
+        parts = [array] if self._entry.shape[0] != 1 else [array[i : i + 1] for i in range(len(array))]
+        try:
+            answers = [self._session.run(None, {self._entry.name: np.ascontiguousarray(part)})[0] for part in parts]
+        except _onnx_fails() as error:
+            raise RuntimeError(first_line(error)) from error
+        return torch.from_numpy(np.concatenate(answers)).to(windows.device)
+
+
+def _onnx_fails() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises: it has no class of its own above them."""
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "RuntimeException")
+    return tuple(getattr(state, name) for name in names)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to itself what torch warns of its own formats: they are the package's choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _entries(value: object, key: str = "") -> Iterator[tuple[str, object]]:

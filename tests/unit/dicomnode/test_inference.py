@@ -18,7 +18,8 @@ from small_bundle import HALF, IDENTITY, MANIFEST, affine_of, spheres, volume_of
 
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import read_headers
-from dicomnode.analysis.inference import Model, build_network, load_model
+from dicomnode.analysis.inference import Model, load_model
+from dicomnode.analysis.networks import build_network
 from dicomnode.analysis.package import digest_of
 from dicomnode.analysis.select import select
 from dicomnode.analysis.volume import read_volume
