@@ -26,12 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
 
-from dicomnode.analysis.geometry import MAXIMUM_EDGE
+from dicomnode.analysis.geometry import MAXIMUM_PROJECTION
 from dicomnode.errors import AnalysisFailed
 
 MEMORY_BYTES = 2**30  # of a child's private memory
 SECONDS = 60.0  # for one image
-LARGEST_IMAGE_BYTES = MAXIMUM_EDGE**2 * 4
+LARGEST_IMAGE_BYTES = MAXIMUM_PROJECTION[1] * 4
 
 # One decoder for each transfer syntax, so that the same file gives the same values wherever the node is installed.
 DECODERS: Final[Mapping[str, str]] = {

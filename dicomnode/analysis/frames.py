@@ -6,14 +6,12 @@ classic image would have. Must never read pixels or import torch.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydicom
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
@@ -26,13 +24,14 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from dicomnode.analysis.functional_groups import UNREADABLE, FunctionalGroups
+from dicomnode.analysis.functional_groups import FunctionalGroups
+from dicomnode.analysis.stored import HeaderReader, Unreadable
 from dicomnode.errors import AnalysisFailed
 
 MAXIMUM_FRAMES = 20_000  # of one image; one that claims more stays as it is, and is refused for its Number of Frames
 
 # What is asked for later. It is converted here, once for all planes of an image, and a value that is none of its VR is left out.
-_READ_HERE = (
+_READ_HERE = frozenset(tag_for_keyword(keyword) or 0 for keyword in (
     "SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality",
     "ImageType", "BodyPartExamined", "AnatomicRegionSequence", "SeriesNumber", "AcquisitionNumber", "InstanceNumber",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "GantryDetectorTilt",
@@ -46,7 +45,7 @@ _READ_HERE = (
     "DiffusionBValue", "TemporalPositionIdentifier", "StackID", "ComplexImageComponent", "AcquisitionContrast", "SeriesDescription",
     "ProtocolName", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "Manufacturer",
     "ManufacturerModelName",
-)  # fmt: skip
+))  # fmt: skip
 _BODY_PART = Tag(0x0018, 0x0015)
 _NOT_OF_A_PLANE = {0x52009229, 0x52009230, 0x00280008}  # functional groups, Number of Frames
 # Classes of which an object is one image (PS3.3 A.2, A.3, A.4, A.8.1, A.21, A.26): one that claims several frames is malformed.
@@ -72,7 +71,15 @@ def read_headers(files: Sequence[Path]) -> list[tuple[Path, Dataset]]:
     Raises:
         AnalysisFailed: a file is no readable DICOM.
     """
-    return [(file, _read_header(file)) for file in files]
+    reader = HeaderReader(_READ_HERE)
+    headers: list[tuple[Path, Dataset]] = []
+    for file in files:
+        try:
+            headers.append((file, reader.read(file)))
+        except (Unreadable, OSError) as error:
+            cause = str(error) if isinstance(error, Unreadable) else type(error).__name__
+            raise AnalysisFailed(f"The header of the stored object {file.stem} cannot be read: {cause}.") from error
+    return headers
 
 
 def frames_of(headers: Sequence[tuple[Path, Dataset]]) -> list[Frame]:
@@ -90,19 +97,6 @@ def is_image(header: Dataset) -> bool:
     if sop_class.name != sop_class and sop_class.is_valid:
         return "Image Storage" in sop_class.name  # PS3.4 B.5 names each image's class so, and neither SEG, SR, PR nor RT Dose
     return "Rows" in header and "Columns" in header
-
-
-def _read_header(file: Path) -> Dataset:
-    try:
-        header = pydicom.dcmread(file, stop_before_pixels=True)
-    except (InvalidDicomError, zlib.error, *UNREADABLE) as error:
-        raise AnalysisFailed(f"The header of the stored object {file.stem} cannot be read ({type(error).__name__}).") from error
-    for keyword in _READ_HERE:
-        try:
-            header.get(keyword)  # pydicom converts a value when it is first asked for it, and raises then
-        except UNREADABLE:
-            del header[keyword]
-    return header
 
 
 def _planes(file: Path, image: Dataset) -> list[Frame]:

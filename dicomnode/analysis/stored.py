@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from pydicom.charset import convert_encodings
 from pydicom.config import IGNORE
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
@@ -27,7 +28,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 MAXIMUM_NESTING = 64  # as at reception
 MAXIMUM_HEADER_BYTES = 32 * 2**20  # an enhanced image of 10,000 frames has some 20 MB
 FIRST_READ_BYTES = 16384  # most headers are shorter
-LONGEST_SHARED = 64  # bytes of a value of which files share one element; those of pydicom that are not converted yet cannot be changed
+LONGEST_SHARED = 256  # bytes of a value of which files share one element; those of pydicom that are not converted yet cannot be changed
 
 _UNDEFINED: Final = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
@@ -45,6 +46,12 @@ _Element = tuple[int, str | None, bytes, int]  # tag, VR, value, where the value
 
 class Unreadable(ValueError):
     """The bytes before the pixels are no well-formed data set, or more than the node reads of one."""
+
+
+# What pydicom raises where a value is none of its VR.
+CONVERTING_FAILS = (
+    ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, OSError, struct.error, BytesLengthException,
+)  # fmt: skip
 
 
 class _Short(Exception):
@@ -71,8 +78,8 @@ class HeaderReader:
 
     def __init__(self, wanted: Collection[int] = ()) -> None:
         """`wanted` are tags whose values are converted at once, and left out where that fails; the others when they are first asked for."""
-        self._wanted = frozenset(wanted)
-        self._known: dict[tuple[int, str | None, bool, bytes], Mapping[str, Any] | None] = {}
+        self._wanted = frozenset(wanted) | {_CHARACTER_SET}
+        self._known: dict[tuple[int, str], tuple[RawDataElement, Mapping[str, Any] | None]] = {}
         self._raw: dict[tuple[int, str | None, bytes], RawDataElement] = {}
 
     def read(self, file: Path) -> FileDataset:
@@ -84,42 +91,55 @@ class HeaderReader:
         meta, walk, _, _ = _scan_file(file, keep=True)
         implicit, little = not walk.explicit, walk.little
         elements: dict[BaseTag, DataElement | RawDataElement] = {}
-        known, wanted = self._raw, self._wanted
+        sequences: list[BaseTag] = []
+        charset: str | list[str] = "iso8859"  # pydicom's own name of the default repertoire
         for tag, vr, value, place in walk.kept:
-            if tag in wanted:
-                element = self._converted(tag, vr, value, place, little)
-                if element is not None:
-                    elements[_tag(tag)] = element
-                continue
-            key = tag, vr, value
-            raw = known.get(key) if len(value) <= LONGEST_SHARED else None
-            if raw is None or raw.is_little_endian != little:
-                raw = RawDataElement(_tag(tag), vr, len(value), value, place, implicit, little)
-                if len(value) <= LONGEST_SHARED:
-                    known[key] = raw
-            elements[raw.tag] = raw
+            raw = self._shared(tag, vr, value, place, implicit, little)
+            if tag not in self._wanted:
+                elements[raw.tag] = raw
+            elif vr == "SQ" or (implicit and _is_sequence(tag)):
+                elements[raw.tag] = raw
+                sequences.append(raw.tag)
+            elif (element := self._converted(raw, charset)) is not None:
+                elements[raw.tag] = element
+                if tag == _CHARACTER_SET:
+                    charset = _encodings(element.value)
         of_meta: dict[BaseTag, DataElement | RawDataElement] = {
-            _tag(tag): RawDataElement(_tag(tag), vr, len(value), value, place, False, True) for tag, vr, value, place in meta.kept
+            _tag(tag): self._shared(tag, vr, value, place, False, True) for tag, vr, value, place in meta.kept
         }
         header = FileDataset("", elements, bytes(128), FileMetaDataset(of_meta), implicit, little)
         header.file_meta.set_original_encoding(False, True)
-        charset = header._character_set if _tag(_CHARACTER_SET) in elements else "iso8859"  # pydicom's name of the default repertoire
         header.set_original_encoding(implicit, little, charset)
+        for wanted in sequences:  # their items belong to one data set, so they are never shared
+            try:
+                header[wanted]
+            except CONVERTING_FAILS:
+                del elements[wanted]
         return header
 
-    def _converted(self, tag: int, vr: str | None, value: bytes, place: int, little: bool) -> DataElement | None:
-        key = tag, vr, little, value
+    def _shared(self, tag: int, vr: str | None, value: bytes, place: int, implicit: bool, little: bool) -> RawDataElement:
+        """Return an element as pydicom holds it before it is asked for; equal short ones are one, for none can be changed."""
+        key = tag, vr, value
+        raw = self._raw.get(key) if len(value) <= LONGEST_SHARED else None
+        if raw is None or raw.is_little_endian != little:
+            raw = RawDataElement(_tag(tag), vr, len(value), value, place, implicit, little)
+            if len(value) <= LONGEST_SHARED:
+                self._raw[key] = raw
+        return raw
+
+    def _converted(self, raw: RawDataElement, charset: str | list[str]) -> DataElement | None:
+        key = id(raw), str(charset)
         if key not in self._known:
-            raw = RawDataElement(_tag(tag), vr, len(value), value, place, vr is None, little)
             try:
-                self._known[key] = convert_raw_data_element(raw).__dict__
-            except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, struct.error, BytesLengthException):
-                self._known[key] = None
-        state = self._known[key]
-        if state is None:
+                state = convert_raw_data_element(raw, encoding=charset).__dict__
+            except CONVERTING_FAILS:
+                state = None
+            self._known[key] = raw, state  # it holds on to `raw`, so that no other one gets its id
+        known = self._known[key][1]
+        if known is None:
             return None
         element = DataElement.__new__(DataElement)  # its constructor would convert and validate once more
-        element.__dict__.update(state)
+        element.__dict__.update(known)
         return element
 
 
@@ -325,6 +345,15 @@ class _Walk:
         if self._whole:
             raise Unreadable("it is cut off")
         raise _Short
+
+
+def _encodings(value: object) -> str | list[str]:
+    """Return Python's names of the character sets; the default repertoire where there is no such."""
+    try:
+        names = convert_encodings(value or None)  # type: ignore[arg-type]  # it takes what the element holds
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return "iso8859"
+    return names
 
 
 @lru_cache(maxsize=4096)

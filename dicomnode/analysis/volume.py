@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from pydicom.uid import ExplicitVRBigEndian
 
 from dicomnode.analysis.decoding import NATIVE, Decoder, EncodedFrame, is_decodable
-from dicomnode.analysis.eligibility import NotEligible, number_of, texts_of
+from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import Frame
-from dicomnode.analysis.geometry import MAXIMUM_EDGE, MAXIMUM_VOXELS, stack_of
+from dicomnode.analysis.geometry import plane_of, stack_of
 from dicomnode.analysis.select import SelectedSeries
 from dicomnode.analysis.stored import PixelPlace, Unreadable, pixels_of
 from dicomnode.analysis.units import PixelFormat, Units, clean, convert, format_of, units_of
 from dicomnode.errors import AnalysisFailed
-from dicomnode.findings import Calibration, Volume, Voxels
+from dicomnode.findings import Volume, Voxels
 
 PROJECTIONS = frozenset({"CR", "DX", "IO", "MG", "PX", "RF", "RG", "XA"})  # modalities whose images have no place in the patient
 MAXIMUM_THREADS = 4  # that read: more wait for memory
@@ -63,7 +63,8 @@ def read_volume(selected: SelectedSeries, decoder: Decoder | None = None) -> Vol
     """
     frames, projection = list(selected.frames), is_projection(selected.frames)
     if projection:
-        affine, calibration = _plane_affine(frames[0])
+        plane = plane_of(frames[0])
+        affine, calibration = plane.affine, plane.calibration
     else:
         stack = stack_of([frame.header for frame in frames])
         affine, calibration = stack.affine, "patient"
@@ -94,11 +95,8 @@ def is_projection(frames: Sequence[Frame]) -> bool:
 
 
 def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
-    """Find the pixels of all slices, and check what they claim to be before anything is allocated for them."""
+    """Find the pixels of all slices, and check that they are there before anything is allocated for them."""
     formats = [format_of(frame.header) for frame in frames]
-    rows, columns = formats[0].rows, formats[0].columns
-    if max(rows, columns) > MAXIMUM_EDGE or rows * columns * len(frames) > MAXIMUM_VOXELS:
-        raise NotEligible("too-large", f"{len(frames)} slices of {rows} x {columns} pixels are more than the node reads at once.")
     places: dict[Path, PixelPlace] = {}
     planes = []
     for frame, pixels in zip(frames, formats, strict=True):
@@ -106,8 +104,6 @@ def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
         if frame.file not in places:
             places[frame.file] = _place(frame.file, uid)
         place = places[frame.file]
-        if (pixels.rows, pixels.columns) != (rows, columns) or not rows * columns:
-            raise NotEligible("mixed-size", "Rows or Columns differ within the series.")
         index = (frame.number or 1) - 1
         if place.transfer_syntax_uid in NATIVE:
             _check_native(place, pixels, index, uid)
@@ -234,14 +230,3 @@ def _convert(stored: NDArray[Any], plane: _Plane, out: Voxels) -> None:
     clean(stored, plane.pixels)
     if not convert(stored, plane.pixels, plane.units, out):
         raise _DoesNotFit
-
-
-def _plane_affine(frame: Frame) -> tuple[NDArray[np.float64], Calibration]:
-    """Return where the pixels of a projection lie in the image plane, and where its millimetres are."""
-    spacing = [number_of(text) for text in texts_of(frame.header, "ImagerPixelSpacing")]
-    affine = np.zeros((4, 4))
-    affine[2, 0] = affine[1, 1] = affine[0, 2] = affine[3, 3] = 1.0
-    if len(spacing) != 2 or not all(spacing):
-        return affine, "none"
-    affine[1, 1], affine[0, 2] = spacing
-    return affine, "detector"

@@ -346,7 +346,7 @@ def test_each_object_of_the_collection_is_planes_or_none() -> None:
     if not REAL.is_dir():
         pytest.skip(f"{REAL} is absent")
     for file in sorted([*(REAL / "sr_seg_examples").rglob("*.dcm"), *(REAL / "odd_files/pydicom").glob("*.dcm")]):
-        if file.name == "no_meta.dcm":
+        if file.name in {"no_meta.dcm", "rtplan_truncated.dcm"}:  # not read at all
             continue
         ((_, header),) = headers = read_headers([file])
         frames = frames_of(headers)
