@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,13 @@ def scores() -> tuple[Score, ...]:
             ("Cardiomegaly", "8186001", 0.0305),
         )
     )
+
+
+def written_again(dataset: Dataset) -> bytes:
+    """The bytes of a changed object."""
+    buffer = BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
 
 
 def lidc() -> tuple[Case, list[Path], Finding]:

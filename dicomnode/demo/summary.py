@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -34,20 +35,40 @@ def write_summary(summary: dict[str, Any], out: Path) -> None:
 
 
 def write_previews(studies: Sequence[ScannedStudy], storage: Storage, out: Path) -> None:
-    """Draw each segment that the PACS received on its source image, and one plain image of a study without finding."""
+    """Draw each segment that the PACS received on its source image; of a study without one its middle image, with the reason."""
     for study in studies:
-        pictures = []
-        for result in storage.jobs.results(study_instance_uid=study.study_instance_uid):
-            received = out / "pacs" / f"{result.sop_instance_uid}.dcm"
-            if result.modality == "SEG" and received.exists():
-                pictures += draw_result(study.files, received)
-        analysed = [job for job in _last(storage, study, "analyse") if job.state == "done"]
-        if not pictures and analysed:
-            used = {analysed[0].detail["series_instance_uid"]}
-            files = [item.path for item in study.outgoing if study.series_of[item.sop_instance_uid] in used]
-            pictures = [draw_plain(files, caption="no finding")]
-        for number, picture in enumerate(pictures, start=1):
+        for number, picture in enumerate(_pictures(study, storage, out), start=1):
             (out / "preview" / f"{study.study_instance_uid}_{number}.png").write_bytes(picture)
+
+
+def _pictures(study: ScannedStudy, storage: Storage, out: Path) -> list[bytes]:
+    pictures = []
+    for result in storage.jobs.results(study_instance_uid=study.study_instance_uid):
+        received = out / "pacs" / f"{result.sop_instance_uid}.dcm"
+        if result.modality == "SEG" and received.exists():
+            try:
+                pictures += draw_result(study.files, received)
+            except KeyError:  # the image that it names was sent to the node by somebody else
+                continue
+    if pictures:
+        return pictures
+    jobs = _last(storage, study, "analyse")
+    used, caption = None, "not analysed (no-images): no image of this study was accepted by the node"
+    analysed = [job for job in jobs if job.state == "done"]
+    if analysed:
+        used, caption = analysed[0].detail["series_instance_uid"], "no finding"
+        scores = [f"{score['label']} {100 * score['probability']:.0f} %" for score in analysed[0].detail.get("scores", [])]
+        caption += f": {', '.join(scores)}" if scores else ""
+    elif jobs:
+        caption = f"not analysed ({jobs[0].reason_code}): {jobs[0].reason}"
+    if used not in study.series:
+        sizes = Counter(study.series_of.values())
+        used = max(sizes, key=lambda uid: (study.series[uid] not in ("SR", "SEG", "PR", "KO"), sizes[uid], uid))
+    files = [item.path for item in study.outgoing if study.series_of[item.sop_instance_uid] == used]
+    try:
+        return [draw_plain(files, caption=caption)]
+    except ValueError:  # nothing in the study is an image
+        return []
 
 
 def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
@@ -61,7 +82,7 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
             "\n".join(f"{series['modality']} {series['instances']} images" for series in study["series"]),
             study["outcome"],
             "\n".join(f"{p['name']} {p['version']}: {'accepted' if p['accepted'] else p['reason']}" for p in study["packages"]) or "none",
-            "\n".join(_finding_line(f) for f in study["findings"]) or "none",
+            "\n".join([*map(_finding_line, study["findings"]), *map(_score_line, study["scores"])]) or "none",
             "\n".join(f"{made['modality']}" for made in study["objects"]) or "none",
             f"{study['seconds']['total']:.1f}",
         )
@@ -74,9 +95,21 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def _finding_line(finding: dict[str, Any]) -> str:
-    where = ", ".join(f"{value:.1f}" for value in finding["centre_lps_mm"])
-    size = f"{finding['long_axis_mm']:.1f} mm, {finding['volume_ml']:.2f} ml"
-    return f"{finding['label']} ({finding['side'] or 'side unknown'}): {size}, p {finding['probability']:.2f}, at LPS ({where}) mm"
+    said = [f"{finding['label']} ({finding['side'] or 'side unknown'})", f"p {finding['probability']:.2f}"]
+    if finding["long_axis_mm"] is not None:
+        said.append(f"{finding['long_axis_mm']:.1f} mm")
+    if finding["volume_ml"]:
+        said.append(f"{finding['volume_ml']:.2f} ml")
+    if finding["centre_lps_mm"] is not None:
+        said.append(f"at LPS ({', '.join(f'{value:.1f}' for value in finding['centre_lps_mm'])}) mm")
+    elif finding["box_px"] is not None:
+        left, top, right, bottom = finding["box_px"]
+        said.append(f"in columns {left:.0f} to {right:.0f}, rows {top:.0f} to {bottom:.0f}")
+    return ", ".join(said)
+
+
+def _score_line(score: dict[str, Any]) -> str:
+    return f"{score['label']}: p {score['probability']:.2f} ({'positive' if score['positive'] else 'negative'})"
 
 
 def _last(storage: Storage, study: ScannedStudy, kind: str) -> list[Job]:
@@ -106,6 +139,7 @@ def _study(study: ScannedStudy, storage: Storage) -> dict[str, Any]:
         "series": [{"series_instance_uid": s, "modality": modality, "instances": counts[s]} for s, modality in study.series.items()],
         "packages": _packages(study, storage, analyses),
         "findings": [{"package": job.package, **finding} for job in analyses for finding in job.detail.get("findings", [])],
+        "scores": [{"package": job.package, **score} for job in analyses for score in job.detail.get("scores", [])],
         "objects": [
             {
                 "file": f"pacs/{s}.dcm",

@@ -1,6 +1,7 @@
 """Pictures for people: a finding's outline on its image, read from the SEG as a PACS would get it.
 
-Must never fill the outline, or crop the image: what lies under and beside a finding is what the reader must judge.
+Must never fill the outline, or crop the image: what lies under and beside a finding is what the reader must judge. An image that
+cannot be decoded is a note, never a crash.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom import Dataset
 
 from dicomnode.results.decoding import frame_pixels
+from dicomnode.results.display import LUNG_WINDOW, UNREADABLE, frame_count, grey_values
 
 RESEARCH = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
-LUNG_WINDOW = (-600.0, 1500.0)  # centre and width, HU
+MOST = 20  # pictures of one SEG; the caption of the last says how many segments aren't drawn
+UNDECODED = "the image cannot be decoded here"
 
-_OUTLINE = (255, 210, 0)
+_COLOURS = {"": (255, 210, 0), "box": (0, 200, 255), "heat map": (255, 140, 0)}  # by the ending of a segment's label
+_OUTLINE = _COLOURS[""]
 _TEXT = (235, 235, 235)
 _SHORT_SIDE = 768  # an image is enlarged by a whole factor to at least this many pixels, so that outline and text are readable
+_LONG_SIDE = 1024  # a larger one is reduced to this
 _BAND = 26  # height of a line of text
+_LINES = 5  # of a caption
+_LUNG = "39607008"
 
 
 def draw_outline(
@@ -39,27 +46,17 @@ def draw_outline(
     Args:
         image: (rows, columns) in the modality's units, CT: HU.
         mask: (rows, columns); all False draws no outline.
-        caption: a line of text; a second line always says RESEARCH USE ONLY.
+        caption: a line of text, broken where it is too long; the last line always says RESEARCH USE ONLY.
         window: centre and width in the image's units.
         inset: also show the mask's surroundings, enlarged, over the corner farthest from it.
     """
-    grey = _windowed(image, window)
-    factor = max(1, -(-_SHORT_SIDE // min(grey.shape)))
-    canvas = _outlined(grey, mask, factor, thickness=2)
-    if inset and mask.any():
-        _paste_inset(canvas, grey, mask)
-    picture = Image.new("RGB", (canvas.shape[1], canvas.shape[0] + 2 * _BAND))
-    picture.paste(Image.fromarray(canvas), (0, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=_BAND * 0.6)
-    draw.text((8, canvas.shape[0] + 3), caption, fill=_TEXT, font=font)
-    draw.text((8, canvas.shape[0] + _BAND + 3), RESEARCH, fill=_OUTLINE, font=font)
-    buffer = BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    centre, width = window
+    grey: NDArray[np.uint8] = np.clip((image - (centre - width / 2)) * (255.0 / width), 0, 255).astype(np.uint8)
+    return _picture(grey, mask, caption, inset=inset)
 
 
 def draw_result(source_files: Sequence[Path], segmentation: Path) -> list[bytes]:
-    """Return one PNG for each segment of a SEG file: its slice of largest area, on the source image that the SEG names.
+    """Return one PNG for each of the first segments of a SEG file: its slice of largest area, on the source image that the SEG names.
 
     Raises:
         KeyError: the SEG names a source image that is not among `source_files`.
@@ -67,58 +64,110 @@ def draw_result(source_files: Sequence[Path], segmentation: Path) -> list[bytes]
     seg = pydicom.dcmread(segmentation)
     files = _by_uid(source_files)
     shared = seg.SharedFunctionalGroupsSequence[0]
-    numbers = [_segment_number(frame, shared) for frame in seg.PerFrameFunctionalGroupsSequence]
+    mine: dict[int, list[int]] = {int(item.SegmentNumber): [] for item in seg.SegmentSequence}
+    for i, frame in enumerate(seg.PerFrameFunctionalGroupsSequence):
+        mine[_segment_number(frame, shared)].append(i)
     pictures = []
-    for item in seg.SegmentSequence:
-        mine = [i for i, number in enumerate(numbers) if number == item.SegmentNumber]
-        largest = max(mine, key=lambda i: int(frame_pixels(seg, i).sum()))
-        uid = str(seg.PerFrameFunctionalGroupsSequence[largest].DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID)
-        source = pydicom.dcmread(files[uid])
-        caption = f"{item.SegmentLabel}  |  {seg.SeriesDescription}  |  image {source.get('InstanceNumber', '')}"
-        image, window = _image(source)
-        pictures.append(draw_outline(image, frame_pixels(seg, largest), caption=caption, window=window, inset=True))
+    drawn = list(seg.SegmentSequence)[:MOST]
+    for number, item in enumerate(drawn, start=1):
+        largest = max(mine[int(item.SegmentNumber)], key=lambda i: int(np.count_nonzero(frame_pixels(seg, i))))
+        source = seg.PerFrameFunctionalGroupsSequence[largest].DerivationImageSequence[0].SourceImageSequence[0]
+        frame = source.get("ReferencedFrameNumber")
+        file = files[str(source.ReferencedSOPInstanceUID)]
+        where = f"image {_instance_number(file)}" + (f", frame {frame}" if frame is not None else "")
+        caption = f"{item.SegmentLabel}  |  {seg.SeriesDescription}  |  {where}"
+        if number == MOST and len(seg.SegmentSequence) > MOST:
+            caption += f"  |  {len(seg.SegmentSequence) - MOST} more segments are not drawn"
+        mask = frame_pixels(seg, largest)
+        lung = any(region.get("CodeValue") == _LUNG for region in item.get("AnatomicRegionSequence", []))
+        grey = grey_values(file, frame=int(frame or 1), lung=lung)
+        if grey is None or grey.shape != mask.shape:
+            grey, caption = np.zeros(mask.shape, dtype=np.uint8), f"{caption}  |  {UNDECODED}"
+        ending = str(item.SegmentLabel).rpartition(", ")[2]
+        pictures.append(_picture(grey, mask, caption, inset=True, colour=_COLOURS.get(ending, _OUTLINE)))
     return pictures
 
 
 def draw_plain(source_files: Sequence[Path], caption: str = "no finding") -> bytes:
     """Return a PNG of the middle image of a series (by position along the slice normal) with a caption and no outline.
 
+    Where that image can't be decoded the picture is black and its caption says so.
+
     Raises:
-        ValueError: there is no file.
+        ValueError: there is no file, or none that is a DICOM image.
     """
-    if not source_files:
+    images = []
+    for file in source_files:
+        try:
+            header = pydicom.dcmread(file, stop_before_pixels=True)
+            if "Rows" in header and "Columns" in header:
+                images.append((_position(header), str(file), header))
+        except UNREADABLE:
+            continue
+    if not images:
         raise ValueError("there is no image to draw")
-    headers = [(_position(pydicom.dcmread(f, stop_before_pixels=True)), i) for i, f in enumerate(source_files)]
-    image, window = _image(pydicom.dcmread(source_files[sorted(headers)[len(headers) // 2][1]]))
-    return draw_outline(image, np.zeros(image.shape, dtype=np.bool_), caption=caption, window=window)
+    _, middle, header = sorted(images, key=lambda entry: entry[:2])[len(images) // 2]
+    frame = frame_count(header) // 2 + 1
+    grey = grey_values(Path(middle), frame=frame, lung=str(header.get("BodyPartExamined", "")).upper() in ("CHEST", "LUNG"))
+    if grey is None:
+        grey, caption = np.zeros((_SHORT_SIDE // 2, _SHORT_SIDE), dtype=np.uint8), f"{caption}  |  {UNDECODED}"
+    return _picture(grey, np.zeros(grey.shape, dtype=np.bool_), caption)
 
 
-def _image(source: Dataset) -> tuple[NDArray[np.float32], tuple[float, float]]:
-    """Pixels in the modality's units, and how to show them: CT in the lung window, else the image's own window or its range."""
-    slope, intercept = float(source.get("RescaleSlope", 1)), float(source.get("RescaleIntercept", 0))
-    image = (source.pixel_array * slope + intercept).astype(np.float32)
-    if image.ndim == 3:  # several frames
-        image = image[len(image) // 2]
-    if source.get("Modality") == "CT":
-        return image, LUNG_WINDOW
-    low, high = (float(v) for v in np.percentile(image, (1, 99)))
-    return image, ((low + high) / 2, max(high - low, 1.0))
+def _picture(
+    grey: NDArray[np.uint8], mask: NDArray[np.bool_], caption: str, *, inset: bool = False, colour: tuple[int, int, int] = _OUTLINE
+) -> bytes:
+    grey, mask = _reduced(grey, mask)
+    factor = max(1, min(-(-_SHORT_SIDE // min(grey.shape)), _LONG_SIDE // max(grey.shape)))
+    canvas = _outlined(grey, mask, factor, colour)
+    if inset and mask.any():
+        _paste_inset(canvas, grey, mask, colour)
+    font = ImageFont.load_default(size=_BAND * 0.6)
+    width = max(canvas.shape[1], _SHORT_SIDE)  # a narrow image leaves room for its caption
+    lines = _broken(caption, font, width - 16)
+    picture = Image.new("RGB", (width, canvas.shape[0] + (len(lines) + 1) * _BAND))
+    picture.paste(Image.fromarray(canvas), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(lines):
+        draw.text((8, canvas.shape[0] + number * _BAND + 3), line, fill=_TEXT, font=font)
+    draw.text((8, canvas.shape[0] + len(lines) * _BAND + 3), RESEARCH, fill=_OUTLINE, font=font)
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
-def _windowed(image: NDArray[np.float32], window: tuple[float, float]) -> NDArray[np.uint8]:
-    centre, width = window
-    grey: NDArray[np.uint8] = np.clip((image - (centre - width / 2)) * (255.0 / width), 0, 255).astype(np.uint8)
-    return grey
+def _broken(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """A caption as lines that fit; what is too much ends in dots."""
+    lines = [""]
+    for word in "".join(c if c.isprintable() else " " for c in caption).split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], lines[_LINES - 1] + " ..."]
 
 
-def _outlined(grey: NDArray[np.uint8], mask: NDArray[np.bool_], factor: int, *, thickness: int) -> NDArray[np.uint8]:
+def _reduced(grey: NDArray[np.uint8], mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """A large image made smaller; a pixel that holds any part of the mask belongs to it."""
+    if max(grey.shape) <= _LONG_SIDE:
+        return grey, mask
+    scale = _LONG_SIDE / max(grey.shape)
+    size = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
+    small = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX))
+    return small, np.asarray(Image.fromarray(mask.astype(np.float32), mode="F").resize(size, Image.Resampling.BOX)) > 0
+
+
+def _outlined(
+    grey: NDArray[np.uint8], mask: NDArray[np.bool_], factor: int, colour: tuple[int, int, int], *, thickness: int = 2
+) -> NDArray[np.uint8]:
     """Enlarge by a whole factor and colour the pixels just outside of the mask: what is marked stays visible."""
     canvas = np.repeat(np.asarray(_enlarged(grey, factor))[..., None], 3, axis=2)
     large = mask.repeat(factor, axis=0).repeat(factor, axis=1)
     grown = np.pad(large, thickness)
     for _ in range(thickness):
         grown = grown | np.roll(grown, 1, 0) | np.roll(grown, -1, 0) | np.roll(grown, 1, 1) | np.roll(grown, -1, 1)
-    canvas[grown[thickness:-thickness, thickness:-thickness] & ~large] = _OUTLINE
+    canvas[grown[thickness:-thickness, thickness:-thickness] & ~large] = colour
     return canvas
 
 
@@ -126,7 +175,7 @@ def _enlarged(grey: NDArray[np.uint8], factor: int) -> Image.Image:
     return Image.fromarray(grey).resize((grey.shape[1] * factor, grey.shape[0] * factor), Image.Resampling.BICUBIC)
 
 
-def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], mask: NDArray[np.bool_]) -> None:
+def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
     """Draw the mask's surroundings, about a third of the picture wide, into the corner of `canvas` opposite to the mask."""
     rows, columns = np.nonzero(mask)
     centre_row, centre_column = int((rows[0] + rows[-1]) // 2), int((columns.min() + columns.max()) // 2)
@@ -134,7 +183,7 @@ def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], mask: NDArr
     top, left = (min(max(0, c - half), n - 2 * half) for c, n in zip((centre_row, centre_column), grey.shape, strict=True))
     part = (slice(top, top + 2 * half), slice(left, left + 2 * half))
     factor = max(1, min(canvas.shape[:2]) // 3 // (2 * half))
-    small = np.pad(_outlined(grey[part], mask[part], factor, thickness=2), ((2, 2), (2, 2), (0, 0)), constant_values=200)
+    small = np.pad(_outlined(grey[part], mask[part], factor, colour), ((2, 2), (2, 2), (0, 0)), constant_values=200)
     size = small.shape[0]
     low = slice(0, size) if centre_row > grey.shape[0] / 2 else slice(canvas.shape[0] - size, None)
     far = slice(0, size) if centre_column > grey.shape[1] / 2 else slice(canvas.shape[1] - size, None)
@@ -147,12 +196,23 @@ def _segment_number(frame: Dataset, shared: Dataset) -> int:
 
 
 def _by_uid(files: Sequence[Path]) -> dict[str, Path]:
-    return {str(pydicom.dcmread(file, specific_tags=["SOPInstanceUID"]).SOPInstanceUID): file for file in files}
+    found = {}
+    for file in files:
+        try:
+            found[str(pydicom.dcmread(file, specific_tags=["SOPInstanceUID"]).SOPInstanceUID)] = file
+        except UNREADABLE:
+            continue
+    return found
+
+
+def _instance_number(file: Path) -> str:
+    return str(pydicom.dcmread(file, specific_tags=["InstanceNumber"]).get("InstanceNumber", ""))
 
 
 def _position(header: Dataset) -> float:
     """Where an image lies along its normal, mm; 0 without geometry."""
-    if "ImageOrientationPatient" not in header or "ImagePositionPatient" not in header:
+    try:
+        cosines = np.array(header.ImageOrientationPatient, dtype=np.float64)
+        return float(np.cross(cosines[:3], cosines[3:]) @ np.array(header.ImagePositionPatient, dtype=np.float64))
+    except UNREADABLE:
         return 0.0
-    cosines = np.array(header.ImageOrientationPatient, dtype=np.float64)
-    return float(np.cross(cosines[:3], cosines[3:]) @ np.array(header.ImagePositionPatient, dtype=np.float64))

@@ -42,12 +42,13 @@ STUDY = {
             "label": str,
             "probability": NUMBER,
             "volume_ml": NUMBER,
-            "long_axis_mm": NUMBER,
-            "centre_lps_mm": [NUMBER],
+            "long_axis_mm": (*NUMBER, type(None)),
+            "centre_lps_mm": (list, type(None)),
             "box_px": (list, type(None)),
             "side": {"left", "right", None},
         }
     ],
+    "scores": [{"package": str, "label": str, "probability": NUMBER, "threshold": NUMBER, "positive": bool}],
     "objects": [{"file": str, "modality": str, "sop_class_uid": str, "sop_instance_uid": str}],
     "seconds": dict.fromkeys(("receive", "complete", "volume", "inference", "results", "deliver", "total"), NUMBER),
 }
@@ -116,7 +117,7 @@ def test_a_mixed_folder_is_sent_as_far_as_it_can_be_and_each_study_ends_with_an_
         "2.25.5.2": "too-few-slices", "2.25.5.3": "no-images", "2.25.5.5": "no-images",
     }  # fmt: skip
     assert sorted(path.name for path in (out / "pacs").iterdir()) == sorted(f"{m['sop_instance_uid']}.dcm" for m in analysed["objects"])
-    assert [path.name for path in (out / "preview").iterdir()] == ["2.25.5.1_1.png"]
+    assert sorted(path.name for path in (out / "preview").iterdir()) == ["2.25.5.1_1.png", "2.25.5.2_1.png", "2.25.5.5_1.png"]
     assert sorted(path.name for path in out.iterdir()) == ["pacs", "preview", "summary.json"]
     assert report.exists()
     assert "notes.txt: not a DICOM file" in shown.getvalue()
