@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException
 from pydicom.sequence import Sequence as ItemSequence
 
-# What pydicom raises when a raw value is converted for the first time.
-_CONVERSION_FAILS = (
-    ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error,
+# What pydicom raises on bytes that are no value of their VR, or no sequence of items, when it first converts them.
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, BytesLengthException, EOFError, LookupError, NotImplementedError, OSError,
+    RecursionError, TypeError, ValueError, struct.error,
 )  # fmt: skip
 
 
@@ -23,7 +25,7 @@ def value_of(header: Dataset, keyword: str) -> Any:
     """Return an attribute's value, or None where it is absent, empty or malformed."""
     try:
         return header.get(keyword)
-    except _CONVERSION_FAILS:
+    except UNREADABLE:
         return None
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from dicomnode.analysis.attributes import number_of, text_of, texts_of, value_of
+from dicomnode.analysis.decoding import is_decodable
 from dicomnode.analysis.eligibility import NotEligible, keep_accepted
 from dicomnode.analysis.frames import Frame
 from dicomnode.analysis.geometry import Part, plane_of, stack_of, stacks_of
@@ -119,7 +120,7 @@ def rule_between(chosen: Candidate, second: Candidate) -> str:
 def _of_series(accepts: InputSection, uid: str, frames: Sequence[Frame]) -> Iterator[Candidate | Refused]:
     label = label_of(frames[0].image)
     try:
-        kept = keep_accepted(accepts, frames)
+        kept = _decodable(keep_accepted(accepts, frames))
     except NotEligible as refusal:
         yield Refused(series_instance_uid=uid, label=label, part="", images=len(frames), refusal=refusal)
         return
@@ -136,6 +137,16 @@ def _of_series(accepts: InputSection, uid: str, frames: Sequence[Frame]) -> Iter
                 yield _projection(accepts, uid, part.frames[0], (label, name, left_out))
         except NotEligible as refusal:
             yield Refused(series_instance_uid=uid, label=label, part=name, images=len(part.frames), refusal=refusal)
+
+
+def _decodable(frames: list[Frame]) -> list[Frame]:
+    """Return the frames; a header without file meta information is of no stored object, and nothing is known of its pixels."""
+    for frame in frames:
+        meta = getattr(frame.image, "file_meta", None)
+        syntax = text_of(meta, "TransferSyntaxUID") if meta is not None else ""
+        if syntax and not is_decodable(syntax):
+            raise NotEligible("transfer-syntax", f"The pixels are in the transfer syntax {syntax[:64]}, which the node doesn't decode.")
+    return frames
 
 
 def _volume(accepts: InputSection, uid: str, part: Part, said: tuple[str, str, str]) -> Candidate:

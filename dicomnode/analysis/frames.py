@@ -24,6 +24,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
+from dicomnode.analysis.attributes import value_of
 from dicomnode.analysis.functional_groups import FunctionalGroups
 from dicomnode.analysis.stored import HeaderReader, Unreadable
 from dicomnode.errors import AnalysisFailed
@@ -93,7 +94,7 @@ def frames_of(headers: Sequence[tuple[Path, Dataset]]) -> list[Frame]:
 
 def is_image(header: Dataset) -> bool:
     """Whether an object is an image by its SOP class; one of a class that isn't known is an image if it has rows and columns."""
-    sop_class = UID(str(header.get("SOPClassUID") or ""))
+    sop_class = UID(str(value_of(header, "SOPClassUID") or ""))
     if sop_class.name != sop_class and sop_class.is_valid:
         return "Image Storage" in sop_class.name  # PS3.4 B.5 names each image's class so, and neither SEG, SR, PR nor RT Dose
     return "Rows" in header and "Columns" in header
@@ -102,14 +103,14 @@ def is_image(header: Dataset) -> bool:
 def _planes(file: Path, image: Dataset) -> list[Frame]:
     groups = FunctionalGroups(image)
     grouped = len(groups) > 0 or "SharedFunctionalGroupsSequence" in image
-    count = image.get("NumberOfFrames")
+    count = value_of(image, "NumberOfFrames")
     count = len(groups) or 1 if count is None else count
-    several = isinstance(count, int) and 1 < count <= MAXIMUM_FRAMES and image.get("SOPClassUID") not in _ONE_FRAME
+    several = isinstance(count, int) and 1 < count <= MAXIMUM_FRAMES and value_of(image, "SOPClassUID") not in _ONE_FRAME
     if not (several or (grouped and count == 1)):
         return [Frame(file=file, image=image, number=None, header=image)]
     own = len(groups) == count  # else nobody knows whose they are
     top = {tag: element for tag in list(image.keys()) if tag not in _NOT_OF_A_PLANE and (element := image.get_item(tag)) is not None}
-    if not image.get("BodyPartExamined"):
+    if not value_of(image, "BodyPartExamined"):
         top.pop(_BODY_PART, None)
     implicit, little = image.original_encoding
     frames = []

@@ -16,13 +16,9 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 
-Elements = Mapping[BaseTag, DataElement | RawDataElement]  # what a Dataset is made of
+from dicomnode.analysis.attributes import UNREADABLE
 
-# What pydicom raises on bytes that are no value of their VR, or no sequence of items.
-UNREADABLE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, RecursionError, TypeError,
-    ValueError, struct.error,
-)  # fmt: skip
+Elements = Mapping[BaseTag, DataElement | RawDataElement]  # what a Dataset is made of
 
 # Groups whose one item's attributes are those of a classic image, or stand beside them. Other groups stay out of the planes:
 # real world values, references and private groups belong to the image as a whole.

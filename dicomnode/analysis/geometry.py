@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
-from dicomnode.analysis.eligibility import NotEligible, number_of, texts_of, whole_of
+from dicomnode.analysis.eligibility import NotEligible, number_of, texts_of, value_of, whole_of
 from dicomnode.analysis.frames import Frame
 from dicomnode.findings import Calibration
 
@@ -106,7 +106,7 @@ def plane_of(frame: Frame) -> Plane:
 def _spacing_of(header: Dataset, shape: tuple[int, int]) -> tuple[tuple[float, float], Calibration]:
     pixel, imager, scanned = (_projection_spacing(header, keyword, shape) for keyword in _SPACINGS)
     detector = imager or scanned
-    magnification = number_of(header.get("EstimatedRadiographicMagnificationFactor")) or 1.0
+    magnification = number_of(value_of(header, "EstimatedRadiographicMagnificationFactor")) or 1.0
     if pixel is not None:
         if detector is not None and pixel[0] > detector[0] * (1 + SAME_SPACING):
             return (1.0, 1.0), "none"  # what lies before the detector is magnified there, and never made smaller
@@ -173,7 +173,7 @@ def stack_of(headers: Sequence[Dataset]) -> Stack:
     orientations = np.array([_numbers(h, "ImageOrientationPatient", 6) for h in headers])
     positions = np.array([_numbers(h, "ImagePositionPatient", 3) for h in headers])
     pixels = np.array([[*_numbers(h, "PixelSpacing", 2), whole_of(h, "Rows"), whole_of(h, "Columns")] for h in headers])
-    frames = {str(h.get("FrameOfReferenceUID") or "") for h in headers}
+    frames = {str(value_of(h, "FrameOfReferenceUID") or "") for h in headers}
     if "" in frames:
         raise NotEligible("missing-geometry", "Frame of Reference UID is absent from an image.")
     if (pixels <= 0).any() or pixels[:, :2].max() > LARGEST_SPACING_MM or np.abs(positions).max() > FARTHEST_MM:
@@ -212,7 +212,7 @@ def _most_typical(values: NDArray[np.float64]) -> int:
 
 def _check_duplicates(headers: Sequence[Dataset], gaps: NDArray[np.float64]) -> None:
     duplicates = int(np.count_nonzero(gaps < SAME_POSITION_MM))
-    acquisitions = len({str(h.get("AcquisitionNumber") or "") for h in headers})
+    acquisitions = len({str(value_of(h, "AcquisitionNumber") or "") for h in headers})
     if duplicates and acquisitions > 1:
         raise NotEligible("several-acquisitions", f"{acquisitions} acquisitions in one series share {duplicates} position(s).")
     if duplicates:
@@ -221,7 +221,7 @@ def _check_duplicates(headers: Sequence[Dataset], gaps: NDArray[np.float64]) -> 
 
 def _check_tilt(headers: Sequence[Dataset], in_plane: NDArray[np.float64], pixel_mm: float) -> None:
     """A tilted gantry shears the stack: its slices move along the table, not along their normal."""
-    tilt = max(abs(number_of(h.get("GantryDetectorTilt")) or 0.0) for h in headers)
+    tilt = max(abs(number_of(value_of(h, "GantryDetectorTilt")) or 0.0) for h in headers)
     if tilt > TILT_DEGREES:
         raise NotEligible("gantry-tilt", f"The gantry was tilted by {tilt:.1f} degrees.")
     shift = float(np.linalg.norm(in_plane - in_plane[0], axis=1).max())
@@ -252,7 +252,7 @@ def _directions(orientation: NDArray[np.float64]) -> tuple[NDArray[np.float64], 
 
 
 def _numbers(header: Dataset, keyword: str, count: int) -> list[float]:
-    values = header.get(keyword)
+    values = value_of(header, keyword)
     try:
         numbers = [float(value) for value in values] if isinstance(values, MultiValue | list | tuple) else []
     except (TypeError, ValueError, OverflowError):

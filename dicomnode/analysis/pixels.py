@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from scipy import ndimage
 
 from dicomnode.analysis.attributes import text_of
 from dicomnode.analysis.eligibility import NotEligible
@@ -20,6 +21,9 @@ SATURATED = 0.6  # of the pixels at one end of their range; films have up to a t
 AIR_HU = -200.0  # below: air, lung, or what lies outside the reconstructed circle
 TISSUE_HU = (-200.0, 300.0)
 UNSCALED_TISSUE = (850.0, 1350.0)  # where tissue lies in values to which no intercept of -1024 was added
+PEAK = 0.03  # of the range of values, at each end
+BACKGROUND = 0.06  # of the image: less may be a lung's apex, a stomach bubble or the label of a side
+WHOLE = 0.9  # of a row or column: a collimator's edge may be slightly turned
 LARGEST_HU = 3100.0  # of 12 bits; only metal lies above
 
 
@@ -58,9 +62,10 @@ def _check_hounsfield(values: NDArray[np.float32]) -> None:
     air = float(np.mean(values < AIR_HU))
     if unscaled > 0.2 and air < 0.01:
         raise NotEligible("not-hu", f"{unscaled:.0%} of the pixels lie at 850 to 1350 and none at air's value: no Hounsfield units.")
-    large = float(np.mean(values > LARGEST_HU))
-    if large > 0.05:
-        raise NotEligible("not-hu", f"{large:.0%} of the pixels lie above {LARGEST_HU:.0f}: no Hounsfield units.")
+    # One value far below is padding that no attribute names; several are something else.
+    beyond = float(np.mean((np.abs(values) > LARGEST_HU) & (values != values.min())))
+    if beyond > 0.05:
+        raise NotEligible("not-hu", f"{beyond:.0%} of the pixels lie beyond {LARGEST_HU:.0f}: no Hounsfield units.")
     if tissue < 0.02:
         raise NotEligible("not-hu", f"{tissue:.1%} of the pixels lie at -200 to 300, where tissue does: no Hounsfield units.")
     spread = float(np.subtract(*np.percentile(values, [99.5, 0.5])))
@@ -91,21 +96,28 @@ def _check_polarity(accepts: InputSection, pixels: NDArray[np.int16] | NDArray[n
 def air_is_bright(pixels: NDArray[np.int16] | NDArray[np.float32]) -> bool:
     """Whether a projection (rows, columns), bone bright, shows its background of air bright: the sign of a false polarity.
 
-    Where the beam met nothing lies at the border of the image, is smooth and has one end of the values; where a collimator shut it out
-    lies at the other end, and outside the former. True only where one of the two is there and the histogram leaves no doubt.
+    Where nothing lay before the detector the histogram has a peak at one end of its values, and that area lies at the border with the
+    body's outline as its other side. Where a collimator shut the beam out there is a peak at the other end, and that area is whole rows
+    and columns. So what counts is the border area of each end without the whole rows and columns of it.
     """
     image = _small(pixels)
-    low, high = np.percentile(image, [1, 99])
+    low, high = np.percentile(image, [0.2, 99.8])
     if high <= low:
         return False
-    image = np.clip((image - low) / (high - low), 0, 1)
-    border = np.zeros(image.shape, dtype=bool)
-    width = max(2, min(image.shape) // 16)
-    border[:width], border[-width:], border[:, :width], border[:, -width:] = True, True, True, True
-    inside = image[image.shape[0] // 4 : -image.shape[0] // 4, image.shape[1] // 4 : -image.shape[1] // 4]
-    bright, dark = float(np.mean(image[border] > 0.95)), float(np.mean(image[border] < 0.05))
-    # Collimation is a frame; air alone, around a hand or beside a neck, leaves the other end of the values inside.
-    return bright > 0.35 and dark < 0.05 and float(np.median(inside)) < 0.5 and float(np.mean(inside > 0.95)) < 0.05
+    image = (image - low) / (high - low)
+    bright, dark = _background(image > 1 - PEAK), _background(image < PEAK)
+    return bright > BACKGROUND and dark < bright / 4
+
+
+def _background(at_one_end: NDArray[np.bool_]) -> float:
+    """The share of an image at one end of the values that is connected to the border, without the whole rows and columns there."""
+    labels, count = ndimage.label(at_one_end)
+    if count == 0:
+        return 0.0
+    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    area = np.isin(labels, np.unique(border[border > 0]))
+    rows, columns = area.mean(axis=1) > WHOLE, area.mean(axis=0) > WHOLE
+    return float(area[~rows][:, ~columns].sum() / area.size)
 
 
 def _small(pixels: NDArray[np.int16] | NDArray[np.float32], edge: int = 128) -> NDArray[np.float32]:
