@@ -84,7 +84,10 @@ def read_headers(files: Sequence[Path]) -> list[tuple[Path, Dataset]]:
 
 
 def frames_of(headers: Sequence[tuple[Path, Dataset]]) -> list[Frame]:
-    """Return the image planes of files, in the files' order and each file's frames in theirs; an object that is no image has none."""
+    """Return the image planes of files, in the files' order and each file's frames in theirs; an object that is no image has none.
+
+    The planes of an image share their elements: a plane's header is for reading.
+    """
     frames: list[Frame] = []
     for file, header in headers:
         if is_image(header):

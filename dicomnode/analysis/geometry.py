@@ -242,6 +242,8 @@ def _check_gaps(gaps: NDArray[np.float64]) -> None:
 
 
 def _directions(orientation: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if np.abs(orientation).max() > 2:
+        raise NotEligible("missing-geometry", "Image Orientation (Patient) holds no unit vectors.")
     along_row, along_column = orientation[:3], orientation[3:]
     lengths = np.linalg.norm(along_row), np.linalg.norm(along_column)
     if max(abs(length - 1) for length in lengths) > 10 * DIRECTION_TOLERANCE or abs(along_row @ along_column) > 10 * DIRECTION_TOLERANCE:
