@@ -23,12 +23,14 @@ import torch
 from monai.data import MetaTensor
 from numpy.typing import NDArray
 
-from dicomnode.analysis.bundle_answers import answer_of
+from dicomnode.analysis.bundle_answers import answer_of, classes_of, detections_of
 from dicomnode.analysis.bundle_config import BUNDLE_FAILS, Parts, checkpoint_of, missing_library, read_config, resolve
 from dicomnode.analysis.bundle_modules import BundleModules
-from dicomnode.analysis.bundle_space import affine_of_image, image_of
+from dicomnode.analysis.bundle_space import affine_of_image, boxes_in_volume, image_of, onto_volume
+from dicomnode.analysis.classes import Box, classified, detected
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.grid import resample_to
+from dicomnode.analysis.heatmap import heat_map
 from dicomnode.analysis.labels import find_in
 from dicomnode.analysis.manifest import BundleSection, Manifest
 from dicomnode.analysis.networks import Between, at_rest, first_line, go_on, is_scripted, load_state, scripted_network
@@ -188,9 +190,37 @@ class BundleModel:
         return raw[0].float()
 
     def _said(self, raw: Any, data: dict[str, Any], volume: Volume) -> _Said:
+        if self.manifest.kind == "detection":
+            return self._boxes(raw, data[self.section.image_key], volume)
+        if self.manifest.kind == "classification":
+            return self._classes(raw, data[self.section.image_key], volume)
         answer, notes = answer_of(raw, data, self.parts.postprocessing, self.manifest, volume)
         found, omitted = find_in(answer, self.manifest, volume)
         return _Said(findings=found, omitted=omitted, notes=notes)
+
+    def _boxes(self, raw: Any, image: MetaTensor, volume: Volume) -> _Said:
+        """Take the detector's boxes as it gives them, on the network's grid: the bundle's postprocessing only writes them otherwise."""
+        boxes, labels, scores = detections_of(raw, tuple(image.shape[1:]), self.manifest.name)
+        low, high = boxes_in_volume(boxes, image.affine, volume)
+        found, omitted = detected(
+            self.manifest,
+            [
+                Box(label=int(label), score=float(score), low=(a[0], a[1], a[2]), high=(b[0], b[1], b[2]))
+                for label, score, a, b in zip(labels, scores, low.tolist(), high.tolist(), strict=True)
+            ],
+            volume,
+        )
+        return _Said(findings=found, omitted=omitted)
+
+    def _classes(self, raw: torch.Tensor, image: MetaTensor, volume: Volume) -> _Said:
+        probabilities, activation = classes_of(raw, self.parts.postprocessing, self.manifest)
+
+        def map_of(channel: int) -> NDArray[np.float32]:
+            heat = heat_map(self.network, image.as_tensor().to(self.device, torch.float32)[None], channel, activation)
+            return onto_volume(heat, image.affine, volume, order=1)
+
+        scores, found, omitted = classified(self.manifest, probabilities, map_of, volume)
+        return _Said(findings=found, omitted=omitted, scores=scores)
 
     def _absent(self, volumes: Mapping[str, Volume]) -> tuple[str, ...]:
         absent = [accepts.name for accepts in self.manifest.inputs if accepts.name not in volumes]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dicomnode.analysis.bundle_config import Step
 from dicomnode.analysis.bundle_space import onto_volume, sampled
+from dicomnode.analysis.heatmap import Activation, probabilities_of
 from dicomnode.analysis.labels import Answer
 from dicomnode.analysis.manifest import Manifest, OutputSection
 from dicomnode.errors import AnalysisFailed
@@ -74,6 +75,49 @@ def answer_of(
         return sampled(probabilities[channel], image.affine, volume, indices)
 
     return Answer(labels=placed, scores=scores), notes
+
+
+def classes_of(raw: torch.Tensor, steps: Sequence[Step], manifest: Manifest) -> tuple[NDArray[np.float32], Activation]:
+    """Return the probability of each class of a classification, from its raw numbers (classes, ...), and how they come from them.
+
+    Raises:
+        AnalysisFailed: the network gives fewer classes than the manifest names.
+    """
+    if raw.numel() <= max(output.channel for output in manifest.outputs):
+        raise AnalysisFailed(f"The network of the package {manifest.name} gives {raw.numel()} classes, and its manifest names more.")
+    found = [(step, getattr(step, "converter", step)) for step in steps]
+    wanted: Activation = "softmax" if manifest.outputs[0].activation == "softmax" else "sigmoid"
+    if any(isinstance(c, AsDiscrete) and _set(step, c, "argmax") for step, c in found):
+        wanted = "softmax"
+    for choice in ("softmax", "sigmoid"):
+        if any(isinstance(c, Activations) and _set(step, c, choice) for step, c in found):
+            return probabilities_of(raw[None], choice)[0].cpu().numpy(), choice
+    within = bool(raw.min() >= 0) and bool(raw.max() <= 1)
+    activation: Activation = "none" if within and (wanted == "sigmoid" or abs(float(raw.sum()) - 1) < 1e-2) else wanted
+    return probabilities_of(raw[None], activation)[0].cpu().numpy(), activation
+
+
+def detections_of(raw: Any, shape: tuple[int, ...], name: str) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return (n, 2 x dimensions) boxes cut at the image's edges, (n,) classes and (n,) scores of what a detector says of one image.
+
+    They are told apart by their shape and type: detectors name them as their configuration likes.
+
+    Raises:
+        AnalysisFailed: it says something else, or numbers that are not finite.
+    """
+    said = raw[0] if isinstance(raw, (list, tuple)) and raw else raw
+    entries = said if isinstance(said, Mapping) else {}
+    tensors = {key: value.detach().float().cpu().numpy() for key, value in entries.items() if isinstance(value, torch.Tensor)}
+    boxes = next((v for v in tensors.values() if v.ndim == 2 and v.shape[1] == 2 * len(shape)), None)
+    scores = next((v for key, v in tensors.items() if v.ndim == 1 and "score" in str(key)), None)
+    labels = next((v for key, v in tensors.items() if v.ndim == 1 and "score" not in str(key)), None)
+    if boxes is None or scores is None or labels is None or not len(boxes) == len(scores) == len(labels):
+        raise AnalysisFailed(f"The detector of the package {name} gives no boxes with classes and scores.")
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise AnalysisFailed(f"The network of the package {name} gave numbers that are not finite.")
+    edges = np.array(shape, dtype=np.float64)
+    cut = np.clip(boxes.astype(np.float64), 0, np.concatenate([edges, edges]) - 1)
+    return cut, labels.astype(np.int64), scores.astype(np.float64)
 
 
 def _meaning(raw: torch.Tensor, steps: Sequence[Step], manifest: Manifest) -> _Meaning:

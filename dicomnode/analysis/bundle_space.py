@@ -47,8 +47,23 @@ def sampled(values: NDArray[Any], affine: Any, volume: Volume, indices: NDArray[
     return np.asarray(ndimage.map_coordinates(values, positions, order=1, mode="nearest", output=np.float32))
 
 
-def onto_volume(values: NDArray[Any], affine: Any, volume: Volume) -> NDArray[Any]:
-    """Return an image's labels (x, y, z) or (x, y) on the volume's grid (k, r, c): nearest, zero beyond the image."""
+def boxes_in_volume(boxes: NDArray[np.floating], affine: Any, volume: Volume) -> tuple[Matrix, Matrix]:
+    """Return boxes of an image, (n, 4) or (n, 6) as lower and then upper corners, as lower and upper voxel indices (n, 3) (k, r, c).
+
+    Coordinates are those of pixel centres at whole numbers, as AffineBoxToWorldCoordinate and its inverse take them. A box that lies
+    obliquely in the volume becomes the one around it.
+    """
+    n, dimensions = len(boxes), boxes.shape[1] // 2
+    choices = np.array(list(np.ndindex(*(2,) * dimensions)))  # (2**d, d): the lower or upper value of each coordinate
+    corners = np.where(choices[None] == 0, boxes[:, None, :dimensions], boxes[:, None, dimensions:])
+    positions = np.zeros((n, len(choices), 4))
+    positions[..., :dimensions], positions[..., 3] = corners, 1
+    indices = (positions @ np.linalg.inv(from_volume(affine, volume)).T)[..., :3]
+    return indices.min(axis=1), indices.max(axis=1)
+
+
+def onto_volume(values: NDArray[Any], affine: Any, volume: Volume, *, order: int = 0) -> NDArray[Any]:
+    """Return an image's values (x, y, z) or (x, y) on the volume's grid (k, r, c): nearest (order 0) or linear, zero beyond the image."""
     spatial = volume.voxels.shape[::-1][: values.ndim]
     direct = np.allclose(np.asarray(affine, dtype=np.float64), affine_of_image(volume), atol=1e-3)
     if values.shape == spatial and direct:
@@ -57,6 +72,6 @@ def onto_volume(values: NDArray[Any], affine: Any, volume: Volume) -> NDArray[An
         matrix = np.linalg.inv(np.asarray(affine, dtype=np.float64)) @ affine_of_image(volume)
         n = values.ndim
         turned = ndimage.affine_transform(
-            values, matrix[:n, :n], offset=matrix[:n, 3], output_shape=spatial, order=0, mode="grid-constant", cval=0
+            values, matrix[:n, :n], offset=matrix[:n, 3], output_shape=spatial, order=order, mode="grid-constant", cval=0
         )
     return np.ascontiguousarray(turned.T if turned.ndim == 3 else turned.T[None])
