@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
 from pydicom.sequence import Sequence as ItemSequence
+from pydicom.tag import BaseTag, Tag
 
 # What pydicom raises on bytes that are no value of their VR, or no sequence of items, when it first converts them.
 UNREADABLE = (
@@ -23,10 +26,19 @@ UNREADABLE = (
 
 def value_of(header: Dataset, keyword: str) -> Any:
     """Return an attribute's value, or None where it is absent, empty or malformed."""
+    tag = _tag_of(keyword)
     try:
-        return header.get(keyword)
+        return header[tag].value if tag in header else None
     except UNREADABLE:
         return None
+
+
+@cache
+def _tag_of(keyword: str) -> BaseTag:
+    tag = tag_for_keyword(keyword)
+    if tag is None:
+        raise ValueError(f"{keyword} is no keyword of PS3.6")
+    return Tag(tag)
 
 
 def number_of(value: object) -> float | None:

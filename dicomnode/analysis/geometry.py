@@ -75,7 +75,7 @@ def stacks_of(frames: Sequence[Frame]) -> tuple[Part, ...]:
     A series that is one stack comes back whole, and so does one of which nothing tells the images apart: `stack_of` refuses that.
     """
     parts = _split(Part(frames=tuple(frames), differs=()), "StackID")
-    for keyword in _TELL_APART:
+    for keyword in _TELL_APART if any(_is_tangled(part) for part in parts) else ():
         parts = [piece for part in parts for piece in _untangled(part, keyword)]
     return tuple(parts)
 
@@ -131,6 +131,11 @@ def _projection_spacing(header: Dataset, keyword: str, shape: tuple[int, int]) -
     smallest, largest = PROJECTION_SIZE_MM
     fits = low <= min(row, column) and max(row, column) <= high and max(row, column) <= 2 * min(row, column)
     return (row, column) if fits and smallest <= max(shape[0] * row, shape[1] * column) <= largest else None
+
+
+def _is_tangled(part: Part) -> bool:
+    places = {_place(frame.header) for frame in part.frames}
+    return None not in places and len(places) < len(part.frames)
 
 
 def _untangled(part: Part, keyword: str) -> list[Part]:
