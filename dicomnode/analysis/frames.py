@@ -67,7 +67,7 @@ class Frame:
 
 
 def read_headers(files: Sequence[Path]) -> list[tuple[Path, Dataset]]:
-    """Read the headers of DICOM files up to their pixels; an attribute whose value is malformed is left out of its header.
+    """Read the headers of DICOM files up to their pixels; a malformed value stays as its bytes, which `value_of` reads as none.
 
     Raises:
         AnalysisFailed: a file is no readable DICOM.
