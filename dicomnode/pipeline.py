@@ -114,12 +114,16 @@ class Analyser:
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
         selection = select(package.manifest, headers)
-        volumes = {series.input_name: _volume(package.manifest, series) for series in selection.series}
-        selected, volume = selection.series[0], next(iter(volumes.values()))
-        clock.lap("volume")
-        with self._model(folder, job) as model:
-            clock.lap("load")
-            findings = model(volumes, self._pace(job))
+        selected = selection.series[0]
+        try:
+            volumes = {series.input_name: _volume(package.manifest, series) for series in selection.series}
+            clock.lap("volume")
+            with self._model(folder, job) as model:
+                clock.lap("load")
+                findings = model(volumes, self._pace(job))
+        except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
+            raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
+        volume = volumes[selected.input_name]
         clock.lap("inference")
         identity = _identity(job)
         segmentation = encode_segmentation(findings, volume, selected.headers, identity)

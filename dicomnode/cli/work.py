@@ -64,10 +64,19 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
         if json:
             show([{name: [dataclasses.asdict(row) for row in rows] for name, (rows, _) in tables.items()}], [], as_json=True)
             return
+        tables["why"], tables["considered"] = _selection(storage.jobs.jobs(study_instance_uid=uid, kind="analyse"))
         for name, (rows, columns) in tables.items():
             if rows:
                 Console().print(f"[bold]{name}[/bold]")
                 show(rows, columns, as_json=False)
+
+
+def _selection(jobs: Sequence[Job]) -> tuple[tuple[Sequence[Any], list[str]], tuple[Sequence[Any], list[str]]]:
+    """Two tables: why each package was given what it was, and what it could choose from; with --json both stand in the jobs' detail."""
+    why = [{"package": job.package, "run": job.run, "why": job.detail["why"]} for job in jobs if job.detail.get("why")]
+    considered = [{"package": job.package, "run": job.run, **series} for job in jobs for series in job.detail.get("considered", ())]
+    columns = ["package", "run", "input", "series_number", "part", "images", "chosen", "reason_code", "reason"]
+    return (why, ["package", "run", "why"]), (considered, columns)
 
 
 @study.command("reanalyse")

@@ -393,6 +393,30 @@ def test_what_waits_for_a_cancelled_delivery_has_failed_with_it(shell: Shell) ->
     storage.database.close()
 
 
+def test_a_study_shows_which_series_a_package_could_choose_from_and_why_it_took_one(shell: Shell) -> None:
+    storage = shell.storage()
+    receive(storage)
+    close(storage)
+    row = {"input": "image", "series_instance_uid": "1.2.9", "part": "", "images": 52, "rank": None}
+    considered = [
+        row | {"series_number": 2, "chosen": True, "reason_code": None, "reason": None},
+        row | {"series_number": 3, "chosen": False, "reason_code": "gantry-tilt", "reason": "The gantry was tilted by 12.5 degrees."},
+    ]
+    with storage.database.writing() as connection:
+        storage.jobs.create(
+            connection, key=KEY, kind="analyse", study_instance_uid=STUDY, revision=1, package="bright", version="1.0", digest="d" * 64,
+            run=1, priority="routine",
+        )  # fmt: skip
+    storage.jobs.finish(KEY, "done", detail={"why": "Series 2: 52 slices, 3.00 mm apart", "considered": considered})
+    shown = shell.done("study", "show", STUDY)
+    assert "Series 2: 52 slices, 3.00 mm apart" in shown
+    assert "gantry-tilt" in shown
+    assert "tilted by 12.5 degrees" in shown
+    (rows,) = shell.listing("study", "show", STUDY)
+    assert rows["jobs"][0]["detail"]["considered"] == considered
+    storage.database.close()
+
+
 def test_words_from_the_wire_are_neither_markup_nor_escape_sequences_on_the_terminal(shell: Shell) -> None:
     storage = shell.storage()
     receive(storage, patient_id="[red]\\[bold]\x1b[31m:smile:", series_description="[/nonsense]\x9b2J")
