@@ -15,14 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dicomnode.analysis.backends import TORCH, Backend, Choice, available, backend_for, choose, device_named, is_out_of_memory
+from dicomnode.analysis.backends import TORCH, Backend, Choice, TorchBackend, available, backend_for, choose, device_named, is_out_of_memory
 from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSection, parse_manifest
 from dicomnode.analysis.networks import Between, first_line, go_on, load_network
 from dicomnode.analysis.package import digest_of, digest_of_contents, package_files
-from dicomnode.analysis.preparation import Prepared, prepare
+from dicomnode.analysis.preparation import Prepared, others, prepare
 from dicomnode.analysis.sliding import Sliding, slide
+from dicomnode.analysis.whole_image import WholeImageModel
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Finding, Findings, Volume
 from dicomnode.logs import get_logger
@@ -205,11 +206,6 @@ def findings_of(manifest: Manifest, probabilities: torch.Tensor, prepared: Prepa
     return tuple(replace(finding, number=number) for number, finding in enumerate(found[: manifest.maximum_findings], start=1)), omitted
 
 
-def others(manifest: Manifest, volumes: Mapping[str, Volume]) -> tuple[str, ...]:
-    """Return the series that the model was given beside the first input's."""
-    return tuple(volumes[accepts.name].series_instance_uid for accepts in manifest.inputs[1:] if accepts.name in volumes)
-
-
 def load_model(
     folder: Path, *, digest: str, device: str = "auto", threads: int = 0, backend: Choice = "torch", report: Mapping[str, Any] | None = None
 ) -> Model:
@@ -232,10 +228,12 @@ def load_model(
     place = device_named(device)
     if manifest.bundle is not None:
         return load_bundle(contents, manifest, digest, place)
-    if manifest.kind != "segmentation":
-        raise PackageError(f"the package {manifest.name} is of a kind that isn't run yet")
+    if manifest.kind == "detection":
+        raise PackageError(f"the package {manifest.name} detects: only a MONAI Bundle says how its boxes are made (bundle in the manifest)")
     network = load_network(contents, manifest.name, place)
     _lay_out(network)
+    if manifest.kind == "classification":
+        return WholeImageModel(manifest=manifest, digest=digest, network=network, backend=TorchBackend(network=network, device=place))
     chosen = backend_for(network, choose(report, backend, place), device=place, threads=threads)
     return OwnModel(manifest=manifest, digest=digest, network=network, backend=chosen)
 

@@ -47,9 +47,12 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(manifest: Manifest, volumes: Mapping[str, Volume], device: torch.device, *, coarser: float = 1.0) -> Prepared:
+def prepare(
+    manifest: Manifest, volumes: Mapping[str, Volume], device: torch.device, *, coarser: float = 1.0, whole: bool = False
+) -> Prepared:
     """Return the volumes of a manifest's inputs on the grid of the first one, at `coarser` times the manifest's spacing.
 
+    Where the manifest names a region, only the box around it is returned, unless the `whole` image is wanted.
     An optional input that is absent is a channel of zeros, and a note says so.
 
     Raises:
@@ -68,7 +71,7 @@ def prepare(manifest: Manifest, volumes: Mapping[str, Volume], device: torch.dev
     region = side = None
     if first.region:
         region, side = region_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
-    box = _box_around(region, grid)
+    box = _box_around(None if whole else region, grid)
     channels, notes = [normalised(image[box], settings)], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:
@@ -80,6 +83,11 @@ def prepare(manifest: Manifest, volumes: Mapping[str, Volume], device: torch.dev
         grid=grid, origin=(box[0].start, box[1].start, box[2].start), image=torch.stack(channels),
         region=None if region is None else region[box], side=None if side is None else side[box], notes=tuple(notes),
     )  # fmt: skip
+
+
+def others(manifest: Manifest, volumes: Mapping[str, Volume]) -> tuple[str, ...]:
+    """Return the series that the model was given beside the first input's."""
+    return tuple(volumes[accepts.name].series_instance_uid for accepts in manifest.inputs[1:] if accepts.name in volumes)
 
 
 def normalised(image: torch.Tensor, settings: PreprocessingSection) -> torch.Tensor:
