@@ -25,7 +25,7 @@ from pydicom.uid import (
 )
 
 from dicomnode.analysis.attributes import value_of
-from dicomnode.analysis.functional_groups import FunctionalGroups
+from dicomnode.analysis.functional_groups import Elements, FunctionalGroups
 from dicomnode.analysis.stored import HeaderReader, Unreadable
 from dicomnode.errors import AnalysisFailed
 
@@ -115,11 +115,18 @@ def _planes(file: Path, image: Dataset) -> list[Frame]:
     top = {tag: element for tag in list(image.keys()) if tag not in _NOT_OF_A_PLANE and (element := image.get_item(tag)) is not None}
     if not value_of(image, "BodyPartExamined"):
         top.pop(_BODY_PART, None)
+    body_part = {_BODY_PART: top[_BODY_PART]} if _BODY_PART in top else {}
     implicit, little = image.original_encoding
+
+    def header_of(elements: Elements) -> Dataset:
+        header = Dataset({**top, **elements, **body_part})
+        header.set_original_encoding(implicit, little, image.original_character_set)
+        return header
+
+    shared = header_of(groups.shared)  # for all frames that say nothing of their own
     frames = []
     for index in range(count):
-        own_or_shared = groups.plane(index if own else None)
-        header = Dataset({**top, **own_or_shared, **({_BODY_PART: top[_BODY_PART]} if _BODY_PART in top else {})})
-        header.set_original_encoding(implicit, little, image.original_character_set)
+        elements = groups.plane(index) if own else groups.shared
+        header = shared if elements is groups.shared else header_of(elements)
         frames.append(Frame(file=file, image=image, number=index + 1, header=header))
     return frames

@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 
-from dicomnode.analysis.attributes import UNREADABLE
+from dicomnode.analysis.attributes import UNREADABLE, items_of
 
 Elements = Mapping[BaseTag, DataElement | RawDataElement]  # what a Dataset is made of
 
@@ -98,20 +98,22 @@ class FunctionalGroups:
         self._elements: dict[tuple[int, bytes], Elements] = {}
         shared = self._items(_SHARED)
         self._shared = self._groups_of(shared[0]) if len(shared) == 1 else {}
-        self._flat_shared: Elements = {tag: element for group in self._shared.values() for tag, element in group.items()}
+        self.shared: Elements = {tag: element for group in self._shared.values() for tag, element in group.items()}
         self._frames = self._items(_PER_FRAME)
 
     def __len__(self) -> int:
         """How many frames have groups of their own."""
         return len(self._frames)
 
-    def plane(self, index: int | None) -> Elements:
-        """Return the attributes of a plane by its place in Per-frame Functional Groups Sequence; None: it has none there.
+    def plane(self, index: int) -> Elements:
+        """Return the attributes of a plane by its place in Per-frame Functional Groups Sequence: `shared` where it has none of its own.
 
         A group that stands among the shared ones and in the frame (which PS3.3 C.7.6.16.1.1 forbids) counts where both say the same.
         """
-        own = {} if index is None else self._groups_of(self._frames[index])
-        elements = dict(self._flat_shared)
+        own = self._groups_of(self._frames[index])
+        if not own:
+            return self.shared
+        elements = dict(self.shared)
         for tag, group in own.items():
             shared = self._shared.get(tag)
             if shared is None or tag == _USAGE or shared == group:
@@ -271,15 +273,6 @@ def _items_from(data: _Encoded, at: int, end: int, depth: int) -> tuple[list[tup
     if depth:
         raise ValueError("a sequence of undefined length has no end")
     return items, at
-
-
-def items_of(dataset: Dataset, keyword: str) -> Sequence[Dataset]:
-    """Return the items of a sequence; none where it is absent, empty or malformed."""
-    try:
-        value = dataset.get(keyword)
-        return list(value) if value else []
-    except UNREADABLE:
-        return []
 
 
 def _decoded_items(dataset: Dataset, tag: BaseTag) -> Sequence[Dataset]:

@@ -74,10 +74,11 @@ def stacks_of(frames: Sequence[Frame]) -> tuple[Part, ...]:
 
     A series that is one stack comes back whole, and so does one of which nothing tells the images apart: `stack_of` refuses that.
     """
-    parts = _split(Part(frames=tuple(frames), differs=()), "StackID")
-    for keyword in _TELL_APART if any(_is_tangled(part) for part in parts) else ():
-        parts = [piece for part in parts for piece in _untangled(part, keyword)]
-    return tuple(parts)
+    whole = Part(frames=tuple(frames), differs=())
+    parts = _split(whole, "StackID")
+    if min(len(part.frames) for part in parts) < 2:
+        parts = [whole]  # a stack of one image each is none
+    return tuple(piece for part in parts for piece in _untangled(part))
 
 
 def plane_of(frame: Frame) -> Plane:
@@ -108,11 +109,11 @@ def _spacing_of(header: Dataset, shape: tuple[int, int]) -> tuple[tuple[float, f
     detector = imager or scanned
     magnification = number_of(value_of(header, "EstimatedRadiographicMagnificationFactor")) or 1.0
     if pixel is not None:
-        if detector is not None and pixel[0] > detector[0] * (1 + SAME_SPACING):
+        ratios = [p / d for p, d in zip(pixel, detector, strict=True)] if detector is not None else [1.0]
+        if max(ratios) > 1 + SAME_SPACING:
             return (1.0, 1.0), "none"  # what lies before the detector is magnified there, and never made smaller
-        same = detector is not None and abs(pixel[0] - detector[0]) <= SAME_SPACING * detector[0]
         calibrated = " ".join(texts_of(header, "PixelSpacingCalibrationType")).strip().upper() in ("GEOMETRY", "FIDUCIAL")
-        if calibrated or (detector is not None and not same):
+        if calibrated or min(ratios) < 1 - SAME_SPACING:
             return pixel, "patient"
         detector = detector or pixel
     if detector is None:
@@ -138,14 +139,24 @@ def _is_tangled(part: Part) -> bool:
     return None not in places and len(places) < len(part.frames)
 
 
-def _untangled(part: Part, keyword: str) -> list[Part]:
-    """Split a part that has several images at one position, if the attribute tells them apart and each piece is most of a stack."""
-    places = {_place(frame.header) for frame in part.frames}
-    if None in places or len(places) == len(part.frames):
+def _untangled(part: Part) -> list[Part]:
+    """Split a part that has several images at one position, by whatever tells them apart and leaves most of a stack in each piece."""
+    places = {id(frame): _place(frame.header) for frame in part.frames}
+
+    def distinct(piece: Part) -> int:
+        return len({places[id(frame)] for frame in piece.frames})
+
+    if None in places.values() or distinct(part) == len(part.frames):
         return [part]
-    pieces = _split(part, keyword)
-    wanted = max(2, (len(places) + 1) // 2)
-    return pieces if all(len({_place(frame.header) for frame in piece.frames}) >= wanted for piece in pieces) else [part]
+    parts = [part]
+    for keyword in _TELL_APART:
+        pieces: list[Part] = []
+        for crowded in parts:
+            split = _split(crowded, keyword) if distinct(crowded) < len(crowded.frames) else [crowded]
+            enough = max(2, (distinct(crowded) + 1) // 2)
+            pieces += split if all(distinct(piece) >= enough for piece in split) else [crowded]
+        parts = pieces
+    return parts
 
 
 def _split(part: Part, keyword: str) -> list[Part]:

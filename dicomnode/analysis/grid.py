@@ -133,6 +133,8 @@ def resample_to(volume: Volume, reference: Volume) -> Volume:
     Raises:
         NotEligible: the two lie in different frames of reference, so no position of one has a meaning in the other.
     """
+    if volume is reference:
+        return volume
     if volume.is_projection or volume.frame_of_reference_uid != reference.frame_of_reference_uid:
         raise NotEligible("mixed-frame-of-reference", "The series of the set lie in different frames of reference.")
     shape = reference.voxels.shape

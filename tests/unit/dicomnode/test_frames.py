@@ -363,3 +363,15 @@ def test_files_keep_their_order_and_a_file_of_no_image_its_silence(tmp_path: Pat
         (Path("image"), enhanced_image(STACK, SOPClassUID=CTImageStorage, NumberOfFrames=None)),
     ]
     assert [frame.file.name for frame in frames_of(headers)] == ["0-002.dcm", "0-001.dcm", "0-000.dcm", "image"]
+
+
+def test_stacks_of_one_image_each_are_no_stacks() -> None:
+    frames = planes(enhanced_image([{**s, "FrameContentSequence": {"StackID": str(k)}} for k, s in enumerate(STACK)]))
+    (part,) = stacks_of(frames)
+    assert stack_of([frame.header for frame in part.frames]).spacing_mm[0] == pytest.approx(3.5)
+
+
+def test_frames_that_say_nothing_of_their_own_share_a_header() -> None:
+    frames = planes(enhanced_image([STACK[0], {}, STACK[2], {}]))
+    assert frames[1].header is frames[3].header
+    assert [frame.header.get("ImagePositionPatient") for frame in frames] == [[1, 2, 0], None, [1, 2, 7], None]

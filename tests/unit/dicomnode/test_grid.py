@@ -148,6 +148,13 @@ def test_a_series_on_the_same_grid_keeps_its_voxels_to_the_bit(noise: float) -> 
     assert resample_to(volume, made_of(volume, volume.voxels, affine=volume.affine + noise)).voxels is volume.voxels
 
 
+def test_a_projection_lies_on_its_own_grid_and_on_no_other() -> None:
+    volume = projection((20, 30), (0.2, 0.2))
+    assert resample_to(volume, volume) is volume
+    with pytest.raises(NotEligible, match="mixed-frame-of-reference"):
+        resample_to(volume, projection((20, 30), (0.2, 0.2)))
+
+
 def test_a_shift_by_a_voxel_keeps_the_border() -> None:
     volume = oblique(np.random.default_rng(5), 20, np.float32)
     affine = volume.affine.copy()
