@@ -10,11 +10,10 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
 from pydicom.charset import convert_encodings
 from pydicom.config import IGNORE
@@ -42,6 +41,8 @@ _VR_NAMES: Final = {vr: vr.decode() for vr in _LONG_VRS | _SHORT_VRS}
 
 _Bytes = bytes | mmap.mmap
 _Element = tuple[int, str | None, bytes, int]  # tag, VR, value, where the value begins
+_Header = TypeVar("_Header", FileDataset, FileMetaDataset)
+_Elements = dict[BaseTag, "DataElement | RawDataElement"]
 
 
 class Unreadable(ValueError):
@@ -58,8 +59,7 @@ class _Short(Exception):
     """The walk needs more bytes than it was given."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PixelPlace:
+class PixelPlace(NamedTuple):
     """Where a file's pixel data lies, and how it is encoded."""
 
     tag: int
@@ -79,68 +79,76 @@ class HeaderReader:
     def __init__(self, wanted: Collection[int] = ()) -> None:
         """`wanted` are tags whose values are converted at once, and left out where that fails; the others when they are first asked for."""
         self._wanted = frozenset(wanted) | {_CHARACTER_SET}
-        self._known: dict[tuple[int, str], tuple[RawDataElement, Mapping[str, Any] | None]] = {}
-        self._raw: dict[tuple[int, str | None, bytes], RawDataElement] = {}
+        self._sequences = [_tag(tag) for tag in sorted(self._wanted) if _is_sequence(tag)]
+        self._known: dict[tuple[int, str | None, bytes, int], RawDataElement | dict[str, Any] | None] = {}
+        self._codings: dict[tuple[bool, bool, bytes], int] = {}
+        self._meta = FileMetaDataset()
+        self._meta.set_original_encoding(False, True)
+        self._headers: dict[tuple[bool, bool], FileDataset] = {}
 
     def read(self, file: Path) -> FileDataset:
-        """Return the header of a file, without its pixels.
+        """Return the header of a file, without its pixels; its attribute `pixels` is the PixelPlace, or None.
 
         Raises:
             Unreadable: it is no well-formed DICOM file. OSError: it cannot be read.
         """
-        meta, walk, _, _ = _scan_file(file, keep=True)
+        meta, walk, syntax, size = _scan_file(file, keep=True)
         implicit, little = not walk.explicit, walk.little
-        elements: dict[BaseTag, DataElement | RawDataElement] = {}
-        sequences: list[BaseTag] = []
         charset: str | list[str] = "iso8859"  # pydicom's own name of the default repertoire
-        for tag, vr, value, place in walk.kept:
-            raw = self._shared(tag, vr, value, place, implicit, little)
-            if tag not in self._wanted:
-                elements[raw.tag] = raw
-            elif vr == "SQ" or (implicit and _is_sequence(tag)):
-                elements[raw.tag] = raw
-                sequences.append(raw.tag)
-            elif (element := self._converted(raw, charset)) is not None:
-                elements[raw.tag] = element
-                if tag == _CHARACTER_SET:
-                    charset = _encodings(element.value)
-        of_meta: dict[BaseTag, DataElement | RawDataElement] = {
-            _tag(tag): self._shared(tag, vr, value, place, False, True) for tag, vr, value, place in meta.kept
-        }
-        header = FileDataset("", elements, bytes(128), FileMetaDataset(of_meta), implicit, little)
-        header.file_meta.set_original_encoding(False, True)
+        coding = self._coding(implicit, little, b"")
+        elements: _Elements = {}
+        for element in walk.kept:
+            self._add(element, coding, charset, elements)
+            if element[0] == _CHARACTER_SET and (named := elements.get(_tag(_CHARACTER_SET))):
+                charset, coding = _encodings(named.value), self._coding(implicit, little, element[2])
+        of_meta: _Elements = {}
+        for element in meta.kept:
+            self._add(element, self._coding(False, True, b""), "iso8859", of_meta)
+        header = _alike(self._header(implicit, little), elements)
+        header.file_meta = _alike(self._meta, of_meta)
         header.set_original_encoding(implicit, little, charset)
-        for wanted in sequences:  # their items belong to one data set, so they are never shared
-            try:
-                header[wanted]
-            except CONVERTING_FAILS:
-                del elements[wanted]
+        header.__dict__["pixels"] = walk.place(syntax, size)
+        for wanted in self._sequences:  # their items belong to one data set, so they are never shared
+            if wanted in elements:
+                try:
+                    header[wanted]
+                except CONVERTING_FAILS:
+                    del elements[wanted]
         return header
 
-    def _shared(self, tag: int, vr: str | None, value: bytes, place: int, implicit: bool, little: bool) -> RawDataElement:
-        """Return an element as pydicom holds it before it is asked for; equal short ones are one, for none can be changed."""
-        key = tag, vr, value
-        raw = self._raw.get(key) if len(value) <= LONGEST_SHARED else None
-        if raw is None or raw.is_little_endian != little:
-            raw = RawDataElement(_tag(tag), vr, len(value), value, place, implicit, little)
-            if len(value) <= LONGEST_SHARED:
-                self._raw[key] = raw
-        return raw
+    def _header(self, implicit: bool, little: bool) -> FileDataset:
+        key = implicit, little
+        if key not in self._headers:
+            self._headers[key] = FileDataset("", {}, bytes(128), FileMetaDataset(), implicit, little)
+        return self._headers[key]
 
-    def _converted(self, raw: RawDataElement, charset: str | list[str]) -> DataElement | None:
-        key = id(raw), str(charset)
-        if key not in self._known:
-            try:
-                state = convert_raw_data_element(raw, encoding=charset).__dict__
-            except CONVERTING_FAILS:
-                state = None
-            self._known[key] = raw, state  # it holds on to `raw`, so that no other one gets its id
-        known = self._known[key][1]
+    def _coding(self, implicit: bool, little: bool, charset: bytes) -> int:
+        """Return a number for what, beside its bytes, makes a value; (implicit, little) are its last two bits."""
+        return self._codings.setdefault((implicit, little, charset), len(self._codings) << 2 | implicit << 1 | little)
+
+    def _add(self, element: _Element, coding: int, charset: str | list[str], elements: _Elements) -> None:
+        """Add an element to those of a header: as it is encoded, or converted if it is wanted."""
+        tag, vr, value, place = element
+        key = tag, vr, value, coding
+        try:
+            known = self._known[key]
+        except KeyError:
+            known = RawDataElement(_tag(tag), vr, len(value), value, place, bool(coding & 2), bool(coding & 1))
+            if tag in self._wanted and not _is_sequence(tag):
+                try:
+                    known = convert_raw_data_element(known, encoding=charset).__dict__
+                except CONVERTING_FAILS:
+                    known = None
+            if len(value) <= LONGEST_SHARED:
+                self._known[key] = known
         if known is None:
-            return None
-        element = DataElement.__new__(DataElement)  # its constructor would convert and validate once more
-        element.__dict__.update(known)
-        return element
+            return
+        if isinstance(known, RawDataElement):
+            elements[known.tag] = known
+            return
+        own = DataElement.__new__(DataElement)  # its constructor would convert and validate once more
+        own.__dict__.update(known)
+        elements[own.tag] = own
 
 
 def pixels_of(file: Path) -> PixelPlace | None:
@@ -150,10 +158,7 @@ def pixels_of(file: Path) -> PixelPlace | None:
         Unreadable: it is no well-formed DICOM file. OSError: it cannot be read.
     """
     _, walk, syntax, size = _scan_file(file, keep=False)
-    if walk.pixels is None:
-        return None
-    tag, offset, length, vr = walk.pixels
-    return PixelPlace(tag=tag, offset=offset, length=length, vr=vr, transfer_syntax_uid=syntax, file_bytes=size)
+    return walk.place(syntax, size)
 
 
 def _scan_file(file: Path, *, keep: bool) -> tuple[_Walk, _Walk, UID, int]:
@@ -228,6 +233,13 @@ class _Walk:
         self._tag_and_32 = struct.Struct(order + "HHL").unpack_from
         self._tag_vr_16 = struct.Struct(order + "HH2sH").unpack_from
         self._32 = struct.Struct(order + "L").unpack_from
+
+    def place(self, transfer_syntax_uid: UID, file_bytes: int) -> PixelPlace | None:
+        """Return where the pixels are that the walk ended at."""
+        if self.pixels is None:
+            return None
+        tag, offset, length, vr = self.pixels
+        return PixelPlace(tag=tag, offset=offset, length=length, vr=vr, transfer_syntax_uid=transfer_syntax_uid, file_bytes=file_bytes)
 
     def elements(self, position: int, group: int | None = None) -> int:  # noqa: PLR0912  the hot loop: each header passes through it
         """Walk to the pixel data, or the end, or the end of `group`; return where that is."""
@@ -345,6 +357,14 @@ class _Walk:
         if self._whole:
             raise Unreadable("it is cut off")
         raise _Short
+
+
+def _alike(empty: _Header, elements: _Elements) -> _Header:
+    """Return a data set of these elements, otherwise like an empty one; pydicom's constructors set 40 attributes one by one."""
+    made = empty.__class__.__new__(empty.__class__)
+    made.__dict__.update({name: value.copy() if isinstance(value, dict) else value for name, value in empty.__dict__.items()})
+    made.__dict__["_dict"] = elements
+    return made
 
 
 def _encodings(value: object) -> str | list[str]:

@@ -102,7 +102,7 @@ def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
     for frame, pixels in zip(frames, formats, strict=True):
         uid = str(frame.image.get("SOPInstanceUID", "?"))
         if frame.file not in places:
-            places[frame.file] = _place(frame.file, uid)
+            places[frame.file] = _place(frame, uid)
         place = places[frame.file]
         index = (frame.number or 1) - 1
         if place.transfer_syntax_uid in NATIVE:
@@ -112,9 +112,12 @@ def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
     return planes
 
 
-def _place(file: Path, uid: str) -> PixelPlace:
+def _place(frame: Frame, uid: str) -> PixelPlace:
+    """Return where the pixels are: as was seen when the header was read, if the file has not changed its size since."""
+    place: PixelPlace | None = getattr(frame.image, "pixels", None)
     try:
-        place = pixels_of(file)
+        if place is None or frame.file.stat().st_size != place.file_bytes:
+            place = pixels_of(frame.file)
     except (Unreadable, OSError) as error:
         raise AnalysisFailed(f"The image {uid} cannot be read ({type(error).__name__}).") from error
     if place is None:
