@@ -21,8 +21,10 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.errors import BytesLengthException
+from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.valuerep import DSfloat
 
 MAXIMUM_NESTING = 64  # as at reception
 MAXIMUM_HEADER_BYTES = 32 * 2**20  # an enhanced image of 10,000 frames has some 20 MB
@@ -81,6 +83,7 @@ class HeaderReader:
         self._wanted = frozenset(wanted) | {_CHARACTER_SET}
         self._sequences = [_tag(tag) for tag in sorted(self._wanted) if _is_sequence(tag)]
         self._known: dict[tuple[int, str | None, bytes, int], RawDataElement | dict[str, Any] | None] = {}
+        self._samples: dict[tuple[int, int], dict[str, Any]] = {}  # an element of each wanted tag as pydicom converted it
         self._codings: dict[tuple[bool, bool, bytes], int] = {}
         self._meta = FileMetaDataset()
         self._meta.set_original_encoding(False, True)
@@ -136,7 +139,11 @@ class HeaderReader:
             known = RawDataElement(_tag(tag), vr, len(value), value, place, bool(coding & 2), bool(coding & 1))
             if tag in self._wanted and not _is_sequence(tag):
                 try:
-                    known = convert_raw_data_element(known, encoding=charset).__dict__
+                    known = (
+                        _number_or_uid(known, self._samples.get((tag, coding)))
+                        or convert_raw_data_element(known, encoding=charset).__dict__
+                    )
+                    self._samples.setdefault((tag, coding), known)
                 except CONVERTING_FAILS:
                     known = None
             if len(value) <= LONGEST_SHARED:
@@ -357,6 +364,24 @@ class _Walk:
         if self._whole:
             raise Unreadable("it is cut off")
         raise _Short
+
+
+def _number_or_uid(raw: RawDataElement, sample: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what pydicom makes of a number or UID, without its checks of form; None where it is something else. Each file has a few."""
+    if sample is None or not raw.value or sample["VR"] not in {"UI", "DS"} or not raw.value.isascii():
+        return None
+    text = raw.value.decode("ascii").rstrip(" \0")
+    if sample["VR"] == "UI":
+        return None if "\\" in text else sample | {"_value": UID(text, validation_mode=IGNORE)}
+    parts = text.split("\\")
+    try:
+        return sample | {"_value": MultiValue(_number, parts) if len(parts) > 1 else _number(text)}
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> DSfloat:
+    return DSfloat(text, validation_mode=IGNORE)
 
 
 def _alike(empty: _Header, elements: _Elements) -> _Header:
