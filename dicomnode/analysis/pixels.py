@@ -19,7 +19,6 @@ from dicomnode.findings import Volume
 SAMPLES = 400_000  # voxels that are looked at: percentiles of so many are good to a tenth of a percent
 SATURATED = 0.6  # of the pixels at one end of their range; films have up to a third there, where the beam met nothing or lead
 AIR_HU = -200.0  # below: air, lung, or what lies outside the reconstructed circle
-TISSUE_HU = (-200.0, 300.0)
 UNSCALED_TISSUE = (850.0, 1350.0)  # where tissue lies in values to which no intercept of -1024 was added
 PEAK = 0.03  # of the range of values, at each end
 BACKGROUND = 0.06  # of the image: less may be a lung's apex, a stomach bubble or the label of a side
@@ -35,11 +34,11 @@ def check_pixels_fit(accepts: InputSection, volume: Volume, header: Dataset) -> 
             network that finds it tells).
     """
     values = _sample(volume.voxels)
-    low, high = float(values.min()), float(values.max())
+    low, high = float(volume.voxels.min()), float(volume.voxels.max())
     if not np.isfinite(low) or not np.isfinite(high) or low == high:
         raise NotEligible("empty-image", f"All pixels have the value {low:g}.")
     if volume.modality == "CT":
-        _check_hounsfield(values)
+        _check_hounsfield(values, high - low)
     elif volume.is_projection:
         _check_range_used(values)
         _check_polarity(accepts, volume.voxels[0], header)
@@ -55,9 +54,8 @@ def _sample(voxels: NDArray[np.int16] | NDArray[np.float32]) -> NDArray[np.float
     return flat[::step].astype(np.float32)
 
 
-def _check_hounsfield(values: NDArray[np.float32]) -> None:
+def _check_hounsfield(values: NDArray[np.float32], spread: float) -> None:
     """Raise NotEligible if the values can't be Hounsfield units: PS3.3 C.8.2.1 has water at 0 and air at -1000."""
-    tissue = _share(values, *TISSUE_HU)
     unscaled = _share(values, *UNSCALED_TISSUE)
     air = float(np.mean(values < AIR_HU))
     if unscaled > 0.2 and air < 0.01:
@@ -66,9 +64,6 @@ def _check_hounsfield(values: NDArray[np.float32]) -> None:
     beyond = float(np.mean((np.abs(values) > LARGEST_HU) & (values != values.min())))
     if beyond > 0.05:
         raise NotEligible("not-hu", f"{beyond:.0%} of the pixels lie beyond {LARGEST_HU:.0f}: no Hounsfield units.")
-    if tissue < 0.02:
-        raise NotEligible("not-hu", f"{tissue:.1%} of the pixels lie at -200 to 300, where tissue does: no Hounsfield units.")
-    spread = float(np.subtract(*np.percentile(values, [99.5, 0.5])))
     if spread < 20:
         raise NotEligible("not-hu", f"The pixels lie within {spread:.1f} units of each other: no Hounsfield units of a body.")
 

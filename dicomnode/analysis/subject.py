@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from datetime import date
+from functools import lru_cache
 
 from pydicom.dataset import Dataset
 
@@ -96,7 +97,7 @@ def body_part_fits(header: Dataset, accepts: InputSection) -> bool:
     """
     if not accepts.body_parts:
         return True
-    accepted = set().union(*(_parts_named(part) for part in accepts.body_parts))
+    accepted = frozenset[str]().union(*(_parts_named(part) for part in accepts.body_parts))
     said = [_parts_named(text_of(header, "BodyPartExamined"))]
     said += [_part_coded(value) for value, _, _ in codes_of(header, "AnatomicRegionSequence")]
     said = [parts for parts in said if parts]
@@ -107,7 +108,8 @@ def body_part_fits(header: Dataset, accepts: InputSection) -> bool:
     return all(parts & accepted for parts in said)
 
 
-def _parts_named(text: str) -> set[str]:
+@lru_cache(maxsize=1024)
+def _parts_named(text: str) -> frozenset[str]:
     """The parts that a text such as "CHEST", "Thorax^01" or "CHEST_TO_PELVIS" names; the text itself if no word is known."""
     plain = text.strip().upper()
     found: set[str] = set()
@@ -115,14 +117,14 @@ def _parts_named(text: str) -> set[str]:
         for names, (words, _) in (_PARTS | _SEVERAL).items():
             if word in words.split():
                 found |= set(names.split())
-    return found or ({plain} if plain else set())
+    return frozenset(found or ({plain} if plain else ()))
 
 
-def _part_coded(value: str) -> set[str]:
+def _part_coded(value: str) -> frozenset[str]:
     for names, (_, codes) in (_PARTS | _SEVERAL).items():
         if value in codes.split():
-            return set(names.split())
-    return {f"code {value}"}
+            return frozenset(names.split())
+    return frozenset({f"code {value}"})
 
 
 def view_rank(header: Dataset, accepts: InputSection) -> int | None:

@@ -1,10 +1,13 @@
 """A package that needs several series gets one for each input, of one study and frame of reference; and each choice is data."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from eligible_series import CHEST_FILM_INPUT, CT_INPUT, MR_INPUT, Headers, change, manifest_of, mr_series, projection, series
+from enhanced_images import SHARED, Groups, at, enhanced_image
+from pydicom.uid import EnhancedMRImageStorage, MRImageStorage
 
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.manifest import Manifest
@@ -185,3 +188,32 @@ def test_frontal_and_lateral_films_make_a_set_without_a_frame_of_reference() -> 
     lateral = 'name = "lateral"\n' + CHEST_FILM_INPUT.replace('["PA", "AP"]', '["LAT"]').replace('region = "chest-radiograph"', "")
     selection = select(manifest_of(frontal, lateral), projection(1, ViewPosition="LL") + projection(2))
     assert numbers(selection) == {"frontal": 2, "lateral": 1}
+
+
+def enhanced(echoes: tuple[float, ...], *, shared: Groups | None = None, **values: Any) -> Headers:
+    """One enhanced MR image of a head: eight slices for each echo time, interleaved."""
+    groups = [{**at(0, 0, 3.0 * k), "MREchoSequence": {"EffectiveEchoTime": echo}} for k in range(8) for echo in echoes]
+    timing: Groups = {
+        "MRTimingAndRelatedParametersSequence": {"RepetitionTime": 3000.0, "FlipAngle": 90.0},
+        "FrameAnatomySequence": {
+            "AnatomicRegionSequence": [{"CodeValue": "69536005", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Head"}]
+        },
+    }
+    image = enhanced_image(groups, shared={**SHARED, **timing, **(shared or {})}, EchoPulseSequence="SPIN", **values)
+    return [(Path("enhanced"), image)]
+
+
+def test_the_echoes_of_one_enhanced_image_serve_two_inputs() -> None:
+    manifest = manifest_of(*(wants(w).replace(str(MRImageStorage), str(EnhancedMRImageStorage)) for w in ("pd", "t2")))
+    selection = select(manifest, enhanced((20.0, 100.0)))
+    assert [[frame.number for frame in chosen.frames] for chosen in selection.series] == [list(range(1, 17, 2)), list(range(2, 17, 2))]
+    assert [len(chosen.headers) for chosen in selection.series] == [1, 1]
+
+
+def test_of_an_enhanced_image_with_echoes_that_nothing_tells_apart_none_is_taken() -> None:
+    manifest = manifest_of(MR_INPUT.replace(str(MRImageStorage), str(EnhancedMRImageStorage)))
+    assert refusal(manifest, enhanced((20.0, 100.0))).code == "several-echoes"
+    assert numbers(select(manifest, enhanced((20.0,)))) == {"image": 3}
+    assert refusal(manifest, enhanced((20.0,), QualityControlImage="YES")).code == "quality-control"
+    derived: Groups = {"MRImageFrameTypeSequence": {"FrameType": ["DERIVED", "SECONDARY", "MPR", "NONE"]}}
+    assert refusal(manifest, enhanced((20.0,), shared=derived)).code == "image-type"
