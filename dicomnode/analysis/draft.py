@@ -117,6 +117,26 @@ def libraries_of(folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_line(name, 64) for table in tables if isinstance(table, dict) for name in table))
 
 
+def spacing_and_channels(folder: Path, config_name: str, preprocessing: str) -> tuple[tuple[float, float, float] | None, int]:
+    """Return the grid (x, y, z in mm) that a bundle resamples to, None where it keeps the image's or doesn't say, and its channels."""
+    try:
+        config, metadata = _read(folder / config_name, folder.name), _read(folder / METADATA, folder.name)
+        _, output = _About(folder=folder, metadata=metadata, config=config).section("outputs")
+    except PackageError:
+        return None, 1
+    channels = output.get("num_channels")
+    spacing = None
+    for step in _steps([config.get(preprocessing), config.get("transforms")]):
+        if str(step["_target_"]).endswith("Spacingd"):
+            stated = step.get("pixdim")
+            if isinstance(stated, str) and stated.startswith("@"):
+                stated = config.get(stated[1:])
+            found = re.findall(r"\d+(?:\.\d+)?", json.dumps(stated))[:3]
+            values = [float(number) for number in found]
+            spacing = (values[0], values[1], values[2]) if len(values) == 3 and all(value > 0 for value in values) else None
+    return spacing, channels if isinstance(channels, int) and 0 < channels < 10_000 else 1
+
+
 _HEAD = """\
 # A draft from the bundle's metadata.json. Lines of `decide` say what a person must still settle:
 # edit this file, take a line away when it is settled, give it a new version and add the bundle again with --manifest.

@@ -18,7 +18,6 @@ from storage.records import PackageRecord
 if TYPE_CHECKING:
     from dicomnode.analysis.adoption import Source
     from dicomnode.analysis.manifest import Manifest
-    from dicomnode.findings import Volume
 
 package = typer.Typer(no_args_is_help=True, help="Model packages: add, check (your consent to run it once), enable.")
 NameArgument = Annotated[str, typer.Argument(help="NAME[@VERSION]")]
@@ -128,10 +127,11 @@ def add_package(storage: Storage, source: Path, manifest: Path | None = None) ->
 def check_package(storage: Storage, record: PackageRecord) -> PackageRecord:
     """Run the package once in a child process and keep what came of it."""
     from dicomnode.analysis.check import check_in_child
+    from dicomnode.cli.rehearsal import check_volumes
 
     folder = storage.registry.package_folder(record.name, record.version)
     try:
-        volumes = _phantoms(_manifest_of(storage, record))
+        volumes = check_volumes(folder, _manifest_of(storage, record))
         report, passed = check_in_child(folder, volumes, digest=record.digest), True
         report = {"shapes": {name: list(volume.voxels.shape) for name, volume in volumes.items()}, **report}
     except PackageError as error:
@@ -209,13 +209,6 @@ def _manifest_of(storage: Storage, record: PackageRecord) -> Manifest:
     from dicomnode.analysis.package import load_package
 
     return load_package(storage.registry.package_folder(record.name, record.version)).manifest
-
-
-def _phantoms(manifest: Manifest) -> dict[str, Volume]:
-    """A phantom of its modality for each input; the series of a set lie on one grid."""
-    from dicomnode.phantoms.studies import check_volume
-
-    return {accepts.name: check_volume() for accepts in manifest.inputs}
 
 
 def _named_library(record: PackageRecord, message: str) -> str:

@@ -16,9 +16,11 @@ import torch
 from small_bundle import MANIFEST, write_package
 
 import zoo_bundles
+from dicomnode.analysis import check
 from dicomnode.analysis.package import copy_package, digest_of, load_package
 from dicomnode.cli import run
 from dicomnode.cli.packages import builtin_packages
+from dicomnode.errors import PackageError
 
 pytestmark = pytest.mark.usefixtures("logs_restored")
 
@@ -216,6 +218,36 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     message = capsys.readouterr().err
     assert said in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_library_that_is_missing_is_named(
+    node: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> dict[str, object]:
+        raise PackageError("The package failed: from torchvision.models import resnet50 (No module named 'torchvision.models').")
+
+    monkeypatch.setattr(check, "check_in_child", fails)
+    assert run(["package", "add", str(bundle)]) == 0
+    assert run(["package", "check", SPLEEN]) == 2
+    assert "needs torchvision, which isn't installed" in capsys.readouterr().err
+    assert run(["package", "enable", SPLEEN]) == 2
+    assert "has not passed" in capsys.readouterr().err
+
+
+def test_a_package_with_open_decisions_is_enabled_with_a_warning_for_each(
+    node: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "check_in_child", lambda *_, **__: {"findings": [{}], "seconds": {"load": 0.12345}})
+    assert run(["package", "add", str(bundle)]) == 0
+    capsys.readouterr()
+    assert run(["package", "check", SPLEEN]) == 0
+    said = capsys.readouterr().out
+    assert "image [20, 160, 160]" in said
+    assert "load 0.123" in said
+    assert run(["package", "enable", SPLEEN]) == 0
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == len(load_package(node / "data/packages" / SPLEEN / "0.5.8").manifest.decide)
+    assert all(line.startswith("dicomnode: nobody has decided yet: ") for line in warned)
 
 
 def test_the_built_in_package_has_the_digest_that_it_was_released_with() -> None:
