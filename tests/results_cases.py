@@ -195,6 +195,14 @@ def projection(modality: str = "DX", *, calibration: Calibration = "detector", f
     return Case(volume=volume, headers=[header], identity=identity(f"{UID}.1"))
 
 
+def another_series(case: Case, number: int) -> Case:
+    """The same grid as another series."""
+    for header in case.headers:
+        header.SeriesInstanceUID, header.SOPInstanceUID = f"2.25.{number}", f"2.25.{number}.{header.InstanceNumber}"
+    uids = tuple(str(header.SOPInstanceUID) for header in case.headers)
+    return replace(case, volume=replace(case.volume, series_instance_uid=f"2.25.{number}", sop_instance_uids=uids))
+
+
 def volume_of(headers: Sequence[Dataset], voxels: NDArray[np.float32], affine: NDArray[np.float64]) -> Volume:
     """Voxels and affine with the identities of their headers."""
     return Volume(

@@ -37,6 +37,7 @@ PIXELMED_NOISE = re.compile(
     r"|has different code meaning"  # 121233: its table has the older wording
     r'|\((111001|111003),DCM,"Algorithm (Name|Version)"\): Content Item not in template'  # TID 4019, which it doesn't know there
     r"|Template 141[01].*(Missing conditional content item|Conditional content item present)"  # where 1410 and 1411 share a report
+    r'|43468-8,LN,"XR unspecified body region"\) not found in context group 100'  # its CID 100 is older than this code
     r'|125007,DCM,"Measurement Group"\)/CODE [^/]*: Content Item not in template'  # a qualitative evaluation of TID 1501
 )
 

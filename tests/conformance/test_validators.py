@@ -12,18 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import nrrd
 import numpy as np
 import pydicom
 import pytest
 from pydicom import Dataset
+from pydicom.uid import MRImageStorage
 
-from dicomnode.findings import Finding, ResultObject, Segment
+from dicomnode.findings import Calibration, Finding, ResultObject, Segment
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
-from results_cases import LIDC, Case, finding_of, lidc, sphere, synthetic
+from results_cases import LIDC, Case, another_series, box_of, enhanced, finding_of, heat_map_of, lidc, projection, scores, sphere, synthetic
 from validators import complaints
 
 pytestmark = pytest.mark.system
@@ -39,12 +41,13 @@ class Made:
     report: ResultObject
 
 
-def make(case: Case, *found: Finding, omitted: int = 0) -> Made:
-    findings = case.findings(*found, omitted=omitted)
-    seg = encode_segmentation(findings, case.volume, case.headers, case.identity)
+def make(case: Case, *found: Finding, others: tuple[Case, ...] = (), **more: Any) -> Made:
+    findings = case.findings(*found, other_series=tuple(other.volume.series_instance_uid for other in others), **more)
+    headers = [header for one in (case, *others) for header in one.headers]
+    seg = encode_segmentation(findings, case.volume, headers, case.identity)
     assert seg is not None
-    report = encode_report(findings, case.volume, case.headers, case.identity, seg)
-    prove(seg, report, findings, case.volume)
+    report = encode_report(findings, case.volume, headers, case.identity, seg)
+    prove(seg, report, findings, case.volume, [other.volume for other in others])
     return Made(case=case, found=findings.findings, segmentation=seg, report=report)
 
 
@@ -69,6 +72,46 @@ def oblique_overlapping() -> Made:
     return make(case, finding_of(case, first), finding_of(case, second, side="right"))
 
 
+def frames_of_a_set_of_four() -> Made:
+    """An enhanced MR image whose frames don't lie in the order of the slices, with three series of one frame of reference beside it."""
+    case = enhanced("MR")
+    beside = tuple(another_series(synthetic(Modality="MR", SOPClassUID=MRImageStorage), number) for number in (7, 8, 9))
+    box = box_of(case, (5, 30, 5), (4, 6, 8), side="right")
+    return make(case, sphere(case, (0, -10, 110), 9), box, others=beside, notes=("T1 with contrast is absent.",))
+
+
+def frames_of_a_ct() -> Made:
+    case = enhanced("CT", orientation="oblique", reverse=True)
+    return make(case, finding_of(case, Segment(mask=np.ones((3, 6, 6), dtype=np.bool_), origin=(4, 10, 20))))
+
+
+def radiograph(modality: str, calibration: Calibration) -> Made:
+    """What a detection, a classification and a segmentation say of one radiograph."""
+    case = projection(modality, calibration=calibration)
+    wedge = np.tri(9, 7, 2, dtype=np.bool_)[None]
+    outline = finding_of(case, Segment(mask=wedge, origin=(0, 20, 30)))
+    box = box_of(case, (0, 22, 33), (1, 10, 12), side="right")
+    warm = heat_map_of(case, Segment(mask=wedge, origin=(0, 50, 8)))
+    return make(case, outline, box, warm, scores=scores(), omitted=1, notes=("One view only.",))
+
+
+def dx_at_the_detector() -> Made:
+    return radiograph("DX", "detector")
+
+
+def cr_in_pixels() -> Made:
+    return radiograph("CR", "none")
+
+
+def mg_in_the_patient() -> Made:
+    return radiograph("MG", "patient")
+
+
+def frame_of_an_angiogram() -> Made:
+    case = projection("XA", frame=3)
+    return make(case, box_of(case, (0, 22, 33), (1, 10, 12)))
+
+
 def real_nodule() -> Made:
     if not LIDC.is_dir():
         pytest.skip("../shared/data/ct_chest_lidc is absent")
@@ -81,8 +124,12 @@ EVERY = [
     axial_against_the_normal,
     coronal,
     oblique_overlapping,
+    frames_of_a_set_of_four,
+    frames_of_a_ct,
     pytest.param(real_nodule, marks=pytest.mark.realdata),
 ]
+
+PROJECTIONS = [dx_at_the_detector, cr_in_pixels, mg_in_the_patient, frame_of_an_angiogram]  # dcmqi reads no SEG of these
 
 
 def written(folder: Path, *results: ResultObject) -> list[Path]:
@@ -92,14 +139,23 @@ def written(folder: Path, *results: ResultObject) -> list[Path]:
     return files
 
 
-@pytest.mark.parametrize("made", EVERY)
+@pytest.mark.parametrize("made", [*EVERY, *PROJECTIONS])
 def test_validators_find_nothing_wrong_with_a_segmentation(made: Callable[[], Made], tmp_path: Path) -> None:
     (file,) = written(tmp_path, made().segmentation)
     assert complaints(file, tmp_path) == []
 
 
-# PixelMed takes 15 s a file: one synthetic report and the real one, with what the others add checked by the unit tests.
-@pytest.mark.parametrize("made", [axial_pair, pytest.param(real_nodule, marks=pytest.mark.realdata)])
+# PixelMed takes 5 to 15 s a file: one report for each way to place a finding in each run, the others in the long one.
+@pytest.mark.parametrize(
+    "made",
+    [
+        axial_pair,
+        frames_of_a_set_of_four,
+        dx_at_the_detector,
+        *(pytest.param(made, marks=pytest.mark.long) for made in (cr_in_pixels, mg_in_the_patient, frame_of_an_angiogram, frames_of_a_ct)),
+        pytest.param(real_nodule, marks=pytest.mark.realdata),
+    ],
+)
 def test_validators_find_nothing_wrong_with_a_report(made: Callable[[], Made], tmp_path: Path) -> None:
     (file,) = written(tmp_path, made().report)
     assert complaints(file, tmp_path) == []
@@ -111,10 +167,14 @@ def test_validators_find_nothing_wrong_with_no_finding(tmp_path: Path) -> None:
     assert complaints(file, tmp_path) == []
 
 
-def test_validators_find_nothing_wrong_with_a_refusal(tmp_path: Path) -> None:
-    case = synthetic()
+@pytest.mark.parametrize(
+    "case",
+    [synthetic(shape=(2, 20, 20)), projection("DX"), pytest.param(enhanced("MR"), marks=pytest.mark.long)],
+    ids=["CT", "DX", "frames"],
+)
+def test_validators_find_nothing_wrong_with_a_refusal(case: Case, tmp_path: Path) -> None:
     refusal = encode_refusal(
-        "too-few-slices", "2 slices — 8 are needed", case.headers[:2], case.identity, manufacturer="dicomnode", algorithm_name="U-Net"
+        "too-few-slices", "2 slices — 8 are needed", case.headers, case.identity, manufacturer="dicomnode", algorithm_name="U-Net"
     )
     (file,) = written(tmp_path, refusal)
     assert complaints(file, tmp_path) == []
@@ -172,6 +232,8 @@ def test_what_no_validator_looks_at_is_there() -> None:
     report = pydicom.dcmread(BytesIO(axial_pair().report.data))
     groups = [i for i in items(report) if concept(i) == "125007"]
     assert len(groups) == 5
+    templates = {str(group.ContentTemplateSequence[0].TemplateIdentifier) for group in groups}
+    assert templates == {"1411", "1410", "1501"}
     for group in groups:
         assert {"112039", "112040", "111001", "111003"} <= {concept(i) for i in group.ContentSequence}
     assert [concept(i) for i in report.ContentSequence].count("121058") == 1

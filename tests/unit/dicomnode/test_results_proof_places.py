@@ -15,7 +15,7 @@ from dicomnode.findings import Finding, Findings, ResultObject, Segment, Volume
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_report
 from dicomnode.results.segmentation import encode_segmentation
-from results_cases import Case, box_of, enhanced, finding_of, heat_map_of, projection, scores, synthetic, written_again
+from results_cases import Case, another_series, box_of, enhanced, finding_of, heat_map_of, projection, scores, synthetic, written_again
 
 Change = Callable[[Dataset], None]
 
@@ -107,16 +107,8 @@ def test_what_is_said_of_frames_radiographs_and_series_beside_the_first_passes(f
 
 def of_set() -> Objects:
     case = synthetic(Modality="MR")
-    beside = tuple(renamed(synthetic(Modality="MR"), number) for number in (7, 8, 9))
+    beside = tuple(another_series(synthetic(Modality="MR"), number) for number in (7, 8, 9))
     return Objects(case, finding_of(case, Segment(mask=wedge(2), origin=(3, 12, 20))), others=beside)
-
-
-def renamed(case: Case, number: int) -> Case:
-    """The same grid as another series."""
-    for header in case.headers:
-        header.SeriesInstanceUID, header.SOPInstanceUID = f"2.25.{number}", f"2.25.{number}.{header.InstanceNumber}"
-    uids = tuple(str(header.SOPInstanceUID) for header in case.headers)
-    return replace(case, volume=replace(case.volume, series_instance_uid=f"2.25.{number}", sop_instance_uids=uids))
 
 
 def source(seg: Dataset, frame: int) -> Dataset:
