@@ -224,7 +224,7 @@ def test_fifty_segments_that_overlap_on_many_slices_are_as_large_as_their_bits()
     """They are never held as one array of slices x rows x columns x segments, here 0.1 GB."""
     case = synthetic(shape=(60, 200, 200))
     small, mask = box_of(case, (0, 0, 0), (1, 3, 3)), np.ones((40, 60, 50), dtype=np.bool_)
-    found = [replace(small, segment=Segment(mask=mask, origin=(k % 20, 100 + k, 90))) for k in range(50)]
+    found = [replace(small, segment=Segment(mask=mask, origin=(k % 20, 80 + k, 90))) for k in range(50)]
     seg, _ = encode(case, *found)
     assert seg.NumberOfFrames == 50 * 40
     assert len(seg.PixelData) == 50 * 40 * 200 * 200 // 8
