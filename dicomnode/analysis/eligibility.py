@@ -6,6 +6,7 @@ an image's size alone, raise anything but NotEligible on a malformed value, or i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,13 +151,17 @@ def _image_type_values(header: Any) -> set[str]:
     values = {_plain(value) for value in texts_of(header, "ImageType")}
     # Some writers join the first values by a space in place of a backslash; each vendor has its own word for a localizer.
     values |= {word for value in values if value.startswith(("ORIGINAL ", "DERIVED ")) for word in value.split()}
-    if values & {"SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"}:
+    if values & {"SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"} or _LOCALIZER.match(text_of(header, "SeriesDescription").upper()):
         values.add("LOCALIZER")
     if values & {"SCREENSAVE", "SCREEN CAPTURE", "SCREENSHOT"}:
         values.add("SCREEN SAVE")
     if values & {"DOSE", "DOSEINFO", "DOSE REPORT"}:
         values.add("DOSE INFO")
     return values
+
+
+# A series that is called so at the beginning of its description; what comes after a scout may be named after it further on.
+_LOCALIZER = re.compile(r"\W*(3\W?(PL|PLANE)\W*)?(LOCALI[SZ]ER|SURVEY|SCOUT|TOPOGRAM|SURVIEW|SCANOGRAM)\b")
 
 
 def _plain(value: str) -> str:

@@ -57,6 +57,7 @@ CASES: list[tuple[str, str, Callable[[], Headers]]] = [
     ("quality-control", CT_INPUT, lambda: series(AnatomicRegionSequence=coded("706342009"))),
     ("image-type", CT_INPUT, lambda: series(2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])),
     ("image-type", CT_INPUT, lambda: series(2, ImageType=["ORIGINAL", "PRIMARY", "SCOUT"])),
+    ("image-type", CT_INPUT, lambda: series(SeriesDescription="3-plane Localizer")),
     ("image-type", CT_INPUT, lambda: series(ImageType=["DERIVED", "SECONDARY", "MPR"])),
     ("image-type", CT_INPUT, lambda: series(1, ImageType=["ORIGINAL", "PRIMARY", "SCREEN_SAVE"])),
     ("image-type", CT_INPUT, lambda: series(1, ImageType=["ORIGINAL", "SECONDARY", "DOSE_INFO"])),
@@ -141,6 +142,7 @@ def test_every_code_of_the_table_is_reached_by_a_test() -> None:
     [
         (CT_INPUT, lambda: series(PatientSpeciesDescription="Homo sapiens", PatientSpeciesCodeSequence=coded("337915000"))),
         (CT_INPUT, lambda: series(ResponsiblePerson="Doe^John", ResponsiblePersonRole="PARENT")),
+        (CT_INPUT, lambda: series(SeriesDescription="Thorax after scout")),
         (CT_INPUT, lambda: series(SeriesDescription="IMPACTED UPPER CANINE DENTAL")),
         (CT_INPUT, lambda: change(series(), BodyPartExamined=b"Thorax^01")),
         (CT_INPUT, lambda: series(BodyPartExamined="LUNG", AnatomicRegionSequence=coded("51185008"))),
