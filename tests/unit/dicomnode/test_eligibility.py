@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,12 @@ def test_every_code_of_the_table_is_reached_by_a_test() -> None:
                 elsewhere.add(node.value)
     untested = set(REASONS) - {code for code, _, _ in CASES} - elsewhere
     assert untested <= {"no-chest", "no-head", "transfer-syntax"}  # of the modules that raise them
+
+
+def test_the_operators_manual_explains_each_code_in_the_order_of_the_checks() -> None:
+    manual = (Path(__file__).parents[3] / "deploy" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", manual[manual.index("### A study was not analysed") :], re.MULTILINE)
+    assert rows == list(REASONS.items())
 
 
 # Headers that look like trouble and are none.
