@@ -1,16 +1,21 @@
 """The outline is around the finding, on the finding's image, and what it surrounds stays visible."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom import Dataset
 
+from dicomnode.findings import Finding, Segment
+from dicomnode.results.display import grey_values
 from dicomnode.results.keyimage import draw_outline, draw_plain, draw_result
 from dicomnode.results.segmentation import encode_segmentation
-from results_cases import LIDC, Case, lidc, sphere, synthetic
+from results_cases import LIDC, Case, box_of, enhanced, finding_of, heat_map_of, lidc, projection, sphere, synthetic
 
 YELLOW = (255, 210, 0)
 FACTOR = 16  # 50 x 60 pixels become 800 x 960
@@ -112,6 +117,117 @@ def test_a_source_image_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         draw_result([], tmp_path / "seg")
     with pytest.raises(ValueError, match="no image"):
         draw_plain([])
+
+
+def written(header: Dataset, folder: Path, stored: NDArray[np.generic], **attributes: object) -> Path:
+    """A header with pixels as a file."""
+    header.SamplesPerPixel, header.PhotometricInterpretation = 1, "MONOCHROME2"
+    header.BitsAllocated, header.BitsStored, header.HighBit, header.PixelRepresentation = 16, 16, 15, 0
+    header.Rows, header.Columns = stored.shape[-2:]
+    header.PixelData = stored.astype(np.uint16).tobytes()
+    for keyword, value in attributes.items():
+        setattr(header, keyword, value)
+    file = folder / f"{header.SOPInstanceUID}.dcm"
+    header.save_as(file, enforce_file_format=True)
+    return file
+
+
+def drawn(case: Case, folder: Path, file: Path, *found: Finding) -> list[bytes]:
+    seg = encode_segmentation(case.findings(*found), case.volume, case.headers, case.identity)
+    assert seg is not None
+    (folder / "seg").write_bytes(seg.data)
+    return draw_result([file], folder / "seg")
+
+
+def test_the_frame_that_the_segmentation_names_is_drawn(tmp_path: Path) -> None:
+    case = enhanced("MR", WindowCenter="600", WindowWidth="1200")
+    numbers = case.volume.frame_numbers
+    assert numbers is not None
+    stored = np.repeat(np.arange(len(numbers)) * 100, 50 * 60).reshape(-1, 50, 60)
+    file = written(case.headers[0], tmp_path, stored)
+    (picture,) = drawn(case, tmp_path, file, box_of(case, (4, 10, 20), (1, 5, 8)))
+    assert abs(int(np.median(pixels(picture)[:800])) - (numbers[4] - 1) * 100 / 1200 * 255) < 2
+
+
+@pytest.mark.parametrize(("interpretation", "bright"), [("MONOCHROME1", "left"), ("MONOCHROME2", "right")])
+def test_monochrome1_is_shown_the_right_way_round(interpretation: str, bright: str, tmp_path: Path) -> None:
+    """Of MONOCHROME1 the smallest value is white (PS3.3 C.7.6.3.1.2)."""
+    case = projection("DX")
+    stored = np.tile(np.linspace(0, 4000, 60), (80, 1))
+    picture = pixels(draw_plain([written(case.headers[0], tmp_path, stored, PhotometricInterpretation=interpretation)]))
+    left, right = float(picture[:400, :100].mean()), float(picture[:400, 600:700].mean())
+    assert (left > right + 100) == (bright == "left")
+    assert (right > left + 100) == (bright == "right")
+
+
+def test_a_large_radiograph_is_reduced_and_its_outline_stays_where_it_was(tmp_path: Path) -> None:
+    case = projection("DX")
+    stored = np.zeros((4000, 3000))
+    file = written(case.headers[0], tmp_path, stored)
+    case = replace(case, volume=replace(case.volume, voxels=np.zeros((1, 4000, 3000), dtype=np.int16)))
+    small = box_of(case, (0, 0, 0), (1, 3, 3))
+    found = replace(small, segment=Segment(mask=np.ones((1, 400, 200), dtype=np.bool_), origin=(0, 2000, 500)))
+    picture = drawn(case, tmp_path, file, found)[0]
+    height, width = pixels(picture).shape[:2]
+    assert (width, height) < (1100, 1200)
+    rows, columns = np.nonzero((pixels(picture)[:1024, :400] == (0, 200, 255)).all(axis=-1))
+    scale = 1024 / 4000
+    assert rows.min() == pytest.approx(2000 * scale, abs=4)
+    assert rows.max() == pytest.approx(2400 * scale, abs=4)
+    assert columns.min() == pytest.approx(500 * scale, abs=4)
+
+
+def test_boxes_and_heat_maps_have_colours_of_their_own(tmp_path: Path) -> None:
+    case = projection("DX")
+    file = written(case.headers[0], tmp_path, np.zeros((80, 60)))
+    part = Segment(mask=np.ones((1, 5, 5), dtype=np.bool_), origin=(0, 10, 10))
+    pictures = drawn(case, tmp_path, file, finding_of(case, part), box_of(case, (0, 30, 30), (1, 5, 5)), heat_map_of(case, part))
+    for picture, colour in zip(pictures, (YELLOW, (0, 200, 255), (255, 140, 0)), strict=True):
+        assert (pixels(picture)[:700] == colour).all(axis=-1).any()
+
+
+def test_an_image_that_cannot_be_decoded_is_a_note_and_no_crash(tmp_path: Path) -> None:
+    case = projection("DX")
+    file = written(case.headers[0], tmp_path, np.zeros((80, 60)))
+    broken = pydicom.dcmread(file)
+    broken.PixelData = broken.PixelData[:100]
+    broken.save_as(file)
+    (picture,) = drawn(case, tmp_path, file, box_of(case, (0, 30, 30), (1, 5, 5)))
+    assert (pixels(picture)[:700] == (0, 200, 255)).all(axis=-1).any()
+    assert len(draw_plain([file])) > 0
+
+
+def test_a_study_without_an_image_has_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no DICOM", encoding="utf-8")
+    with pytest.raises(ValueError, match="no image"):
+        draw_plain([tmp_path / "text"])
+
+
+def test_a_long_reason_is_broken_into_lines_and_cut(tmp_path: Path) -> None:
+    case = projection("DX")
+    file = written(case.headers[0], tmp_path, np.zeros((80, 60)))
+    short, long, endless = (pixels(draw_plain([file], "word " * count)).shape[0] for count in (1, 60, 6000))
+    assert short < long < endless < short + 200
+
+
+def test_no_more_than_twenty_segments_are_drawn(tmp_path: Path) -> None:
+    case = projection("DX")
+    file = written(case.headers[0], tmp_path, np.zeros((80, 60)))
+    assert len(drawn(case, tmp_path, file, *(box_of(case, (0, k, k), (1, 3, 3)) for k in range(25)))) == 20
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    "name", ["CR-ModalitySequenceLUT.dcm", "MG1_J2KI.dcm", "RG1_J2KI.dcm", "gdcm-CR-MONO1-10-chest.dcm", "highdicom_dx_image.dcm"]
+)
+def test_real_radiographs_are_shown_with_what_is_dense_bright(name: str) -> None:
+    file = LIDC.parent / "xr" / name
+    if not file.exists():
+        pytest.skip("../shared/data/xr is absent")
+    grey = grey_values(file)
+    assert grey is not None
+    assert np.ptp(grey) == 255
+    assert float(np.median(grey)) > float(np.percentile(grey, 1)) + 20  # the body is brighter than the air around it
 
 
 @pytest.mark.realdata
