@@ -14,6 +14,7 @@ import sys
 import warnings
 from typing import Any
 
+import gdcm
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
@@ -21,9 +22,11 @@ from pydicom.dataset import FileDataset
 from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import JPEGExtended12Bit, JPEGLSLossless, JPEGLSNearLossless
 
 from dicomnode.analysis.isolation import leave_network  # and nothing that is slow to import
 
+_READ_BY_GDCM = {JPEGExtended12Bit, JPEGLSLossless, JPEGLSNearLossless}  # where pydicom's way ends
 # What pydicom and the decoders behind it raise on malformed, truncated or unsupported data.
 _DECODING_FAILS = (
     InvalidDicomError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError,
@@ -70,7 +73,14 @@ def _decode(request: dict[str, Any], files: _LastFile, shared: mmap.mmap) -> dic
         claimed = claimed_size(stream)
         if claimed is not None and claimed != shape:
             raise ValueError("the stream's size is not the header's")
-    stored, _ = get_decoder(syntax).as_array(image, raw=True, index=index, decoding_plugin=request["plugins"][syntax])
+    try:
+        if syntax == JPEGExtended12Bit:  # of 12 bits; pydicom hands it to libraries that aren't here
+            raise RuntimeError
+        stored, _ = get_decoder(syntax).as_array(image, raw=True, index=index, decoding_plugin=request["plugins"][syntax])
+    except RuntimeError:
+        if syntax not in _READ_BY_GDCM:
+            raise
+        stored = _by_gdcm(request["file"], image)[index]
     if stored.shape != shape:
         raise ValueError("the pixels have another size than the header says")
     little: NDArray[Any] = np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<"))
@@ -78,6 +88,17 @@ def _decode(request: dict[str, Any], files: _LastFile, shared: mmap.mmap) -> dic
         raise ValueError("the pixels are too large")
     shared[: little.nbytes] = little.tobytes()
     return {"dtype": little.dtype.str}
+
+
+def _by_gdcm(name: str, image: FileDataset) -> NDArray[Any]:
+    """Return all frames of a file as GDCM's own reader decodes them."""
+    reader = gdcm.ImageReader()
+    reader.SetFileName(name)
+    if not reader.Read():
+        raise ValueError("GDCM cannot read it")
+    kind = "i" if image.PixelRepresentation == 1 else "u"
+    values = np.frombuffer(reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape"), dtype=f"<{kind}{image.BitsAllocated // 8}")
+    return values.reshape(-1, image.Rows, image.Columns)
 
 
 def claimed_size(stream: bytes) -> tuple[int, int] | None:

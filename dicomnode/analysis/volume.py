@@ -69,17 +69,13 @@ def read_volume(selected: SelectedSeries, decoder: Decoder | None = None) -> Vol
         stack = stack_of([frame.header for frame in frames])
         affine, calibration = stack.affine, "patient"
         frames = [frames[i] for i in stack.order]
-    planes = _planes(frames, projection=projection)
-    try:
-        voxels = _read(planes, np.dtype(np.int16), decoder)
-    except _DoesNotFit:
-        voxels = _read(planes, np.dtype(np.float32), decoder)
+    voxels = read_voxels(frames, projection=projection, decoder=decoder)
     first = frames[0].header
     numbers = [frame.number for frame in frames]
     return Volume(
         voxels=voxels,
         affine=affine,
-        sop_instance_uids=tuple(plane.sop_instance_uid for plane in planes),
+        sop_instance_uids=tuple(_uid(frame) for frame in frames),
         series_instance_uid=selected.series_instance_uid,
         study_instance_uid=str(first.StudyInstanceUID),
         frame_of_reference_uid=None if projection else str(first.FrameOfReferenceUID),
@@ -87,6 +83,18 @@ def read_volume(selected: SelectedSeries, decoder: Decoder | None = None) -> Vol
         frame_numbers=None if all(number is None for number in numbers) else tuple(number or 1 for number in numbers),
         calibration=calibration,
     )
+
+
+def read_voxels(frames: Sequence[Frame], *, projection: bool, decoder: Decoder | None = None) -> Voxels:
+    """Return the frames' values in the modality's units, (frames, rows, columns) in their order, as `read_volume` does.
+
+    The frames have Rows and Columns in common, and their product has been checked. Raises what `read_volume` raises of pixels.
+    """
+    planes = _planes(frames, projection=projection)
+    try:
+        return _read(planes, np.dtype(np.int16), decoder)
+    except _DoesNotFit:
+        return _read(planes, np.dtype(np.float32), decoder)
 
 
 def is_projection(frames: Sequence[Frame]) -> bool:
@@ -100,7 +108,7 @@ def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
     places: dict[Path, PixelPlace] = {}
     planes = []
     for frame, pixels in zip(frames, formats, strict=True):
-        uid = str(frame.image.get("SOPInstanceUID", "?"))
+        uid = _uid(frame)
         if frame.file not in places:
             places[frame.file] = _place(frame, uid)
         place = places[frame.file]
@@ -110,6 +118,10 @@ def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
         units = units_of(frame.header, pixels, projection=projection)
         planes.append(_Plane(file=frame.file, index=index, place=place, pixels=pixels, units=units, sop_instance_uid=uid))
     return planes
+
+
+def _uid(frame: Frame) -> str:
+    return str(frame.image.get("SOPInstanceUID", "?"))
 
 
 def _place(frame: Frame, uid: str) -> PixelPlace:
