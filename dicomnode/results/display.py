@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels.utils import pixel_array
 
@@ -22,7 +22,8 @@ MAXIMUM_PIXELS = 100_000_000  # of one frame, by its header, before anything is 
 
 # What pydicom and the decoders behind it raise on malformed, truncated or unsupported data.
 UNREADABLE = (
-    InvalidDicomError, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    InvalidDicomError, BytesLengthException, ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
+    OSError, RuntimeError,
     TypeError, ValueError, struct.error,
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from io import BytesIO
 import highdicom
 import numpy as np
 from pydicom import Dataset
+from pydicom.errors import BytesLengthException
 from pydicom.filewriter import dcmwrite
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
@@ -117,7 +118,7 @@ def _is_readable(header: Dataset, keyword: str) -> bool:
         value = header[keyword].value
         for number in (value if isinstance(value, MultiValue) else [value]) if keyword in _NUMBERS else ():
             float(number)
-    except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError, AttributeError):
+    except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError, AttributeError, BytesLengthException):
         return False
     return True
 

@@ -8,6 +8,8 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom import Dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import Tag
 
 from dicomnode.findings import Finding, Segment
 from dicomnode.results.decoding import decode_segmentation
@@ -251,3 +253,11 @@ def test_a_refusal_has_the_evidence_of_hundreds_of_images_of_many_kinds() -> Non
     evidence = pydicom.dcmread(BytesIO(data)).CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
     assert sum(len(series.ReferencedSOPSequence) for series in evidence) == 900
     assert len(evidence) == 7
+
+
+def test_a_malformed_number_of_an_image_stops_no_refusal() -> None:
+    case = projection("DX")
+    tag = Tag("Rows")
+    case.headers[0]._dict[tag] = RawDataElement(tag, "US", 1, b"\x01", 0, False, True)  # as it lies in a data set that was read
+    data = encode_refusal("pixel-format", "no rows", case.headers, case.identity, manufacturer="m", algorithm_name="a").data
+    assert "Not analysed (pixel-format): no rows" in texts(pydicom.dcmread(BytesIO(data)))
