@@ -110,8 +110,8 @@ def _spacing_of(header: Dataset, shape: tuple[int, int]) -> tuple[tuple[float, f
     magnification = number_of(value_of(header, "EstimatedRadiographicMagnificationFactor")) or 1.0
     if pixel is not None:
         ratios = [p / d for p, d in zip(pixel, detector, strict=True)] if detector is not None else [1.0]
-        if max(ratios) > 1 + SAME_SPACING:
-            return (1.0, 1.0), "none"  # what lies before the detector is magnified there, and never made smaller
+        if max(ratios) > 1 + SAME_SPACING or min(ratios) < 1 / LARGEST_MAGNIFICATION:
+            return (1.0, 1.0), "none"  # what lies before the detector is magnified there, never made smaller, and not without limit
         calibrated = " ".join(texts_of(header, "PixelSpacingCalibrationType")).strip().upper() in ("GEOMETRY", "FIDUCIAL")
         if calibrated or min(ratios) < 1 - SAME_SPACING:
             return pixel, "patient"
@@ -132,11 +132,6 @@ def _projection_spacing(header: Dataset, keyword: str, shape: tuple[int, int]) -
     smallest, largest = PROJECTION_SIZE_MM
     fits = low <= min(row, column) and max(row, column) <= high and max(row, column) <= 2 * min(row, column)
     return (row, column) if fits and smallest <= max(shape[0] * row, shape[1] * column) <= largest else None
-
-
-def _is_tangled(part: Part) -> bool:
-    places = {_place(frame.header) for frame in part.frames}
-    return None not in places and len(places) < len(part.frames)
 
 
 def _untangled(part: Part) -> list[Part]:

@@ -39,6 +39,7 @@ def radiograph(**values: Any) -> Frame:
         ({"ImagerPixelSpacing": [0.2, 0.2], "EstimatedRadiographicMagnificationFactor": 50}, (0.2, 0.2), "detector"),
         ({"PixelSpacing": [0.4, 0.4], "ImagerPixelSpacing": [0.2, 0.2]}, (1.0, 1.0), "none"),  # nothing shrinks on its way to the detector
         ({"PixelSpacing": [0.16, 0.3], "ImagerPixelSpacing": [0.2, 0.2]}, (1.0, 1.0), "none"),
+        ({"PixelSpacing": [0.04, 0.04], "ImagerPixelSpacing": [0.2, 0.2]}, (1.0, 1.0), "none"),
         ({"PixelSpacing": [0, 0], "ImagerPixelSpacing": [0.2, 0.2]}, (0.2, 0.2), "detector"),
         ({"PixelSpacing": [0.2, 0.2], "ImagerPixelSpacing": [0, 0]}, (0.2, 0.2), "detector"),
         ({"ImagerPixelSpacing": [0, 0]}, (1.0, 1.0), "none"),

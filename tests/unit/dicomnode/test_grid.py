@@ -1,16 +1,20 @@
 """Grids of series and projections, and one series on another's voxels: each place of the patient stays where it is."""
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
-from small_bundle import affine_of, volume_of
+from small_bundle import MANIFEST, affine_of, volume_of
 
 from dicomnode.analysis import grid as grid_module
+from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.grid import grid_of, resample_to
-from dicomnode.analysis.manifest import PreprocessingSection
+from dicomnode.analysis.manifest import PreprocessingSection, parse_manifest
 from dicomnode.errors import PackageError
 from dicomnode.findings import Volume
 
@@ -68,7 +72,7 @@ def test_what_a_projections_grid_holds_is_what_the_image_holds_there(seed: int) 
     shape, spacing = tuple(rng.integers(20, 60, 2)), tuple(rng.uniform(0.1, 0.5, 2))
     volume = projection((int(shape[0]), int(shape[1])), (float(spacing[0]), float(spacing[1])))
     grid = grid_of(volume, preprocessing(size_px=int(rng.integers(16, 80))))
-    on_grid = np.einsum("ak,br,cs,krs->abc", *(grid.from_volume(a) for a in range(3)), volume.voxels)
+    on_grid = np.einsum("ak,br,cs,krs->abc", *(grid.from_volume(a) for a in range(3)), volume.voxels, optimize=True)
     x, y, _ = np.moveaxis(everywhere(grid.shape) @ grid.affine[:3, :3].T + grid.affine[:3, 3], -1, 0)
     margin = [slice(int(np.ceil(3 * max(1.0, 1 / s))), -int(np.ceil(3 * max(1.0, 1 / s)))) for s in grid.step[1:]]
     tenth = 1000 * 0.1 * float(spacing[1])  # of a pixel: so near are the triangles of a coarser grid to a ramp
@@ -76,9 +80,33 @@ def test_what_a_projections_grid_holds_is_what_the_image_holds_there(seed: int) 
     np.testing.assert_allclose(on_grid[inner], (1000 * x + y)[inner], atol=tenth)
     whole = [slice(0, n) for n in grid.shape]
     back = [grid.to_volume(a, grid=whole[a], turned=slice(0, grid.source_shape[a])) for a in range(3)]
-    returned = np.einsum("ka,rb,sc,abc->krs", *back, on_grid)
+    returned = np.einsum("ka,rb,sc,abc->krs", *back, on_grid, optimize=True)
     edge = [slice(int(np.ceil(4 * max(1.0, s))), -int(np.ceil(4 * max(1.0, s)))) for s in grid.step[1:]]
     np.testing.assert_allclose(returned[:, *edge], volume.voxels[:, *edge], atol=2 * tenth)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 100_000))
+def test_a_disc_of_a_projection_stays_where_it_is_there_and_back(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, columns = (int(n) for n in rng.integers(90, 160, 2))
+    volume = projection((rows, columns), (float(rng.uniform(0.1, 0.3)), float(rng.uniform(0.1, 0.3))))
+    row_mm, column_mm = volume.spacing_mm[1:]
+    radius = 0.2 * min(rows * row_mm, columns * column_mm)
+    centre = np.array([(columns - 1) / 2 * column_mm, (rows - 1) / 2 * row_mm]) + rng.uniform(-1, 1, 2)
+    x, y, _ = np.moveaxis(volume.to_lps(everywhere(volume.voxels.shape)), -1, 0)
+    edge = (row_mm + column_mm) / 2
+    disc = np.clip((radius - np.hypot(x - centre[0], y - centre[1])) / edge + 0.5, 0, 1).astype(np.float32)
+    grid = grid_of(volume, preprocessing(size_px=int(rng.integers(64, 200))))
+    on_grid = np.einsum("ak,br,cs,krs->abc", *(grid.from_volume(a) for a in range(3)), disc, optimize=True).astype(np.float32)
+    output = parse_manifest(MANIFEST.encode(), Path("bright")).outputs[0].model_copy(update={"minimum_ml": 0.0})
+    area = ProbabilityMap(grid=grid, origin=(0, 0, 0), values=on_grid, region=None, side=None)
+    ((finding,), _) = find(output, area, made_of(volume, disc))
+    pixels = np.argwhere(finding.segment.mask) + np.array(finding.segment.origin)
+    offset = pixels.mean(axis=0) - [0, centre[1] / row_mm, centre[0] / column_mm]
+    assert np.abs(offset).max() <= 0.5
+    found = math.sqrt(len(pixels) * row_mm * column_mm / math.pi)
+    assert abs(found - radius) <= 0.25 * max(row_mm, column_mm, *grid.spacing_mm[1:])
 
 
 def test_a_series_has_no_size_in_pixels() -> None:
