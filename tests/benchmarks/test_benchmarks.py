@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent
 
 
@@ -20,3 +22,16 @@ def test_the_benchmark_of_reception_compares_every_image_that_the_node_acknowled
     compared = {row["case"]: row["images_compared_byte_for_byte"] for row in rows[:4]}
     assert compared == {"1 association": 4, "4 associations": 4, "16 associations": 16, "one image per association": 1}
     assert not any(tmp_path.glob("receive-*"))
+
+
+@pytest.mark.long  # it checks the package and runs it six times
+def test_the_benchmark_of_inference_compares_findings_and_says_which_goals_are_met(tmp_path: Path) -> None:
+    out = tmp_path / "inference.json"
+    command = [sys.executable, FOLDER / "inference.py", "--quick", "--out", out]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode in {0, 3}, done.stdout + done.stderr
+    goals = json.loads(done.stdout.splitlines()[-1])
+    assert all(set(goal) == {"measured", "goal", "met"} for goal in goals.values())
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert {row["backend"] for row in content["rows"]} == {"eager", "torch", content["chosen"]}
+    assert (done.returncode == 0) is all(goal["met"] for goal in goals.values())
