@@ -236,6 +236,12 @@ def _inputs(about: _About, decide: list[str]) -> list[_Json]:
     if count > 1:
         decide.append(f"inputs: the network wants {count} channels and is given the one gray image in each of them")
     if modality == "MR":
+        words = re.findall(r"[a-z0-9]+", about.text("task", "description", "image_classes").lower())
+        said = {_CONTRASTS[word] for word in words if word in _CONTRASTS}
+        if len(said) == 1:
+            [weighting] = said
+            decide.append(f"inputs: mr_contrasts; the bundle's description speaks of {weighting} and of no other weighting")
+            return [{"name": "image", **shared, "mr_contrasts": [weighting]}]
         decide.append('inputs: which weighting the series must have, e.g. mr_contrasts = ["t2"]; any is accepted')
     return [{"name": "image", **shared}]
 

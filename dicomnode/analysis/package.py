@@ -89,7 +89,8 @@ def package_files(folder: Path) -> dict[str, Path]:
     found = {name: path for name, path in plain_files(folder).items() if name == MANIFEST or name.startswith(f"{BUNDLE}/")}
     has_model = any(name in found for name in MODEL_FILES)
     absent = [] if MANIFEST in found else [MANIFEST]
-    if not has_model and not any(name.startswith(NETWORK_CONFIG.removesuffix("json")) or name == NETWORK_CONFIG for name in found):
+    configs = {name for name in found if name.startswith(f"{BUNDLE}/configs/") and name.endswith((".json", ".yaml", ".yml"))}
+    if not has_model and not configs - {METADATA_CONFIG}:
         absent.append(NETWORK_CONFIG)
     if not has_model and not any(name.startswith(f"{BUNDLE}/models/") and name.endswith(ZOO_WEIGHTS) for name in found):
         absent.append(" or ".join(WEIGHTS))

@@ -143,6 +143,13 @@ def test_what_no_manifest_can_be_made_of_is_refused_with_the_reason(
         draft_manifest(changed(tmp_path, bundles["spleen_ct_segmentation"], without_words))
 
 
+def test_a_weighting_that_the_description_names_alone_is_asked_for(bundles: dict[str, Path], tmp_path: Path) -> None:
+    prostate = bundles["prostate_mri_anatomy"]
+    assert manifest_of(prostate).inputs[0].mr_contrasts == ()
+    told = changed(tmp_path, prostate, lambda m: m.update(description="Whole brain segmentation from T1W MRI image"))
+    assert manifest_of(told).inputs[0].mr_contrasts == ("t1",)
+
+
 def test_a_label_that_nobody_knows_is_tissue_and_says_so(bundles: dict[str, Path], tmp_path: Path) -> None:
     labels = {"0": "background", "1": "left flurb"}
     bundle = changed(

@@ -150,6 +150,14 @@ def test_a_torchscript_file_with_a_manifest_is_a_package(node: Path, tmp_path: P
     assert (kept / "bundle/models/model.ts").read_bytes() == (tmp_path / name).read_bytes()
 
 
+def test_a_model_file_may_come_in_an_archive(node: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.toml").write_text(MANIFEST)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(script(tmp_path / "net.ts"), "net.ts")
+    assert run(["package", "add", str(tmp_path / "a.zip"), "--manifest", str(tmp_path / "m.toml")]) == 0
+    assert load_package(node / "data/packages/bright/1.0").form == "file"
+
+
 def _without_weights(bundle: Path) -> None:
     shutil.rmtree(bundle / "models")
     (bundle / "large_files.yml").write_text(
