@@ -64,7 +64,11 @@ def package_list(config: ConfigOption = None, json: JsonOption = False) -> None:
 
 
 @package.command("manifest")
-def package_manifest(name: NameArgument, config: ConfigOption = None) -> None:
+def package_manifest(
+    name: NameArgument,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="write it to a new file instead")] = None,
+    config: ConfigOption = None,
+) -> None:
     """Print a package's manifest, to be edited and added again with a new version."""
     from dicomnode.analysis.manifest import MANIFEST
 
@@ -72,9 +76,17 @@ def package_manifest(name: NameArgument, config: ConfigOption = None) -> None:
         known = known_package(storage, name)
         file = storage.registry.package_folder(known.name, known.version) / MANIFEST
         try:
-            typer.echo(file.read_text(encoding="utf-8"), nl=False)
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PackageError(f"the manifest of {known.name}@{known.version} cannot be read: add the package again") from error
+        if out is None:
+            typer.echo(text, nl=False)
+            return
+        try:
+            with out.open("x", encoding="utf-8") as written:
+                written.write(text)
+        except FileExistsError as error:
+            raise UsageError(f"{out} exists already") from error
 
 
 @package.command("check")

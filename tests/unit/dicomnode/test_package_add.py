@@ -101,6 +101,10 @@ def test_a_manifest_goes_out_to_be_edited_and_comes_back(node: Path, bundle: Pat
     text = capsys.readouterr().out
     assert tomllib.loads(text)["version"] == "0.5.8"
     edited = node / "edited.toml"
+    assert run(["package", "manifest", SPLEEN, "--out", str(edited)]) == 0
+    assert edited.read_text() == text
+    assert run(["package", "manifest", SPLEEN, "--out", str(edited)]) == 2
+    capsys.readouterr()
     edited.write_text(text.replace('version = "0.5.8"', 'version = "0.5.8-site1"').replace("threshold = 0.5", "threshold = 0.7"))
     assert run(["package", "add", str(bundle), "--manifest", str(edited)]) == 0
     assert "is a draft" not in capsys.readouterr().out
