@@ -141,7 +141,7 @@ def _image_type(accepts: InputSection, frame: Frame) -> str | None:
         values = _image_type_values(header)
         for entry in accepts.exclude_image_types:
             if all(_plain(value) in values for value in entry.split("\\")):
-                return f"Image Type has {entry} in all images that come so far: they are localizers, derived images or screens."
+                return f"Image Type or description says {_plain(entry)}, which the package leaves out."
         if header is frame.image:
             break
     return None
