@@ -7,6 +7,7 @@ and `run` are never resolved; what loads or saves files is taken out before anyt
 from __future__ import annotations
 
 import json
+import pydoc
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dicomnode.errors import PackageError
 # What the code of others raises: an expression, a class of MONAI's that is given wrong arguments, a script of the bundle.
 BUNDLE_FAILS = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError, OSError, RuntimeError,
-    StopIteration, SyntaxError, TypeError, ValueError, Warning,
+    StopIteration, SyntaxError, TypeError, ValueError, Warning, pydoc.ErrorDuringImport,
 )  # fmt: skip
 
 Step = Callable[[dict[str, Any]], dict[str, Any]]
@@ -179,9 +180,9 @@ def missing_library(error: BaseException, aliases: Mapping[str, str]) -> str | N
     for link in reversed(_chain(error)):
         if isinstance(link, NameError) and (link.name or "") in aliases:
             return aliases[link.name or ""]
-        found = re.search(r"No module named '?([\w]+)", str(link))  # MONAI hands some on as text
+        found = re.search(r"No module named '?(\w+)|[Rr]equired package `(\w+)|^(\w+)[\w.]* required\.$", str(link))  # MONAI's own words
         if found:
-            return found[1]
+            return next(name for name in found.groups() if name).lower()
     return None
 
 

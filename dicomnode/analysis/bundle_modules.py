@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import ndimage
 
 
 class BundleModules:
@@ -85,18 +87,34 @@ def _trainable_layers(is_trained: bool, layers: int | None, max_value: int, defa
     return default_value if layers is None else layers
 
 
+def _label(mask: Any, connectivity: int | None = None, return_num: bool = False, **_: Any) -> Any:  # skimage's
+    """Number the connected components of a mask as skimage.measure.label does."""
+    array = np.asarray(mask)
+    neighbours = ndimage.generate_binary_structure(array.ndim, connectivity or array.ndim)
+    labels, count = ndimage.label(array, structure=neighbours)
+    return (labels, count) if return_num else labels
+
+
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Give MONAI's detection networks the two small things that they take from torchvision, where torchvision isn't installed."""
-    if importlib.util.find_spec("torchvision") is not None:
-        yield
-        return
-    pyramid: Any = importlib.import_module("monai.networks.blocks.backbone_fpn_utils")
-    retina: Any = importlib.import_module("monai.apps.detection.networks.retinanet_network")
-    before = pyramid.torchvision_models, retina._validate_trainable_layers
-    pyramid.torchvision_models = types.SimpleNamespace(_utils=types.SimpleNamespace(IntermediateLayerGetter=_Layers))
-    retina._validate_trainable_layers = _trainable_layers
+    """Give MONAI the small things that it takes from torchvision and scikit-image, where those aren't installed.
+
+    Its detection networks want a mapping of layers and a rule of three lines, its largest component wants connected components.
+    """
+    replaced: list[tuple[Any, str, Any]] = []
+    if importlib.util.find_spec("torchvision") is None:
+        models = types.SimpleNamespace(_utils=types.SimpleNamespace(IntermediateLayerGetter=_Layers))
+        replaced.append((importlib.import_module("monai.networks.blocks.backbone_fpn_utils"), "torchvision_models", models))
+        retina = importlib.import_module("monai.apps.detection.networks.retinanet_network")
+        replaced.append((retina, "_validate_trainable_layers", _trainable_layers))
+    if importlib.util.find_spec("skimage") is None:
+        transforms = importlib.import_module("monai.transforms.utils")
+        replaced += [(transforms, "measure", types.SimpleNamespace(label=_label)), (transforms, "has_measure", True)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, value in replaced:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        pyramid.torchvision_models, retina._validate_trainable_layers = before
+        for module, name, value in before:
+            setattr(module, name, value)

@@ -23,7 +23,7 @@ import numpy as np
 
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.isolation import leave_network
-from dicomnode.analysis.package import digest_of
+from dicomnode.analysis.package import digest_of, load_package
 from dicomnode.errors import NodeError, PackageError
 from dicomnode.findings import Volume
 
@@ -53,7 +53,7 @@ def check_in_child(
     Raises:
         PackageError: the package is refused, fails, or passes a limit; one sentence says which.
     """
-    name = folder.name
+    name = load_package(folder).manifest.name
     if digest is not None and digest_of(folder) != digest:
         raise PackageError(f"The package {name} is not the one with the digest {digest}: it is not run.")
     with tempfile.TemporaryDirectory(prefix="dicomnode-check-") as scratch:
@@ -62,7 +62,9 @@ def check_in_child(
             _save(place / f"{input_name}.npz", volume)
         words = [str(folder.absolute()), scratch, digest or "", device, str(memory_bytes), str(seconds)]
         environment = {key: os.environ[key] for key in _INHERITED if key in os.environ}
-        environment |= {"HOME": scratch, "TMPDIR": scratch, "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
+        home = place / "home"
+        home.mkdir(mode=0o500)  # nothing is left there, and nothing of the admin's own is found there
+        environment |= {"HOME": str(home), "TMPDIR": scratch, "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path)}
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # unshare wants one thread
         with (place / "errors").open("wb") as errors:
             child = subprocess.Popen(  # noqa: S603  # our own interpreter and module; the words are paths and numbers, no shell
@@ -135,15 +137,16 @@ def _child(folder: str, scratch: str, digest: str, device: str, memory_bytes: st
     _limit(int(memory_bytes), float(seconds))
     volumes = {file.stem: _load(file) for file in Path(scratch).glob("*.npz")}
     inference = importlib.import_module("dicomnode.analysis.inference")  # not before the network is gone: it brings torch
+    name = load_package(Path(folder)).manifest.name
     try:
         report = inference.check_package(Path(folder), volumes, digest=digest or None, device=device)
         report["network_isolated"] = isolated
     except NotEligible as refusal:
-        report = {"refused": f"The package {Path(folder).name} doesn't accept the volume it is checked with: {refusal.reason}"}
+        report = {"refused": f"The package {name} doesn't accept the volume it is checked with: {refusal.reason}"}
     except NodeError as error:
         report = {"refused": str(error)}
     except MemoryError:
-        report = {"refused": f"The package {Path(folder).name} needs more than {int(memory_bytes) // 2**20} MiB of memory."}
+        report = {"refused": f"The package {name} needs more than {int(memory_bytes) // 2**20} MiB of memory."}
     (Path(scratch) / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 

@@ -264,6 +264,8 @@ def check_package(folder: Path, volumes: Mapping[str, Volume], *, digest: str | 
             for f in result.findings
         ],
         "omitted": result.omitted,
+        "scores": {score.label: score.probability for score in result.scores},
+        "notes": list(result.notes),
         "seconds": {"load": loaded - started, **result.seconds},
         "peak_memory_bytes": memory,
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda" else 0,

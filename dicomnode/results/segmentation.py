@@ -203,7 +203,7 @@ def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> Se
 
 def _content_label(package: str) -> str:
     """Content Label (0070,0080) is of VR CS: 16 upper-case letters, digits and underscores."""
-    return "".join(c if c.isalnum() else "_" for c in provenance.ascii_text(package, 16).upper())
+    return "".join(c if c.isalnum() else "_" for c in provenance.ascii_text(package, 16).upper()).rstrip("_")
 
 
 def _reference_whole_series(result: Dataset, images: Sequence[Dataset]) -> None:

@@ -57,7 +57,7 @@ BRIGHT = {
             {"_target_": "CropForegroundd", "keys": "image", "source_key": "image", "margin": 3},
         ],
     },
-    "inferer": {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 32], "sw_batch_size": 2, "overlap": 0.25},
+    "inferer": {"_target_": "SlidingWindowInferer", "roi_size": [16, 16, 16], "sw_batch_size": 2, "overlap": 0.25},
     "postprocessing": {
         "_target_": "Compose",
         "transforms": [
