@@ -33,11 +33,17 @@ SMALLEST_CONTRAST = 0.03  # by how much of the grey scale lung is darker than wh
 
 @dataclass(frozen=True, kw_only=True)
 class LungFields:
-    """The two fields that the network outlines, on the image's own pixels, and why they are none of a chest, if so."""
+    """The two fields that the network outlines, on a film of at most SIZE_PX, and why they are none of a chest, if so."""
 
     right: Mask
     left: Mask
     faults: tuple[str, ...]
+
+    @property
+    def middle(self) -> float:
+        """Where the middle between both fields lies, as a share of the film's width."""
+        columns = [float(np.argwhere(field)[:, 1].mean()) for field in (self.right, self.left)]
+        return (sum(columns) / 2 + 0.5) / self.right.shape[1]
 
 
 def chest_radiograph_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> tuple[Mask, NDArray[np.int8]]:
@@ -55,8 +61,7 @@ def chest_radiograph_region(image: NDArray[np.float32], spacing_mm: tuple[float,
         raise NotEligible("polarity", "The pixels show a chest only with black and white exchanged: Photometric Interpretation is wrong.")
     if as_it_is.faults:
         raise NotEligible("no-chest", f"The pixels show no frontal chest: {as_it_is.faults[0]}.")
-    right, left = (float(np.argwhere(field)[:, 1].mean()) for field in (as_it_is.right, as_it_is.left))
-    side = np.where(np.arange(film.shape[1]) < (right + left) / 2, 1, 2).astype(np.int8)
+    side = np.where(np.arange(film.shape[1]) + 0.5 < as_it_is.middle * film.shape[1], 1, 2).astype(np.int8)
     return np.ones(image.shape, dtype=np.bool_), np.ascontiguousarray(np.broadcast_to(side, image.shape))
 
 
@@ -65,19 +70,14 @@ def lung_fields(film: NDArray[np.float32]) -> LungFields:
     nothing = np.zeros(film.shape, dtype=np.bool_)
     if max(film.shape) > LARGEST_STRETCH * min(film.shape) or min(film.shape) < 32:
         return LungFields(right=nothing, left=nothing, faults=("the image is too narrow or too small",))
-    factor = SIZE_PX / max(film.shape)
-    small = film
-    if factor < 1:
-        small = ndimage.uniform_filter(film, max(1, round(1 / factor)), mode="nearest")
-    small = scaled(ndimage.zoom(small, factor, order=1, mode="nearest", grid_mode=True)[:SIZE_PX, :SIZE_PX])
+    coarser = max(1, max(film.shape) // SIZE_PX)  # whole pixels are averaged, the rest is interpolated
+    rows, columns = (n // coarser for n in film.shape)
+    small = film[: rows * coarser, : columns * coarser].reshape(rows, coarser, columns, coarser).mean(axis=(1, 3))
+    small = ndimage.zoom(small, SIZE_PX / max(small.shape), order=1, mode="nearest", grid_mode=True)[:SIZE_PX, :SIZE_PX]
+    small = scaled(small)
     square, place = fitted(small, (SIZE_PX, SIZE_PX))
-    chances = probabilities(LUNG_FIELDS, square[None])[0]
-    chances = chances[(slice(None), *place)]
-    faults = tuple(_faults(chances, small))
-    grown = [
-        ndimage.zoom(chance, np.array(film.shape) / chance.shape, order=1, mode="nearest", grid_mode=True) > 0.5 for chance in chances
-    ]
-    return LungFields(right=_largest(grown[0]), left=_largest(grown[1]), faults=faults)
+    chances = probabilities(LUNG_FIELDS, square[None])[0][(slice(None), *place)]
+    return LungFields(right=_largest(chances[0] > 0.5), left=_largest(chances[1] > 0.5), faults=tuple(_faults(chances, small)))
 
 
 def _faults(chances: NDArray[np.float32], film: NDArray[np.float32]) -> list[str]:

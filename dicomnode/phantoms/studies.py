@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,10 @@ from dicomnode.phantoms.acquisition import Protocol, scan
 from dicomnode.phantoms.anatomy import points_in_lung
 from dicomnode.phantoms.chest import ChestScene, chest_scene
 from dicomnode.phantoms.dicom import MR, SeriesHeader, uid_from, write_ct_series
-from dicomnode.phantoms.film import WHITE
+from dicomnode.phantoms.film import CR, DX, WHITE, Film, write_film
 from dicomnode.phantoms.head import CONTRASTS, acquire, head_scene, receive, render_head, signal
 from dicomnode.phantoms.nodules import Nodule, sphere
+from dicomnode.phantoms.other_films import film_of
 from dicomnode.phantoms.radiograph import Technique, View, expose, project
 from dicomnode.phantoms.shapes import Floats, Grid
 
@@ -81,15 +83,19 @@ def ball_in_lung(scene: ChestScene, *, diameter_mm: float, right: bool, seed: in
 
 
 def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
-    """Write three studies into folders of `folder`: a chest with one nodule, one without, and an MR series of three images.
+    """Write the demo's studies into folders of `folder`: for CT, MR and X-ray at least one that a model reads and one that none may.
 
-    Takes about ten seconds on one core.
+    A chest CT with one nodule, one without, and one of a tilted gantry; a head in MR, and a bottle in three MR images; a frontal
+    chest film, and a leg whose header says CHEST. Takes about 20 seconds on one core.
     """
     scene = chest_scene(102)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
     with_nodule = _write_chest(folder / "chest-nodule", scene.with_nodules((nodule,)), 1, slices=52)
-    without = _write_chest(folder / "chest-clear", chest_scene(143), 2, slices=32)
-    return with_nodule, without, write_mr_bottle(folder / "mr-three-images")
+    without = _write_chest(folder / "chest-clear", chest_scene(143), 2, slices=24)
+    return (
+        with_nodule, without, write_tilted_chest(folder / "chest-tilted"), write_mr_bottle(folder / "mr-three-images"),
+        write_head(folder / "head-t1"), write_chest_film(folder / "chest-film"), write_leg_film(folder / "leg-film"),
+    )  # fmt: skip
 
 
 def check_volume(*, modality: str = "CT", projection: bool = False, seed: int = 42, contrast: str = "") -> Volume:
@@ -219,4 +225,60 @@ def write_mr_bottle(folder: Path) -> TrueStudy:
     return TrueStudy(
         folder=folder, study_instance_uid=uid_from(header.seed, "study"), series_instance_uid=uid_from(header.seed, "2"),
         instances=len(files), nodules=(), refused=True,
+    )  # fmt: skip
+
+
+def write_tilted_chest(folder: Path) -> TrueStudy:
+    """Twelve CT slices of a chest from a gantry that was tilted by 20 degrees: no even stack."""
+    scene = chest_scene(143)
+    grid = chest_grid(scene, pixel_mm=2.8, slice_mm=6.0, pixels=128, slices=12)
+    voxels = scan(scene, grid, replace(DEMO_PROTOCOL, thickness_mm=6.0))
+    sheared = grid.affine.copy()
+    sheared[1, 0] = -6.0 * np.tan(np.deg2rad(20.0))
+    header = _header(4, "TILTED", "Synthetic chest", "Synthetic CT", tilt_degrees=20.0, thickness_mm=6.0)
+    return _true_study(folder, header, write_ct_series(folder, voxels, sheared, header), refused=True)
+
+
+def write_head(folder: Path) -> TrueStudy:
+    """A head in MR, T1, in 30 oblique axial slices of 5 mm."""
+    turn = np.deg2rad(8.0)  # about the axis between the ears
+    affine = np.eye(4)
+    affine[:3, 0] = 5.0 * np.array([0, -np.sin(turn), np.cos(turn)])
+    affine[:3, 1] = 1.3 * np.array([0, np.cos(turn), np.sin(turn)])
+    affine[:3, 2] = 1.3 * np.array([1, 0, 0])
+    shape = (30, 184, 152)
+    affine[:3, 3] = np.array([0, -2, -12]) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    voxels = head_images(7, affine, shape, ("t1",), thickness_mm=5.0)["t1"]
+    header = _header(
+        5, "HEAD", "Synthetic head", "Synthetic T1", body_part="HEAD", sop_class_uid=MR, thickness_mm=5.0, contrast="t1",
+        image_type=("ORIGINAL", "PRIMARY", "OTHER"),
+    )  # fmt: skip
+    return _true_study(folder, header, write_ct_series(folder, voxels, affine, header), refused=False)
+
+
+def write_chest_film(folder: Path) -> TrueStudy:
+    """A frontal chest film as a DX image, inverted (MONOCHROME1)."""
+    film = Film(pixels=chest_film(18, pixel_mm=1.0, step_mm=(2.5, 6.0, 2.5)), pixel_mm=1.0, photometric="MONOCHROME1")
+    header = _header(6, "FILM", "Synthetic chest", "Synthetic DX", sop_class_uid=DX, image_type=("ORIGINAL", "PRIMARY", ""))
+    return _true_study(folder, header, write_film(folder, film, header), refused=False)
+
+
+def write_leg_film(folder: Path) -> TrueStudy:
+    """A leg as a CR image whose header says that it is a chest."""
+    pixels = expose(film_of("limb", np.random.default_rng(4)), DEMO_TECHNIQUE, np.random.default_rng(5))
+    header = _header(7, "LEG", "Synthetic leg", "Synthetic CR", sop_class_uid=CR, image_type=("ORIGINAL", "PRIMARY", ""))
+    return _true_study(folder, header, write_film(folder, Film(pixels=pixels, pixel_mm=2.0), header), refused=True)
+
+
+def _header(number: int, name: str, study: str, series: str, **others: Any) -> SeriesHeader:
+    return SeriesHeader(
+        seed=f"demo {name.lower()} {number}", patient_name=f"PHANTOM^{name} {number}", patient_id=f"PHANTOM-{number}",
+        accession_number=f"PHANTOM-{number}", study_description=study, series_description=series, **others,
+    )  # fmt: skip
+
+
+def _true_study(folder: Path, header: SeriesHeader, files: Sequence[Path], *, refused: bool) -> TrueStudy:
+    return TrueStudy(
+        folder=folder, study_instance_uid=uid_from(header.seed, "study"), series_instance_uid=uid_from(header.seed, "2"),
+        instances=len(files), nodules=(), refused=refused,
     )  # fmt: skip

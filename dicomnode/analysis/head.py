@@ -1,0 +1,70 @@
+"""Where the brain is in an MR volume of a head, and on which side what lies. Limits where findings may lie.
+
+A network outlines the brain in any contrast; what is no head has none of a brain's size. Must never look at a header or import torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.gates import BRAIN, fitted, probabilities, scaled
+
+STEP_MM = 4.0  # the network's grid
+WINDOW = (48, 64, 48)  # its voxels along slice, row, column
+SMALLEST_ML, LARGEST_ML = 300.0, 2200.0  # of a brain, or of the part of it that was scanned
+SMALLEST_CERTAINTY = 0.7  # mean probability inside
+AROUND_MM = 12.0  # findings may lie this far outside the brain
+
+Mask = NDArray[np.bool_]
+
+
+def head_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> tuple[Mask, NDArray[np.int8]]:
+    """Return the brain with what is within 12 mm of it, and the side of each voxel: 1 right, 2 left.
+
+    `image` is (slices, rows, columns) with rows towards the back and columns towards the patient's left.
+
+    Raises:
+        NotEligible: "no-head" if no brain, and no large part of one, is seen.
+    """
+    factors = np.array(spacing_mm) / STEP_MM
+    small = image
+    for axis, factor in enumerate(factors):
+        if factor < 1:
+            small = ndimage.uniform_filter1d(small, max(1, round(1 / factor)), axis=axis, mode="nearest")
+    small = scaled(ndimage.zoom(small, factors, order=1, mode="nearest", grid_mode=True))
+    chances = _slid(small)
+    brain = _largest(chances > 0.5)
+    volume_ml = float(brain.sum()) * STEP_MM**3 / 1000
+    if not SMALLEST_ML <= volume_ml <= LARGEST_ML or float(chances[brain].mean()) < SMALLEST_CERTAINTY:
+        raise NotEligible("no-head", f"The pixels show no brain: {volume_ml:.0f} ml look like one.")
+    near = ndimage.distance_transform_edt(~brain, sampling=STEP_MM) <= AROUND_MM
+    back = np.array(image.shape) / near.shape
+    region = ndimage.zoom(near.astype(np.float32), back, order=1, mode="nearest", grid_mode=True) > 0.5
+    middle = (float(np.argwhere(brain)[:, 2].mean()) + 0.5) * back[2]
+    side = np.where(np.arange(image.shape[2]) + 0.5 < middle, 1, 2).astype(np.int8)
+    return region, np.ascontiguousarray(np.broadcast_to(side, image.shape))
+
+
+def _slid(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The network's answer on an image of any size: windows that overlap by half at least, averaged."""
+    window = tuple(min(n, w) for n, w in zip(image.shape, WINDOW, strict=True))
+    starts = [sorted({*range(0, n - w, max(1, w // 2)), n - w}) for n, w in zip(image.shape, window, strict=True)]
+    total, count = (np.zeros(image.shape, dtype=np.float32) for _ in range(2))
+    for corner in itertools.product(*starts):
+        box = tuple(slice(first, first + w) for first, w in zip(corner, window, strict=True))
+        padded, place = fitted(image[box], WINDOW)
+        total[box] += probabilities(BRAIN, padded[None])[0, 0][place]
+        count[box] += 1
+    return total / count
+
+
+def _largest(mask: Mask) -> Mask:
+    labels, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    return np.asarray(labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:])), dtype=np.bool_)
