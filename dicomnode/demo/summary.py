@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dicomnode.analysis.eligibility import REASONS
 from dicomnode.demo.scanner import ScannedStudy
 from dicomnode.logs import printable
 from dicomnode.results.keyimage import draw_plain, draw_result
 from storage import Storage
 from storage.records import Job
 
+PROGRESS = {code: number for number, code in enumerate(REASONS)}  # how far a package came with a study
 FAILED = {"failed", "cancelled", "queued", "running"}
 
 
@@ -60,7 +62,8 @@ def _pictures(study: ScannedStudy, storage: Storage, out: Path) -> list[bytes]:
         scores = [f"{score['label']} {100 * score['probability']:.0f} %" for score in analysed[0].detail.get("scores", [])]
         caption += f": {', '.join(scores)}" if scores else ""
     elif jobs:
-        caption = f"not analysed ({jobs[0].reason_code}): {jobs[0].reason}"
+        closest = max(jobs, key=lambda job: PROGRESS.get(job.reason_code or "", 0))
+        caption = f"not analysed ({closest.reason_code}): {closest.reason}"
     if used not in study.series:
         sizes = Counter(study.series_of.values())
         used = max(sizes, key=lambda uid: (study.series[uid] not in ("SR", "SEG", "PR", "KO"), sizes[uid], uid))
@@ -81,7 +84,7 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
             f"…{study['study_instance_uid'][-12:]} rev {study['revision']}",
             "\n".join(f"{series['modality']} {series['instances']} images" for series in study["series"]),
             study["outcome"],
-            "\n".join(f"{p['name']} {p['version']}: {'accepted' if p['accepted'] else p['reason']}" for p in study["packages"]) or "none",
+            "\n".join(_package_lines(study["packages"])) or "none",
             "\n".join([*map(_finding_line, study["findings"]), *map(_score_line, study["scores"])]) or "none",
             "\n".join(f"{made['modality']}" for made in study["objects"]) or "none",
             f"{study['seconds']['total']:.1f}",
@@ -92,6 +95,17 @@ def show_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
         console.print(printable(f"not sent: {missing['file']}: {missing['reason']}"), markup=False)
     console.print(f"PACS: {out / 'pacs'}  previews: {out / 'preview'}  summary: {out / 'summary.json'}", markup=False, soft_wrap=True)
     console.print("RESEARCH USE ONLY. Not for diagnosis.")
+
+
+def _package_lines(packages: Sequence[dict[str, Any]]) -> list[str]:
+    """Who read the study; or the reason of whoever came closest to it. The others' codes stand on one line."""
+    ordered = sorted(packages, key=lambda p: (not p["accepted"], -PROGRESS.get(p["reason_code"], 0)))
+    lines = [f"{p['name']} {p['version']}: {'accepted' if p['accepted'] else p['reason']}" for p in ordered if p["accepted"]]
+    others = [p for p in ordered if not p["accepted"]]
+    if others and not lines:
+        lines.append(f"{others[0]['name']} {others[0]['version']}: {others[0]['reason']}")
+        others = others[1:]
+    return lines + ([f"not {', '.join(f"{p['name']} ({p['reason_code']})" for p in others)}"] if others else [])
 
 
 def _finding_line(finding: dict[str, Any]) -> str:
