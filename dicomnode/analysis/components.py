@@ -26,6 +26,7 @@ SQUARE_MILLIMETRE = Code(value="mm2", scheme="UCUM", meaning="mm2")
 PIXEL = Code(value="{pixels}", scheme="UCUM", meaning="pixels")  # of a projection without a known spacing
 
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=np.bool_)  # 26-connected
+MOSTLY = 0.75  # of a finding's voxels lie on one side, or it has none: a brain lies on both
 _SIDES: dict[int, Laterality] = {1: "right", 2: "left"}  # the side labels of a region
 
 
@@ -182,7 +183,7 @@ def _mean_of_top_quarter(values: NDArray[np.float32]) -> float:
 
 def _majority(sides: NDArray[np.int8]) -> Laterality | None:
     right, left = (int(np.count_nonzero(sides == label)) for label in _SIDES)
-    return None if right == left else _SIDES[1 if right > left else 2]
+    return None if max(right, left) <= MOSTLY * (right + left) else _SIDES[1 if right > left else 2]
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -105,7 +105,8 @@ def _package_lines(packages: Sequence[dict[str, Any]]) -> list[str]:
     if others and not lines:
         lines.append(f"{others[0]['name']} {others[0]['version']}: {others[0]['reason']}")
         others = others[1:]
-    return lines + ([f"not {', '.join(f"{p['name']} ({p['reason_code']})" for p in others)}"] if others else [])
+    codes = ", ".join(f"{p['name']} ({p['reason_code']})" for p in others)
+    return [*lines, f"not {codes}"] if codes else lines
 
 
 def _finding_line(finding: dict[str, Any]) -> str:
