@@ -43,7 +43,7 @@ class LungFields:
     def middle(self) -> float:
         """Where the middle between both fields lies, as a share of the film's width."""
         columns = [float(np.argwhere(field)[:, 1].mean()) for field in (self.right, self.left)]
-        return (sum(columns) / 2 + 0.5) / self.right.shape[1]
+        return float((sum(columns) / 2 + 0.5) / self.right.shape[1])
 
 
 def chest_radiograph_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> tuple[Mask, NDArray[np.int8]]:

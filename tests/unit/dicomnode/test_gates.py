@@ -1,0 +1,118 @@
+"""What the pixels say: a frontal chest of the right polarity, a head, or neither. Never the header, a name or the size of an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.frames import read_headers
+from dicomnode.analysis.head import head_region
+from dicomnode.analysis.manifest import InputSection
+from dicomnode.analysis.package import load_package
+from dicomnode.analysis.radiograph import chest_radiograph_region
+from dicomnode.analysis.select import select
+from dicomnode.analysis.volume import read_volume
+from dicomnode.findings import Volume
+from dicomnode.phantoms.chest import chest_scene
+from dicomnode.phantoms.other_films import KINDS, film_of
+from dicomnode.phantoms.radiograph import Technique, expose, project_sideways
+from dicomnode.phantoms.shapes import Floats
+from dicomnode.phantoms.studies import check_volume
+
+REAL = Path(__file__).parents[4] / "shared" / "data"
+XR = Path(__file__).parents[3] / "dicomnode" / "packages" / "lung-field-xr" / "0.1.0"
+SPACING = (1.0, 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def chest() -> Floats:
+    return np.asarray(check_volume(projection=True).voxels, dtype=np.float32)
+
+
+def reason(image: Floats) -> str:
+    with pytest.raises(NotEligible) as refusal:
+        chest_radiograph_region(np.ascontiguousarray(image), SPACING)
+    return refusal.value.code
+
+
+def test_a_chest_film_passes_whatever_its_size_and_grey_scale(chest: Floats) -> None:
+    for image in (chest, 3 * chest - 500, chest.repeat(3, axis=1).repeat(3, axis=2), chest[:, ::2, ::2]):
+        region, side = chest_radiograph_region(image, SPACING)
+        assert region.all()
+        assert side.shape == image.shape
+        assert side[0, 0, 0] == 1  # the patient's right at the image's left
+        assert side[0, 0, -1] == 2
+        assert float((side == 1).mean()) == pytest.approx(0.5, abs=0.12)
+
+
+def test_exchanged_black_and_white_is_told_as_that(chest: Floats) -> None:
+    assert reason(-chest) == "polarity"
+
+
+def test_a_chest_on_its_side_or_a_half_of_it_is_no_frontal_chest(chest: Floats) -> None:
+    film = chest[0]
+    for part in (np.rot90(film), np.rot90(film, 3), film[:, : film.shape[1] // 2], film[: film.shape[0] // 3]):
+        assert reason(part[None]) == "no-chest"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_other_films_are_refused_in_either_polarity(kind: str) -> None:
+    rng = np.random.default_rng(77)
+    film = expose(film_of(kind, rng), Technique(), rng)[None]
+    assert reason(film) == "no-chest"
+    assert reason(-film) == "no-chest"
+
+
+def test_what_holds_nothing_is_no_chest() -> None:
+    for image in (np.zeros((1, 200, 200)), np.ones((1, 40, 900)), np.random.default_rng(0).random((1, 150, 170))):
+        assert reason(image.astype(np.float32)) == "no-chest"
+    lateral = expose(project_sideways(chest_scene(5)), Technique(), np.random.default_rng(0))
+    assert reason(lateral[None]) == "no-chest"
+
+
+def test_a_head_is_found_in_each_contrast_and_a_chest_is_none() -> None:
+    for contrast in ("t1", "flair"):
+        volume = check_volume(modality="MR", contrast=contrast)
+        region, side = head_region(np.asarray(volume.voxels, dtype=np.float32), volume.spacing_mm)
+        assert 1200 < float(region.sum()) * volume.voxel_ml < 2600  # the brain and 12 mm around it
+        assert set(np.unique(side)) == {1, 2}
+    chest_ct = check_volume()
+    with pytest.raises(NotEligible, match="no-head"):
+        head_region(np.asarray(chest_ct.voxels, dtype=np.float32), chest_ct.spacing_mm)
+    with pytest.raises(NotEligible, match="no-head"):
+        head_region(np.zeros((20, 64, 64), dtype=np.float32), (5.0, 3.0, 3.0))
+
+
+def film_in(name: str) -> Volume:
+    """A real film as the node reads it, whatever its header says it is."""
+    file = REAL / "xr" / name
+    if not file.exists():
+        pytest.skip("../shared/data is not here")
+    manifest = load_package(XR).manifest
+    anything = {"modalities": ("CR", "DX", "RG"), "sop_classes": (*manifest.inputs[0].sop_classes, "1.2.840.10008.5.1.4.1.1.7")}
+    accepts = InputSection(
+        name="image", dimensions=2, pixel_spacing_may_be_absent=True, animals=True, exclude_image_types=(), **anything  # type: ignore[arg-type]  # values by name
+    )  # fmt: skip
+    chosen = select(manifest.model_copy(update={"inputs": (accepts,)}), read_headers([file])).series[0]
+    return read_volume(chosen)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("name", ["RG1_J2KI.dcm", "gdcm-CR-MONO1-10-chest.dcm"])
+def test_real_chest_films_pass_and_inverted_ones_are_told(name: str) -> None:
+    film = np.asarray(film_in(name).voxels, dtype=np.float32)
+    region, _ = chest_radiograph_region(film, SPACING)
+    assert region.all()
+    assert reason(-film) == "polarity"
+
+
+@pytest.mark.realdata
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # the panorama has such a UID
+@pytest.mark.parametrize("name", ["MG1_J2KI.dcm", "CR-ModalitySequenceLUT.dcm", "highdicom_dx_image.dcm"])
+def test_a_mammogram_a_panorama_of_teeth_and_a_dog_are_no_human_chest(name: str) -> None:
+    film = np.asarray(film_in(name).voxels, dtype=np.float32)
+    assert reason(film) == "no-chest"
+    assert reason(-film) == "no-chest"
