@@ -5,7 +5,7 @@ Knows nothing of networks: a probability map and the manifest's output section i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +50,12 @@ def find(output: OutputSection, probability: ProbabilityMap, volume: Volume) -> 
 
     Volume, extent and centre are those of the segment's voxels on the volume's own grid.
     """
+    parts = list(_segments(output, probability))
+    if output.components == "one" and parts:
+        parts = [_together(parts)]
     found = [
         (segment, score, side)
-        for segment, score, side in _segments(output, probability)
+        for segment, score, side in parts
         if score >= output.minimum_score and segment.voxel_count >= smallest(output, volume)
     ]
     found.sort(key=lambda entry: (-entry[1], -entry[0].voxel_count, entry[0].origin))
@@ -131,6 +134,20 @@ def measured(output: OutputSection, segment: Segment, score: float, side: Latera
 def _pixel_area(volume: Volume) -> float:
     _, row, column = volume.spacing_mm
     return row * column
+
+
+def _together(parts: Sequence[tuple[Segment, float, Laterality | None]]) -> tuple[Segment, float, Laterality | None]:
+    """Return all parts as one segment; its score is the mean of theirs, weighed by their voxels, its side theirs if they share one."""
+    starts = np.min([segment.origin for segment, _, _ in parts], axis=0)
+    ends = np.max([np.add(segment.origin, segment.mask.shape) for segment, _, _ in parts], axis=0)
+    mask = np.zeros(ends - starts, dtype=np.bool_)
+    for segment, _, _ in parts:
+        mask[tuple(slice(o - s, o - s + n) for o, s, n in zip(segment.origin, starts, segment.mask.shape, strict=True))] |= segment.mask
+    voxels = [segment.voxel_count for segment, _, _ in parts]
+    score = float(np.average([score for _, score, _ in parts], weights=voxels))
+    sides = {side for _, _, side in parts}
+    whole = Segment(mask=mask, origin=(int(starts[0]), int(starts[1]), int(starts[2])))
+    return whole, score, sides.pop() if len(sides) == 1 else None
 
 
 def _segments(output: OutputSection, probability: ProbabilityMap) -> Iterator[tuple[Segment, float, Laterality | None]]:

@@ -181,3 +181,17 @@ def test_intensities_as_the_manifest_names_them() -> None:
     for intensity in ("z-score", "percentiles"):
         section = PreprocessingSection.model_validate({"spacing_mm": (1, 1, 1), "intensity": intensity})
         assert normalised(flat, section).eq(0).all()
+
+
+def test_an_output_may_be_one_finding_however_many_parts_it_has(tmp_path: Path) -> None:
+    affine = affine_of((2.0, 1.5, 1.5), (0, 0, 0), AXIAL)
+    volume = volume_of(spheres((24, 40, 40), affine, [((15.0, 15.0, 24.0), 8.0), ((42.0, 40.0, 24.0), 10.0)]), affine)
+    body = MANIFEST[MANIFEST.index("[input]") : MANIFEST.index("[[outputs]]")]
+    each = run(tmp_path / "p", {"image": volume}, manifest=HEAD + body + OUTPUT, **conv(1, 1, 3, torch.tensor([40.0])))
+    one = OUTPUT.replace("channel = 0", 'channel = 0\ncomponents = "one"')
+    both = run(tmp_path / "q", {"image": volume}, manifest=HEAD + body + one, **conv(1, 1, 3, torch.tensor([40.0])))
+    assert len(each.findings) == 2
+    (found,) = both.findings
+    assert found.segment.voxel_count == sum(f.segment.voxel_count for f in each.findings)
+    assert found.volume_ml == pytest.approx(sum(f.volume_ml for f in each.findings))
+    assert min(f.probability for f in each.findings) <= found.probability <= max(f.probability for f in each.findings)
