@@ -24,7 +24,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from dicomnode.analysis.attributes import value_of
+from dicomnode.analysis.attributes import text_of, value_of
 from dicomnode.analysis.functional_groups import Elements, FunctionalGroups
 from dicomnode.analysis.stored import HeaderReader, Unreadable
 from dicomnode.errors import AnalysisFailed
@@ -108,7 +108,7 @@ def _planes(file: Path, image: Dataset) -> list[Frame]:
     grouped = len(groups) > 0 or "SharedFunctionalGroupsSequence" in image
     count = value_of(image, "NumberOfFrames")
     count = len(groups) or 1 if count is None else count
-    several = isinstance(count, int) and 1 < count <= MAXIMUM_FRAMES and value_of(image, "SOPClassUID") not in _ONE_FRAME
+    several = isinstance(count, int) and 1 < count <= MAXIMUM_FRAMES and text_of(image, "SOPClassUID") not in _ONE_FRAME
     if not (several or (grouped and count == 1)):
         return [Frame(file=file, image=image, number=None, header=image)]
     own = len(groups) == count  # else nobody knows whose they are

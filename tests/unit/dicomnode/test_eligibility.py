@@ -266,6 +266,12 @@ _VALUES = st.binary(max_size=40) | st.text(alphabet="0123456789.-\\eE+^ AY", max
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, about the values
+def test_a_sop_class_of_several_values_is_none_of_those_read() -> None:
+    headers = change(series(NumberOfFrames=2), SOPClassUID=b"1.2.840.10008.5.1.4.1.1.2\\1.2.840.10008.5.1.4.1.1.4")
+    assert refused(CT_INPUT, headers).code in {"sop-class", "no-images"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, about the values
 @settings(max_examples=300, deadline=None)
 @given(
     which=st.integers(0, 2),
