@@ -25,6 +25,7 @@ from dicomnode.analysis.volume import read_volume
 from dicomnode.cli import run
 from dicomnode.cli.packages import known_package
 from dicomnode.config import load_settings
+from dicomnode.demo.scanner import scan_folder, send_study
 from dicomnode.findings import Findings, RunIdentity, Volume
 from dicomnode.phantoms.dicom import MR, SeriesHeader, write_ct_series
 from dicomnode.phantoms.film import DX, Film, write_film
@@ -32,6 +33,7 @@ from dicomnode.phantoms.studies import check_volume
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_report
 from dicomnode.results.segmentation import encode_segmentation
+from pacs import LOOPBACK, SCANNER_AET, Node, free_port, wait_until
 from storage import open_storage
 from zoo_bundles import write_bundle
 
@@ -160,3 +162,34 @@ def test_a_bundle_that_needs_what_is_not_installed_says_which(node: Path, capsys
     assert "needs torchvision, which isn't installed" in said
     assert said.count("\n") == 1
     assert run(["package", "enable", name]) != 0
+
+
+def test_a_serving_node_runs_a_bundle_with_scripts_of_its_own(tmp_path: Path) -> None:
+    name = "renalstructures_unest_segmentation"
+    write_study(tmp_path / "study", "CT", ("",), whole=False)
+    node = Node(tmp_path / "node")
+    try:
+        node.cli("peer", "add", SCANNER_AET, LOOPBACK, free_port(), "--sends")
+        node.cli("peer", "add", "PACS", LOOPBACK, free_port(), "--receives")
+        node.cli("package", "add", write_bundle(tmp_path / "brought", "renalStructures_UNEST_segmentation"))
+        (report,) = json.loads(node.cli("package", "check", name, "--json"))
+        assert isinstance(report["network_isolated"], bool)
+        node.cli("package", "enable", name)
+        node.cli("route", "add", "ct", "--from", SCANNER_AET, "--package", name, "--to", "PACS", "--quiet", 1)
+        node.start()
+        (study,), _ = scan_folder(tmp_path / "study")
+        assert send_study(study, node.peer, calling_ae_title=SCANNER_AET) == []
+
+        def analysed_jobs() -> list[dict[str, Any]]:
+            return [
+                job for job in node.listing("job", "list") if job["kind"] == "analyse" and job["state"] in ("done", "failed", "refused")
+            ]
+
+        wait_until(lambda: bool(analysed_jobs()), seconds=150, what="the analysis", log=node.log, every=1)
+        (job,) = analysed_jobs()
+        assert (job["state"], job["reason"]) == ("done", None)
+        results = node.listing("study", "show", study.study_instance_uid)[0]["results"]
+        assert sorted(result["modality"] for result in results) == ["SEG", "SR"]
+        node.stop()
+    finally:
+        node.close()
