@@ -127,6 +127,9 @@ class AnalysisSection(_Section):
         "auto", description="what computes on a CPU: auto is the fastest that agreed with torch when the package was checked"
     )
     deadline_seconds: float = Field(3600, gt=0, description="a study that takes longer has failed; time for urgent ones doesn't count")
+    prefetch_bytes: int = Field(
+        2_000_000_000, ge=0, description="memory for volumes of studies about to be analysed; 0: none is read ahead"
+    )
     warm_memory_mb: int = Field(4096, ge=0, description="memory for models that stay loaded; the one in use stays whatever it takes")
 
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from pydicom import Dataset
 
+from dicomnode.analysis.decoding import Decoder
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import read_headers
 from dicomnode.analysis.inference import Model, load_model
 from dicomnode.analysis.manifest import Manifest
 from dicomnode.analysis.package import load_package
 from dicomnode.analysis.pixels import check_pixels_fit
-from dicomnode.analysis.select import SelectedSeries, Selection, select
+from dicomnode.analysis.select import SelectedSeries, Selection
 from dicomnode.analysis.volume import read_volume
 from dicomnode.analysis.warm import WarmModels
 from dicomnode.config import Settings
@@ -30,13 +31,14 @@ from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
 from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity, Volume
 from dicomnode.logs import get_logger
 from dicomnode.pace import Pace
+from dicomnode.prefetch import Prefetched, Prefetcher
 from dicomnode.results.identity import tracking_uid
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
 from storage import Storage
 from storage.errors import OutOfSpace
-from storage.records import Job, JobState, Result
+from storage.records import Instance, Job, JobState, Result
 
 RETRY_SECONDS = 60.0  # when the disk is full: it may not be for long
 
@@ -57,7 +59,17 @@ class Outcome:
 class Analyser:
     """Works off analyse jobs, one at a time, with models kept warm; between two windows an urgent job may pass."""
 
-    def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        storage: Storage,
+        client: EngineClient,
+        *,
+        decoder: Decoder | None = None,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._prefetcher = prefetcher
         self._settings = settings
         self._storage = storage
         self._client = client
@@ -81,9 +93,8 @@ class Analyser:
             log.error("dead letter", job=key, attempt=job.attempts)
             return None
         instances = self._storage.index.instances(job.study_instance_uid, job.revision)
-        files = [self._storage.objects.path(instance.stored.object_id) for instance in instances]
         try:
-            outcome = self._outcome(job, files)
+            outcome = self._outcome(job, instances)
             self._keep(job, outcome)
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
@@ -92,11 +103,15 @@ class Analyser:
         log.info("analysed", job=key, outcome=outcome.state, reason_code=outcome.reason_code)
         return None
 
-    def _outcome(self, job: Job, files: Sequence[Path]) -> Outcome:
+    def _outcome(self, job: Job, instances: Sequence[Instance]) -> Outcome:
         headers: list[tuple[Path, Dataset]] = []
+        prefetched = self._prefetcher.take(job.study_instance_uid, instances) if self._prefetcher else None
         try:
-            headers = read_headers(files)
-            return self._analyse(job, headers)
+            if prefetched is None:
+                headers = read_headers([self._storage.objects.path(instance.stored.object_id) for instance in instances])
+                prefetched = Prefetched(content=frozenset(), headers=headers)
+            headers = prefetched.headers
+            return self._analyse(job, prefetched)
         except NotEligible as refusal:
             refused = self._without_result(job, headers, "refused", refusal.code, refusal.reason, report=job.report_refusals)
             return replace(refused, detail={"considered": list(refusal.considered)})
@@ -107,16 +122,16 @@ class Analyser:
         except ProofFailed as error:
             return self._without_result(job, headers, "failed", "result-withheld", f"result withheld: {error}", report=True)
 
-    def _analyse(self, job: Job, headers: Sequence[tuple[Path, Dataset]]) -> Outcome:
+    def _analyse(self, job: Job, prefetched: Prefetched) -> Outcome:
         clock = _Clock()
         folder = self._storage.registry.package_folder(job.package, job.version)
         package = load_package(folder)
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
-        selection = select(package.manifest, headers)
+        selection = prefetched.selection(package.manifest)
         selected = selection.series[0]
         try:
-            volumes = {series.input_name: _volume(package.manifest, series) for series in selection.series}
+            volumes = {series.input_name: self._volume(package.manifest, series, prefetched) for series in selection.series}
             clock.lap("volume")
             with self._model(folder, job) as model:
                 clock.lap("load")
@@ -135,6 +150,13 @@ class Analyser:
         return Outcome(
             state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
         )
+
+    def _volume(self, manifest: Manifest, series: SelectedSeries, prefetched: Prefetched) -> Volume:
+        """Take or read a series, and refuse one whose pixels aren't what its header says."""
+        volume = prefetched.volume(series) or read_volume(series, self._decoder)
+        accepts = next(accepts for accepts in manifest.inputs if accepts.name == series.input_name)
+        check_pixels_fit(accepts, volume, series.frames[0].header)
+        return volume
 
     def _without_result(
         self, job: Job, headers: Sequence[tuple[Path, Dataset]], state: JobState, code: str, reason: str, *, report: bool
@@ -210,14 +232,6 @@ class Analyser:
         )  # fmt: skip
         self._storage.jobs.add_deliveries(transaction, key, peer, sop_instance_uids)
         self._client.enqueue(transaction, key, "deliver", job.priority)
-
-
-def _volume(manifest: Manifest, series: SelectedSeries) -> Volume:
-    """Read a series, and refuse one whose pixels aren't what its header says."""
-    volume = read_volume(series)
-    accepts = next(accepts for accepts in manifest.inputs if accepts.name == series.input_name)
-    check_pixels_fit(accepts, volume, series.frames[0].header)
-    return volume
 
 
 class _Clock:

@@ -171,20 +171,29 @@ def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) 
 
 
 def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+    from dicomnode.analysis.decoding import Decoder
     from dicomnode.completion import Completion
     from dicomnode.pipeline import Analyser
+    from dicomnode.prefetch import Prefetcher
 
-    analyser = Analyser(settings, storage, client)
+    decoder = Decoder()
+    prefetcher = Prefetcher(storage, decoder, settings.analysis.prefetch_bytes) if settings.analysis.prefetch_bytes else None
+    analyser = Analyser(settings, storage, client, decoder=decoder, prefetcher=prefetcher)
     queues = (Queue(kind="analyse", work=analyser.analyse, concurrency=1),)
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
     analyser.let_pass(worker.do_now)
     completion = Completion(storage, client, settings.engine)
     worker.start()
     completion.start()
+    if prefetcher:
+        prefetcher.start()
 
     def stop() -> None:
+        if prefetcher:
+            prefetcher.stop()
         completion.stop()
         worker.stop(DRAIN_SECONDS)
+        decoder.close()
 
     return stop
 
