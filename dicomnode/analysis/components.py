@@ -154,7 +154,7 @@ def _segments(output: OutputSection, probability: ProbabilityMap) -> Iterator[tu
     above = probability.values > output.threshold
     if probability.region is not None:
         above &= probability.region
-    labels, _ = ndimage.label(above, structure=_NEIGHBOURS)
+    labels = _parts(output, above)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         component = labels[box] == number
         if probability.values[box][component].max() < output.minimum_score:
@@ -162,6 +162,14 @@ def _segments(output: OutputSection, probability: ProbabilityMap) -> Iterator[tu
         side = None if probability.side is None else _majority(probability.side[box][component])
         for segment, score in _on_the_volume(output, probability, labels, number, box):
             yield segment, score, side
+
+
+def _parts(output: OutputSection, mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the connected components, or all voxels as one where the output is one thing."""
+    if output.components == "one":
+        return mask.astype(np.int32)
+    labels: NDArray[np.int32] = ndimage.label(mask, structure=_NEIGHBOURS)[0]
+    return labels
 
 
 def _on_the_volume(
@@ -178,7 +186,7 @@ def _on_the_volume(
     inside = scores > output.threshold
     if probability.region is not None:
         inside &= _apply(matrices, probability.region[wide].astype(np.float32)) > 0.5
-    parts, _ = ndimage.label(inside, structure=_NEIGHBOURS)
+    parts = _parts(output, inside)
     for part, tight in enumerate(ndimage.find_objects(parts), start=1):
         mask = parts[tight] == part
         first, second, third = (s.start + t.start for s, t in zip(tight, turned, strict=True))

@@ -104,6 +104,17 @@ def test_findings_are_sorted_by_probability_numbered_and_capped_with_the_rest_co
     assert all(0 <= p <= 1 for p in probabilities)
 
 
+def test_an_output_that_is_one_thing_is_one_finding_of_all_its_parts(tmp_path: Path) -> None:
+    balls = [((-25.0, 0.0, 0.0), 9.0), ((25.0, 0.0, 10.0), 7.0)]
+    volume = ball_volume(AXIAL, (2.0, 1.5, 1.5), balls)
+    each = loaded(tmp_path / "each")({"image": volume}).findings
+    one = loaded(tmp_path / "one", manifest=MANIFEST.replace("minimum_ml = 0.03", 'minimum_ml = 0.03\ncomponents = "one"'))
+    (whole,) = one({"image": volume}).findings
+    assert len(each) == 2
+    assert whole.segment.voxel_count == sum(part.segment.voxel_count for part in each)
+    assert whole.volume_ml == pytest.approx(sum(part.volume_ml for part in each))
+
+
 def test_what_is_smaller_than_the_manifests_minimum_is_no_finding(tmp_path: Path) -> None:
     model = loaded(tmp_path / "p", manifest=MANIFEST.replace("minimum_ml = 0.03", "minimum_ml = 2.0"))
     findings = model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [((0.0, 0.0, 0.0), 6.0), ((30.0, 0.0, 0.0), 9.0)])})
