@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 
 from dicomnode.analysis.archive import is_archive, unpack
-from dicomnode.analysis.draft import draft_manifest, is_bundle, libraries_of
+from dicomnode.analysis.bundle_files import is_bundle, libraries_of
+from dicomnode.analysis.draft import draft_manifest
 from dicomnode.analysis.manifest import MANIFEST, Manifest, parse_manifest
 from dicomnode.analysis.package import (
     BUNDLE,

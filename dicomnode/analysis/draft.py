@@ -14,17 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from dicomnode.analysis.bundle_files import CONFIGS, METADATA, About, one_line, read_table, steps_of
 from dicomnode.analysis.manifest import Manifest
 from dicomnode.analysis.terms import NORMAL, Term, find_abnormal, is_background, is_negative, term_of
 from dicomnode.errors import PackageError
 from dicomnode.findings import Code
 
-METADATA = "configs/metadata.json"
-CONFIGS = ("configs/inference.json", "configs/inference.yaml", "configs/inference.yml")
 LICENCES = ("LICENSE", "LICENSE.txt", "docs/license.txt", "docs/LICENSE")
-JSON_BYTES = 8 * 2**20
 RESEARCH = "RESEARCH USE ONLY. Not for diagnosis."
 
 Kind = Literal["segmentation", "detection", "classification"]
@@ -67,22 +63,17 @@ class Draft:
     text: str
 
 
-def is_bundle(folder: Path) -> bool:
-    """Whether a folder is laid out as the Model Zoo's: a metadata.json, or a configuration for inference."""
-    return any((folder / name).is_file() for name in (METADATA, *CONFIGS))
-
-
 def draft_manifest(folder: Path) -> Draft:
     """Write the manifest of the bundle in `folder`, as far as its files say what it holds.
 
     Raises:
         PackageError: its metadata can't be read, or it is a model that makes no findings on CT, MR or X-ray.
     """
-    metadata = _read(folder / METADATA, folder.name)
+    metadata = read_table(folder / METADATA, folder.name)
     config_name = next((name for name in CONFIGS if (folder / name).is_file()), None)
     if config_name is None:
         raise PackageError(f"The bundle {folder.name} has none of {', '.join(CONFIGS)}: without one nobody knows how it is run.")
-    about = _About(folder=folder, metadata=metadata, config=_read(folder / config_name, folder.name))
+    about = About(folder=folder, metadata=metadata, config=read_table(folder / config_name, folder.name))
     decide: list[str] = []
     kind = _kind(about)
     inputs = _inputs(about, decide)
@@ -91,12 +82,12 @@ def draft_manifest(folder: Path) -> Draft:
         "schema": 1,
         "name": _word(folder.name, "bundle"),
         "version": _word(str(metadata.get("version") or ""), "0"),
-        "title": _line(metadata.get("name") or metadata.get("task") or folder.name, 64),
-        "manufacturer": _line(metadata.get("authors") or "unknown", 64),
-        "algorithm_name": _line(folder.name, 64),
+        "title": one_line(metadata.get("name") or metadata.get("task") or folder.name, 64),
+        "manufacturer": one_line(metadata.get("authors") or "unknown", 64),
+        "algorithm_name": one_line(folder.name, 64),
         "licence": _licence(about),
-        "intended_use": _line(f"{RESEARCH} {about.text('intended_use')}", 1024),
-        "training_data": _line(about.text("data_source") or "The bundle doesn't say.", 1024),
+        "intended_use": one_line(f"{RESEARCH} {about.text('intended_use')}", 1024),
+        "training_data": one_line(about.text("data_source") or "The bundle doesn't say.", 1024),
         "kind": kind,
         "maximum_findings": 50,
         "decide": _decisions(kind, outputs, decide),
@@ -107,74 +98,13 @@ def draft_manifest(folder: Path) -> Draft:
     return Draft(manifest=Manifest.model_validate(entries), text=_HEAD + as_toml(entries))
 
 
-def libraries_of(folder: Path) -> tuple[str, ...]:
-    """Return the libraries that a bundle's metadata names, as they are called when they are installed."""
-    try:
-        metadata = _read(folder / METADATA, folder.name)
-    except PackageError:
-        return ()
-    tables = (metadata.get(key) for key in ("required_packages_version", "optional_packages_version"))
-    return tuple(dict.fromkeys(_line(name, 64) for table in tables if isinstance(table, dict) for name in table))
-
-
-def spacing_and_channels(folder: Path, config_name: str, preprocessing: str) -> tuple[tuple[float, float, float] | None, int]:
-    """Return the grid (x, y, z in mm) that a bundle resamples to, None where it keeps the image's or doesn't say, and its channels."""
-    try:
-        config, metadata = _read(folder / config_name, folder.name), _read(folder / METADATA, folder.name)
-        _, output = _About(folder=folder, metadata=metadata, config=config).section("outputs")
-    except PackageError:
-        return None, 1
-    channels = output.get("num_channels")
-    spacing = None
-    for step in _steps([config.get(preprocessing), config.get("transforms")]):
-        if str(step["_target_"]).endswith("Spacingd"):
-            stated = step.get("pixdim")
-            if isinstance(stated, str) and stated.startswith("@"):
-                stated = config.get(stated[1:])
-            found = re.findall(r"\d+(?:\.\d+)?", json.dumps(stated))[:3]
-            values = [float(number) for number in found]
-            spacing = (values[0], values[1], values[2]) if len(values) == 3 and all(value > 0 for value in values) else None
-    return spacing, channels if isinstance(channels, int) and 0 < channels < 10_000 else 1
-
-
 _HEAD = """\
 # A draft from the bundle's metadata.json. Lines of `decide` say what a person must still settle:
 # edit this file, take a line away when it is settled, give it a new version and add the bundle again with --manifest.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class _About:
-    """What a bundle says of itself."""
-
-    folder: Path
-    metadata: _Json
-    config: _Json
-
-    def text(self, *keys: str) -> str:
-        return " ".join(str(self.metadata[key]) for key in keys if isinstance(self.metadata.get(key), str)).strip()
-
-    def section(self, which: str) -> tuple[str, _Json]:
-        """The entry of network_data_format.inputs or .outputs that this node uses: image or pred, else the first."""
-        formats = self.metadata.get("network_data_format")
-        found = formats.get(which) if isinstance(formats, dict) else None
-        entries = {key: value for key, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
-        if not entries:
-            raise PackageError(
-                f"{METADATA} of the bundle {self.folder.name} has no network_data_format.{which}: bring a manifest (--manifest)."
-            )
-        key = "image" if "image" in entries else "pred" if "pred" in entries else next(iter(entries))
-        return key, entries[key]
-
-    @property
-    def subject(self) -> str:
-        """What the model is for, without the words that every model has."""
-        text = f"{self.text('task') or self.text('name')}".lower()
-        text = re.sub(r"\b(classification|detection|segmentation|classifier|model|images?|template|decathlon|ct|mri?|x-ray)\b", " ", text)
-        return " ".join(text.split())
-
-
-def _kind(about: _About) -> Kind:
+def _kind(about: About) -> Kind:
     key, output = about.section("outputs")
     made, form = str(output.get("type", "")).lower(), str(output.get("format", "")).lower()
     said = about.text("task", "name", "description").lower()
@@ -192,7 +122,7 @@ def _kind(about: _About) -> Kind:
     )
 
 
-def _modality(about: _About) -> str:
+def _modality(about: About) -> str:
     _, image = about.section("inputs")
     stated = str(image.get("modality", "")).strip().lower()
     found = _MODALITIES.get(stated)
@@ -209,7 +139,7 @@ def _modality(about: _About) -> str:
     return found
 
 
-def _inputs(about: _About, decide: list[str]) -> list[_Json]:
+def _inputs(about: About, decide: list[str]) -> list[_Json]:
     _, image = about.section("inputs")
     modality = _modality(about)
     dimensions = _dimensions(about, image)
@@ -246,7 +176,7 @@ def _inputs(about: _About, decide: list[str]) -> list[_Json]:
     return [{"name": "image", **shared}]
 
 
-def _dimensions(about: _About, image: _Json) -> int:
+def _dimensions(about: About, image: _Json) -> int:
     shape = image.get("spatial_shape")
     network = about.config.get("network_def")
     stated = network.get("spatial_dims") if isinstance(network, dict) else None
@@ -256,7 +186,7 @@ def _dimensions(about: _About, image: _Json) -> int:
     return 2 if isinstance(shape, list) and len(shape) == 2 else 3
 
 
-def _outputs(about: _About, kind: Kind, decide: list[str]) -> list[_Json]:
+def _outputs(about: About, kind: Kind, decide: list[str]) -> list[_Json]:
     labels = _labels(about, kind, decide)
     softmax = _is_softmax(about, labels)
     outputs: list[_Json] = []
@@ -284,7 +214,7 @@ def _outputs(about: _About, kind: Kind, decide: list[str]) -> list[_Json]:
 
 def _output(channel: int, label: str, term: Term, kind: Kind) -> _Json:
     each = kind == "segmentation" and term.is_abnormal
-    output: _Json = {"channel": channel, "label": _line(label, 64), "threshold": 0.5, "components": "each" if each else "one"}
+    output: _Json = {"channel": channel, "label": one_line(label, 64), "threshold": 0.5, "components": "each" if each else "one"}
     if each:
         output |= {"minimum_ml": 0.03}
     output |= {"category": _entry(term.category), "type": _entry(term.type)}
@@ -295,7 +225,7 @@ def _output(channel: int, label: str, term: Term, kind: Kind) -> _Json:
     return output
 
 
-def _labels(about: _About, kind: Kind, decide: list[str]) -> list[tuple[int, str]]:
+def _labels(about: About, kind: Kind, decide: list[str]) -> list[tuple[int, str]]:
     """The outputs that mean something, by channel."""
     _, output = about.section("outputs")
     named = next((output[key] for key in ("channel_def", "label_def", "class_def") if isinstance(output.get(key), dict)), None)
@@ -317,9 +247,9 @@ def _labels(about: _About, kind: Kind, decide: list[str]) -> list[tuple[int, str
     return chosen
 
 
-def _is_softmax(about: _About, labels: list[tuple[int, str]]) -> bool:
+def _is_softmax(about: About, labels: list[tuple[int, str]]) -> bool:
     """Whether the channels exclude one another, as the postprocessing shows, else as a background among the channels does."""
-    steps = list(_steps(about.config.get("postprocessing")))
+    steps = list(steps_of(about.config.get("postprocessing")))
     if any(step.get("sigmoid") is True for step in steps):
         return False
     if any(step.get("softmax") is True or step.get("argmax") in (True, [True], [True, False]) for step in steps):
@@ -330,19 +260,7 @@ def _is_softmax(about: _About, labels: list[tuple[int, str]]) -> bool:
     return 0 not in {channel for channel, _ in labels} and output.get("num_channels") != 1
 
 
-def _steps(value: Any) -> Iterator[_Json]:
-    """Yield every transform that stands in a section, wherever."""
-    if isinstance(value, dict):
-        if "_target_" in value:
-            yield value
-        for inner in value.values():
-            yield from _steps(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _steps(inner)
-
-
-def _box_threshold(about: _About) -> float:
+def _box_threshold(about: About) -> float:
     found = re.search(r"score_thresh\s*=\s*([0-9.]+)", json.dumps(about.config.get("detector_ops", "")))
     try:
         return min(1.0, float(found.group(1))) if found else 0.0
@@ -350,7 +268,7 @@ def _box_threshold(about: _About) -> float:
         return 0.0
 
 
-def _bundle(about: _About, config_name: str) -> _Json:
+def _bundle(about: About, config_name: str) -> _Json:
     key, _ = about.section("inputs")
     entries: _Json = {"config": config_name, "image_key": key}
     if "postprocessing" not in about.config and "post_processing" in about.config:
@@ -374,42 +292,17 @@ def _decisions(kind: Kind, outputs: list[_Json], found: list[str]) -> list[str]:
     organs = sum(output["components"] == "one" for output in outputs)
     if kind == "segmentation" and organs > 50:
         lines.append(f"maximum_findings: 50 of {organs} structures are reported, the others counted; raise it to have them all")
-    return [_line(line, 1024) for line in [*lines, *found]]
+    return [one_line(line, 1024) for line in [*lines, *found]]
 
 
-def _licence(about: _About) -> str:
+def _licence(about: About) -> str:
     for name in LICENCES:
         file = about.folder / name
         if file.is_file():
             text = file.read_bytes()[:20000].decode("utf-8", "replace")
             known = next((short for pattern, short in _LICENCES.items() if re.search(pattern, text)), None)
             return known or f"see {name} of the bundle"
-    return _line(about.text("license") or "The bundle doesn't say.", 1024)
-
-
-def _read(file: Path, name: str) -> _Json:
-    """A JSON or YAML file as data."""
-    try:
-        content = file.read_bytes()
-        if len(content) > JSON_BYTES:
-            raise PackageError(f"{file.name} of the bundle {name} is larger than {JSON_BYTES // 2**20} MiB: that is no configuration.")
-        found = json.loads(content) if file.suffix == ".json" else yaml.load(content, Loader=_Plain)  # noqa: S506  # our own SafeLoader
-    except FileNotFoundError as error:
-        raise PackageError(f"The bundle {name} has no {file.relative_to(file.parents[1])}: bring a manifest (--manifest).") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise PackageError(f"{file.name} of the bundle {name} cannot be read: {' '.join(str(error).split())[:200]}.") from error
-    if not isinstance(found, dict):
-        raise PackageError(f"{file.name} of the bundle {name} is no table.")
-    return found
-
-
-class _Plain(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML brings no types
-    """YAML without aliases: a few lines of them can stand for more than fits into memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are refused")
-        return super().compose_node(parent, index)
+    return one_line(about.text("license") or "The bundle doesn't say.", 1024)
 
 
 def _numbered(table: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
@@ -422,11 +315,6 @@ def _word(text: str, fallback: str) -> str:
     """A name or version as the manifest allows it."""
     fitted = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).lstrip("._-")[:64]
     return fitted or fallback
-
-
-def _line(value: object, longest: int) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
 def _some(labels: list[str]) -> str:

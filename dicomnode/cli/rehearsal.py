@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dicomnode.analysis.draft import spacing_and_channels
+from dicomnode.analysis.bundle_files import spacing_and_channels
 from dicomnode.analysis.manifest import InputSection, Manifest
 from dicomnode.analysis.package import BUNDLE
 from dicomnode.findings import Volume

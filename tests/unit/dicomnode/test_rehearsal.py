@@ -7,7 +7,8 @@ import pytest
 from small_bundle import affine_of, volume_of
 
 import zoo_bundles
-from dicomnode.analysis.draft import draft_manifest, spacing_and_channels
+from dicomnode.analysis.bundle_files import spacing_and_channels
+from dicomnode.analysis.draft import draft_manifest
 from dicomnode.cli.rehearsal import check_volumes, cut
 
 AXIAL = np.array([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]])
