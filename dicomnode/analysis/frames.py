@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from pydicom.datadict import tag_for_keyword
@@ -97,10 +98,17 @@ def frames_of(headers: Sequence[tuple[Path, Dataset]]) -> list[Frame]:
 
 def is_image(header: Dataset) -> bool:
     """Whether an object is an image by its SOP class; one of a class that isn't known is an image if it has rows and columns."""
-    sop_class = UID(str(value_of(header, "SOPClassUID") or ""))
-    if sop_class.name != sop_class and sop_class.is_valid:
-        return "Image Storage" in sop_class.name  # PS3.4 B.5 names each image's class so, and neither SEG, SR, PR nor RT Dose
-    return "Rows" in header and "Columns" in header
+    by_name = _named_image(str(value_of(header, "SOPClassUID") or ""))
+    return by_name if by_name is not None else "Rows" in header and "Columns" in header
+
+
+@lru_cache(maxsize=256)
+def _named_image(sop_class: str) -> bool | None:
+    """Whether a SOP class is one of images; None: it isn't known."""
+    uid = UID(sop_class)
+    if uid.name == uid or not uid.is_valid:
+        return None
+    return "Image Storage" in uid.name  # PS3.4 B.5 names each image's class so, and neither SEG, SR, PR nor RT Dose
 
 
 def _planes(file: Path, image: Dataset) -> list[Frame]:
