@@ -59,14 +59,13 @@ def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
     """Return one reduced header for each slice of the volume, in its order, with the plane's geometry as a classic image has it.
 
     The position stays the image's own, of a multi-frame image the frame's. Orientation and pixel spacing are for all those of the
-    plane that the volume's axes follow: images of one series may differ in the last digits. A projection has neither position nor
-    frame of reference, and a pixel spacing only where that is known in the patient. Patient and study attributes are left empty
-    (see `stamp`).
+    plane that the volume's axes follow: images of one series may differ in the last digits. A projection has no position, no frame of
+    reference and no pixel spacing. Patient and study attributes are left empty (see `stamp`).
     """
     by_uid = {str(header.SOPInstanceUID): header for header in headers}
     whole = {uid: reduced_header(by_uid[uid]) for uid in dict.fromkeys(volume.sop_instance_uids)}
     if volume.is_projection:
-        return [_of_projection(whole[uid], volume) for uid in volume.sop_instance_uids]
+        return [_of_projection(whole[uid]) for uid in volume.sop_instance_uids]
     if volume.frame_numbers is None:
         images = list(whole.values())
     else:
@@ -223,18 +222,13 @@ def encode(result: Dataset) -> ResultObject:
     )
 
 
-def _of_projection(image: Dataset, volume: Volume) -> Dataset:
+def _of_projection(image: Dataset) -> Dataset:
+    """No geometry at all: a pixel spacing alone would be allowed, but GDCM 3.0.21, and a PACS with it, dies of a SEG with nothing more."""
     for keyword in (
-        "FrameOfReferenceUID",
-        "PositionReferenceIndicator",
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
+        "FrameOfReferenceUID", "PositionReferenceIndicator", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
         "SliceThickness",
-    ):
+    ):  # fmt: skip
         image.pop(keyword, None)
-    image.pop("PixelSpacing", None)
-    if volume.calibration == "patient":
-        image.PixelSpacing = [_decimal(mm) for mm in volume.spacing_mm[1:]]
     return image
 
 

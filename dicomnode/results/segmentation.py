@@ -30,7 +30,7 @@ def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Da
     """Return the SEG of all findings, or None where there are none: a study without a finding gets no SEG.
 
     A segment has a frame for each slice in which it has a voxel, and a box or a heat map is called so in its label: neither may pass
-    for an outline. Of a projection the SEG has no frame of reference and no plane positions (PS3.3 A.51.5.1).
+    for an outline. Of a projection the SEG has neither frame of reference nor plane positions nor pixel measures (PS3.3 A.51.5.1).
 
     Args:
         findings: what to encode; `finding.number` counts from 1 without a gap and becomes the segment number.

@@ -209,7 +209,7 @@ def test_a_wrong_segmentation_of_frames_is_withheld(frames: Objects, change: Cha
         (repainted(lambda p: np.roll(p, 1, axis=0)), "voxels, its finding|centre"),
         (swap_frames, "voxels, its finding"),
         (placed, "place in space"),
-        (spaced, "pixel spacing in the patient"),
+        (spaced, "claims a pixel spacing"),
         (plain_label, "labelled"),
         (lambda s: setattr(s.SegmentSequence[2], "SegmentLabel", "Pneumothorax 3"), "labelled"),
         (lambda s: setattr(s, "FrameOfReferenceUID", "1.2.3"), "Frame of Reference"),
