@@ -18,6 +18,7 @@ STEP_MM = 4.0  # the network's grid
 WINDOW = (48, 64, 48)  # its voxels along slice, row, column
 SMALLEST_ML, LARGEST_ML = 300.0, 2200.0  # of a brain, or of the part of it that was scanned
 SMALLEST_CERTAINTY = 0.7  # mean probability inside
+LEAST_DEPTH = 1.0  # front to back, of its width: an adult's brain has 1.1 or more
 AROUND_MM = 12.0  # findings may lie this far outside the brain
 
 Mask = NDArray[np.bool_]
@@ -42,6 +43,9 @@ def head_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, floa
     volume_ml = float(brain.sum()) * STEP_MM**3 / 1000
     if not SMALLEST_ML <= volume_ml <= LARGEST_ML or float(chances[brain].mean()) < SMALLEST_CERTAINTY:
         raise NotEligible("no-head", f"The pixels show no brain: {volume_ml:.0f} ml look like one.")
+    depth, width = (np.ptp(np.flatnonzero(brain.any(axis=axes))) + 1 for axes in ((0, 2), (0, 1)))
+    if depth < LEAST_DEPTH * width:
+        raise NotEligible("no-head", "The pixels show no brain: what looks like one is wider than it is deep.")
     near = ndimage.distance_transform_edt(~brain, sampling=STEP_MM) <= AROUND_MM
     back = np.array(image.shape) / near.shape
     region = ndimage.zoom(near.astype(np.float32), back, order=1, mode="nearest", grid_mode=True) > 0.5

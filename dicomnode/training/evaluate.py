@@ -21,6 +21,7 @@ from dicomnode.errors import UsageError
 from dicomnode.findings import Finding, Findings, Segment
 from dicomnode.training.cases import SIZE_BINS_MM, Case, Known, Point, real_cases, synthetic_case
 from dicomnode.training.export import write_model_card
+from dicomnode.training.structures import measure_structures, outlines_organs
 
 VALIDATION_SEED, TEST_SEED = 3_000_000_000, 3_100_000_000  # training draws its chests below 2**31
 NODULES_PER_SCAN = 10
@@ -46,7 +47,7 @@ class Match:
 def evaluate(package_folder: Path, data_folder: Path | None = None, *, scans: int = 12, device: str = "auto") -> dict[str, Any]:
     """Measure the package; write what was found into its evaluation.json and MODEL_CARD.md, and return it.
 
-    Without `data_folder` on `scans` synthetic chests, of which every third has no nodule; else on the real cases in it, as
+    Without `data_folder` on `scans` phantoms, of which every third has no nodule or is of something else; else on the real cases in it, as
     `cases.real_cases` reads them. Cases of earlier calls stay; figures of another digest are thrown away.
 
     Raises:
@@ -59,7 +60,9 @@ def evaluate(package_folder: Path, data_folder: Path | None = None, *, scans: in
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if content.get("digest") != package.digest:
         content = {"schema": 1, "package": package.manifest.name, "version": package.manifest.version, "digest": package.digest}
-    if data_folder is None:
+    if data_folder is None and outlines_organs(package.manifest):
+        content["structures"] = measure_structures(model, first_seed=TEST_SEED, scans=scans)
+    elif data_folder is None:
         content["phantoms"] = measure_phantoms(model, first_seed=TEST_SEED, scans=scans)
     else:
         earlier = {row["case"]: row for row in content.get("cases", [])}

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from dicomnode.analysis.manifest import InputSection
 from dicomnode.analysis.package import Package, load_package
 from dicomnode.errors import UsageError
 from dicomnode.training.recipe import Heads, NodulePatches, Radiographs, Recipe
@@ -58,19 +59,21 @@ def write_model_card(folder: Path) -> None:
         f"**{manifest.intended_use}**", "",
         f"- Licence: {manifest.licence}",
         f"- Trained on: {manifest.training_data}",
-        (f"- Input: {'/'.join(accepts.modalities)}, {accepts.minimum_slices} slices or more, {_range(accepts.slice_spacing_mm)} mm apart;"
-         f" pixels of {_range(accepts.pixel_spacing_mm)} mm"),
+        f"- Input: {_input_text(accepts)}",
         (f"- A voxel counts above {output.threshold}; a finding has {output.minimum_ml} ml or more and a score"
          f" (mean of its most certain quarter) of {output.minimum_score} or more"), "",
         "## Measured", "",
     ]  # fmt: skip
-    lines += _phantom_lines(evaluation["phantoms"]) if "phantoms" in evaluation else ["Not evaluated yet.", ""]
+    if "structures" in evaluation:
+        lines += _structure_lines(evaluation["structures"])
+    else:
+        lines += _phantom_lines(evaluation["phantoms"]) if "phantoms" in evaluation else ["Not evaluated yet.", ""]
     lines += _case_lines(evaluation["cases"]) if "cases" in evaluation else []
     lines += [
         "## Limits", "",
         "- Synthetic training: what the phantoms lack (pneumonia, effusion, fibrosis, surgery, metal, motion, children) it has never seen.",
         "- Figures on phantoms say nothing about patients; the few real cases are examples, no performance claim.",
-        "- A mass that fills much of a lung may lie outside the lung region and be missed or marked in part.",
+        *(f"- {limit}" for limit in _LIMITS.get(accepts.region, ())),
         "- The score is no probability of disease.", "",
     ]  # fmt: skip
     (folder / "MODEL_CARD.md").write_text("\n".join(lines), encoding="utf-8")
@@ -151,6 +154,40 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
             },
         },
     }  # fmt: skip
+
+
+_LIMITS = {  # by the region that the manifest asks for
+    "lung": ["A mass that fills much of a lung may lie outside the lung region and be missed or marked in part."],
+    "chest-radiograph": [
+        "What is no chest was of the same kinds in training and in this table; the gate refuses some chests of unusual framing."
+    ],
+    "head": [
+        (
+            "The gate's rule against bodies that are no head was set after the ones of this table, all of one shape, had been accepted: "
+            "zero is no measurement, and a bottle that is longer than wide is likely to pass."
+        )
+    ],
+}
+
+
+def _input_text(accepts: InputSection) -> str:
+    what, pixels = "/".join(accepts.modalities), f"pixels of {_range(accepts.pixel_spacing_mm)} mm"
+    if accepts.dimensions == 2:
+        return f"{what}, one projection; {pixels}"
+    return f"{what}, {accepts.minimum_slices} slices or more, {_range(accepts.slice_spacing_mm)} mm apart; {pixels}"
+
+
+def _structure_lines(measured: Mapping[str, Any]) -> list[str]:
+    rows = [
+        f"| {row['label']} | {row['median_dice']} | {row['lowest_dice']} | {row['median_size_error_percent']} % |"
+        for row in measured["structures"]
+    ]
+    return [
+        (f"On {measured['scans']} phantoms never used before, {measured['others']} of them of something else:"
+         f" {measured['wrongly_refused']} wrongly refused, {measured['wrongly_accepted']} wrongly accepted."), "",
+        "| structure | median Dice | lowest Dice | median error of the size |", "|---|---|---|---|", *rows, "",
+        "No outlines of real images were at hand: there are no figures on patients.", "",
+    ]  # fmt: skip
 
 
 def _phantom_lines(phantoms: Mapping[str, Any]) -> list[str]:

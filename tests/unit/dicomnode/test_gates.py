@@ -116,3 +116,10 @@ def test_a_mammogram_a_panorama_of_teeth_and_a_dog_are_no_human_chest(name: str)
     film = np.asarray(film_in(name).voxels, dtype=np.float32)
     assert reason(film) == "no-chest"
     assert reason(-film) == "no-chest"
+
+
+def test_a_body_that_is_wider_than_deep_is_no_head() -> None:
+    y, x = np.mgrid[-60:60, -48:48] * 2.0
+    body = np.broadcast_to(np.hypot(x / 90, y / 70) < 1, (40, 120, 96)).astype(np.float32)
+    with pytest.raises(NotEligible, match="no-head"):
+        head_region(500 * body + np.random.default_rng(0).rayleigh(10, body.shape).astype(np.float32), (4.5, 2.0, 2.0))
