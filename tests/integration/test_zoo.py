@@ -72,6 +72,14 @@ def write_study(folder: Path, modality: str, contrasts: tuple[str, ...], *, whol
     return files
 
 
+def small_phantoms(_: Path, manifest: Any) -> dict[str, Volume]:
+    """What a package is checked with here."""
+    return {
+        accepts.name: phantom("DX" if accepts.dimensions == 2 else accepts.modalities[0], next(iter(accepts.mr_contrasts), ""))
+        for accepts in manifest.inputs
+    }
+
+
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A node whose checks run in this process, on small phantoms of the right kind."""
@@ -79,17 +87,11 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("DICOMNODE_CONFIG", raising=False)
     assert run(["init"]) == 0
 
-    def phantoms(_: Path, manifest: Any) -> dict[str, Volume]:
-        return {
-            accepts.name: phantom("DX" if accepts.dimensions == 2 else accepts.modalities[0], next(iter(accepts.mr_contrasts), ""))
-            for accepts in manifest.inputs
-        }
-
     def in_this_process(folder: Path, volumes: Mapping[str, Volume], *, digest: str | None = None, **_: Any) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(json.dumps(check_package(folder, volumes, digest=digest)))
         return report
 
-    monkeypatch.setattr(dicomnode.cli.rehearsal, "check_volumes", phantoms)
+    monkeypatch.setattr(dicomnode.cli.rehearsal, "check_volumes", small_phantoms)
     monkeypatch.setattr(dicomnode.analysis.check, "check_in_child", in_this_process)
     return tmp_path
 
@@ -164,7 +166,8 @@ def test_a_bundle_that_needs_what_is_not_installed_says_which(node: Path, capsys
     assert run(["package", "enable", name]) != 0
 
 
-def test_a_serving_node_runs_a_bundle_with_scripts_of_its_own(tmp_path: Path) -> None:
+def test_a_serving_node_runs_a_bundle_with_scripts_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dicomnode.cli.rehearsal, "check_volumes", small_phantoms)
     name = "renalstructures_unest_segmentation"
     write_study(tmp_path / "study", "CT", ("",), whole=False)
     node = Node(tmp_path / "node")
