@@ -176,13 +176,18 @@ def _enlarged(grey: NDArray[np.uint8], factor: int) -> Image.Image:
 
 
 def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
-    """Draw the mask's surroundings, about a third of the picture wide, into the corner of `canvas` opposite to the mask."""
+    """Draw the mask's surroundings, about a third of the picture wide, into the corner of `canvas` opposite to the mask.
+
+    A finding that would not be larger there than in the picture itself gets none.
+    """
     rows, columns = np.nonzero(mask)
     centre_row, centre_column = int((rows[0] + rows[-1]) // 2), int((columns.min() + columns.max()) // 2)
     half = min(max(24, int(max(np.ptp(rows), np.ptp(columns)))), min(grey.shape) // 2)
     top, left = (min(max(0, c - half), n - 2 * half) for c, n in zip((centre_row, centre_column), grey.shape, strict=True))
     part = (slice(top, top + 2 * half), slice(left, left + 2 * half))
-    factor = max(1, min(canvas.shape[:2]) // 3 // (2 * half))
+    factor = min(canvas.shape[:2]) // 3 // (2 * half)
+    if factor <= canvas.shape[0] // grey.shape[0]:
+        return
     small = np.pad(_outlined(grey[part], mask[part], factor, colour), ((2, 2), (2, 2), (0, 0)), constant_values=200)
     size = small.shape[0]
     low = slice(0, size) if centre_row > grey.shape[0] / 2 else slice(canvas.shape[0] - size, None)

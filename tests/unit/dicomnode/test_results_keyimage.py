@@ -242,3 +242,11 @@ def test_the_readers_nodule_of_a_real_ct_is_outlined_where_it_is_bright(tmp_path
     rows, columns = np.nonzero(outline(picture, 1024)[400:])
     inside = pixels(picture)[400 + int(rows.mean()), int(columns.mean())]
     assert inside.min() > 200
+
+
+@pytest.mark.parametrize("shape", [(968, 912), (912, 968), (60, 1024), (30, 30)])
+def test_a_finding_as_large_as_its_image_has_no_inset(shape: tuple[int, int]) -> None:
+    mask = np.zeros(shape, dtype=np.bool_)
+    mask[2:-2, 2:-2] = True
+    image = np.zeros(shape, dtype=np.float32)
+    assert draw_outline(image, mask, caption="c", inset=True) == draw_outline(image, mask, caption="c")
