@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -38,6 +39,9 @@ from dicomnode.analysis.package import BUNDLE
 from dicomnode.errors import AnalysisFailed, NodeError, PackageError
 from dicomnode.findings import Finding, Findings, Score, Volume
 
+BESIDE_WEIGHTS_BYTES = 16 * 2**20  # other files of models/ that a bundle finds in its private copy
+
+_NO_MEMORY = re.compile(r"(?:can't allocate memory|not enough memory|out of memory)(?:.*?allocate (\d+) bytes)?", re.DOTALL)
 _T = TypeVar("_T")
 
 
@@ -65,18 +69,22 @@ def load_bundle(contents: Mapping[str, bytes], manifest: Manifest, digest: str, 
     weakref.finalize(modules, shutil.rmtree, root, ignore_errors=True)
     for file, data in contents.items():
         inner = file.removeprefix(f"{BUNDLE}/")
-        if inner != file and not inner.startswith("models/"):  # weights are loaded from the bytes at hand
-            (root / inner).parent.mkdir(parents=True, exist_ok=True)
-            (root / inner).write_bytes(data)
+        if inner != file and not inner.startswith(("models/", "docs/")):  # weights are loaded from the bytes at hand
+            _put(root / inner, data)
     content = read_config(root, section, name)
     file, key = checkpoint_of(content)
     weights = _weights(contents, file, name)
+    for file, data in contents.items():  # what lies beside the weights and is read by name: an architecture that was searched for
+        if file.startswith(f"{BUNDLE}/models/") and file != weights and len(data) <= BESIDE_WEIGHTS_BYTES:
+            _put(root / file.removeprefix(f"{BUNDLE}/"), data)
     with modules.present():
         scripted = scripted_network(contents[weights], name, device) if is_scripted(contents[weights]) else None
         parts = resolve(content, section, root, device, scripted, name)
         if scripted is None:
             load_state(parts.network, weights, contents[weights], name, key)
     at_rest(parts.network).to(device)
+    if device.type == "cpu" and isinstance(getattr(parts.inferer, "sw_batch_size", None), int):
+        parts.inferer.sw_batch_size = 1  # type: ignore[attr-defined]  # windows at a time gain nothing on a CPU and cost memory each
     return BundleModel(
         manifest=manifest, section=section, digest=digest, device=device, parts=parts, modules=modules,
         channels=_image_channels(root),
@@ -157,8 +165,8 @@ class BundleModel:
 
     def _entered(self, images: list[NDArray[np.float32]], volume: Volume) -> MetaTensor:
         """Return channels as a reader of NIfTI gives one image, or several that are stacked."""
-        if len(images) == 1 and self.channels == 3:
-            images = images * 3  # a network of colour images: grey is three equal channels
+        if len(images) == 1 and self.channels == 3 and volume.is_projection:
+            images = images * 3  # a network of colour images: grey is three equal channels; in a volume a bundle adds what it wants
         dimension: float | str
         if len(images) == 1 and not self.parts.channel_first:
             array, dimension = images[0], "no_channel"
@@ -261,7 +269,16 @@ class BundleModel:
             library = missing_library(error, {})
             if library:
                 raise PackageError(f"The package {self.manifest.name} needs {library}, which isn't installed.") from error
+            wanted = _NO_MEMORY.search(str(error))
+            if wanted or isinstance(error, MemoryError):
+                more = f" when it asked for {int(wanted[1]) // 2**20} MiB more" if wanted and wanted[1] else ""
+                raise AnalysisFailed(f"The {what} of the package {self.manifest.name} ran out of memory{more}.") from error
             raise AnalysisFailed(f"The {what} of the package {self.manifest.name} failed: {first_line(error)}.") from error
+
+
+def _put(file: Path, data: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
 
 
 def _weights(contents: Mapping[str, bytes], file: str, name: str) -> str:
@@ -289,7 +306,12 @@ def _runs(inferer: Any, shape: tuple[int, ...]) -> int:
     size, batch, overlap = (getattr(inferer, key, None) for key in ("roi_size", "sw_batch_size", "overlap"))
     if size is None or not isinstance(batch, int) or not isinstance(overlap, float):
         return 0
-    edges = [min(int(e), n) if int(e) > 0 else n for e, n in zip(np.broadcast_to(size, (len(shape),)), shape, strict=True)]
+    window = [int(edge) for edge in np.ravel(size)]
+    if len(window) == len(shape) - 1:  # an inferer that takes a network of slices through a volume
+        window.insert(int(getattr(inferer, "spatial_dim", len(window))), 1)
+    if len(window) not in (1, len(shape)):
+        return 0
+    edges = [min(e, n) if e > 0 else n for e, n in zip(np.broadcast_to(window, (len(shape),)).tolist(), shape, strict=True)]
     steps = [max(1, int(e * (1 - overlap))) for e in edges]
     windows = math.prod(math.ceil(max(0, n - e) / s) + 1 for n, e, s in zip(shape, edges, steps, strict=True))
     return math.ceil(windows / batch)

@@ -6,6 +6,7 @@ and `run` are never resolved; what loads or saves files is taken out before anyt
 
 from __future__ import annotations
 
+import codecs
 import json
 import pydoc
 import re
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from monai.bundle import ConfigParser
 
+from dicomnode.analysis.bundle_age import in_todays_words, on_our_device
 from dicomnode.analysis.manifest import BundleSection
 from dicomnode.analysis.networks import first_line
 from dicomnode.errors import PackageError
@@ -33,6 +36,7 @@ Step = Callable[[dict[str, Any]], dict[str, Any]]
 _NEVER = ("dataset", "dataloader", "evaluator", "handlers", "initialize", "run", "evaluating", "finalize", "checkpointloader", "datalist")
 _FILES = re.compile(r"(^|\.)(LoadImage|SaveImage|SaveClassification|Save|WriteFile|CSVSaver|SegmentSaver)(d|D|Dict)?$")
 _PRETRAINED = re.compile(r"pretrained\s*=\s*True|load_state_dict_from_url|download_url|download_and_extract|hf_hub_download")
+_CORES = ("core", "_core")  # of numpy before 2 and since
 _IMPORT = re.compile(r"^\$\s*(?:import|from)\s+([A-Za-z_]\w*)[\w.]*(?:.*\bas\s+(\w+))?\s*(?:$|import)")
 
 
@@ -132,7 +136,8 @@ class _Builder:
         if key not in self._parser:
             raise PackageError(f"the configuration of the package {self._name} has no {key}.")
         try:
-            return self._parser.get_parsed_content(key)
+            with torch.serialization.safe_globals(_arrays()):
+                return self._parser.get_parsed_content(key)
         except BUNDLE_FAILS as error:
             raise PackageError(self._said(key, error)) from error
 
@@ -153,12 +158,13 @@ class _Builder:
     def _cleaned(self, value: Any, given_device: Any, device: torch.device) -> Any:
         """Return the configuration without what loads and saves, without imports that fail, on our device."""
         if isinstance(value, dict):
-            cleaned = {key: self._cleaned(inner, given_device, device) for key, inner in value.items()}
             if isinstance(value.get("_target_"), str) and _FILES.search(value["_target_"]):
                 return {"_target_": value["_target_"], "_disabled_": True}
-            return cleaned
+            cleaned = {key: self._cleaned(on_our_device(key, inner, device), given_device, device) for key, inner in value.items()}
+            return in_todays_words(cleaned)
         if isinstance(value, list):
-            return [self._cleaned(inner, given_device, device) for inner in value if not self._fails_to_import(inner)]
+            kept = [inner for inner in value if not self._fails_to_import(inner)]
+            return [self._cleaned(on_our_device("", inner, device), given_device, device) for inner in kept]
         return device if isinstance(value, str) and value == given_device and value.startswith("$") else value
 
     def _fails_to_import(self, value: Any) -> bool:
@@ -173,6 +179,13 @@ class _Builder:
                 self._missing[alias] = library
             return True
         return False
+
+
+def _arrays() -> list[Any]:
+    """What a file of numpy's arrays names: a configuration may load one beside the weights (a searched architecture), as data alone."""
+    module, numbers = np._core.multiarray, "?bBhHiIlLqQefd"  # type: ignore[attr-defined]  # where numpy's own pickles look them up
+    functions = [(getattr(module, name), f"numpy.{core}.multiarray.{name}") for name in ("_reconstruct", "scalar") for core in _CORES]
+    return [*functions, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in numbers}, codecs.encode]
 
 
 def missing_library(error: BaseException, aliases: Mapping[str, str]) -> str | None:

@@ -124,17 +124,18 @@ def _load(file: Path) -> Volume:
         )
 
 
-def _limit(memory_bytes: int, seconds: float) -> None:
+def _limit(folder: Path, memory_bytes: int, seconds: float) -> None:
+    written = REPORT_BYTES + max((file.stat().st_size for file in folder.rglob("*") if file.is_file()), default=0)  # a bundle is copied
     whole_seconds = int(seconds) + 1
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))  # not RLIMIT_AS: torch and CUDA reserve far more than they use
     resource.setrlimit(resource.RLIMIT_CPU, (whole_seconds, whole_seconds + 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (REPORT_BYTES, REPORT_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _child(folder: str, scratch: str, digest: str, device: str, memory_bytes: str, seconds: str) -> None:
     isolated = leave_network()
-    _limit(int(memory_bytes), float(seconds))
+    _limit(Path(folder), int(memory_bytes), float(seconds))
     volumes = {file.stem: _load(file) for file in Path(scratch).glob("*.npz")}
     inference = importlib.import_module("dicomnode.analysis.inference")  # not before the network is gone: it brings torch
     name = load_package(Path(folder)).manifest.name
@@ -144,7 +145,8 @@ def _child(folder: str, scratch: str, digest: str, device: str, memory_bytes: st
     except NotEligible as refusal:
         report = {"refused": f"The package {name} doesn't accept the volume it is checked with: {refusal.reason}"}
     except NodeError as error:
-        report = {"refused": str(error)}
+        limited = f" The check may use {int(memory_bytes) // 2**20} MiB." if "out of memory" in str(error) else ""
+        report = {"refused": f"{error}{limited}"}
     except MemoryError:
         report = {"refused": f"The package {name} needs more than {int(memory_bytes) // 2**20} MiB of memory."}
     (Path(scratch) / "report.json").write_text(json.dumps(report), encoding="utf-8")

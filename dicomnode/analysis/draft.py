@@ -130,13 +130,30 @@ def _modality(about: About) -> str:
         said = f"{stated} {about.text('task', 'name', 'description', 'image_classes').lower()}"
         found = next((value for word, value in _MODALITIES.items() if re.search(rf"\b{re.escape(word)}\b", said)), None)
     if found is None or str(image.get("format", "")).lower() in ("rgb", "bgr"):
+        kind_of_images = f"is for images of the modality {stated}" if stated else "doesn't say of which modality its images are"
         raise PackageError(
-            f"The bundle {about.folder.name} is for images of the modality {stated or 'unknown'}: this node analyses CT, MR and X-ray."
+            f"The bundle {about.folder.name} {kind_of_images}: this node analyses CT, MR and X-ray."
             " Bring a manifest (--manifest) if it is one of them."
         )
     if found == "XR" and re.search(r"mammogra", about.text("task", "name", "description").lower()):
         return "MG"
     return found
+
+
+def _enabled_steps(about: About) -> Iterator[_Json]:
+    """The transforms of the configuration without those that it turns off, as far as its own values say so."""
+    for step in steps_of(about.config):
+        off = step.get("_disabled_", False)
+        name = off[1:] if isinstance(off, str) and off.startswith("@") else ""
+        off = about.config.get(name, off) if name else off
+        negated = re.fullmatch(r"\$\(?\s*not @(\w+)\s*\)?", off) if isinstance(off, str) else None
+        if negated:
+            off = not about.config.get(negated[1])
+        if off is not True:
+            yield step
+
+
+_ADDS_CHANNELS = re.compile(r"(^|\.)(AddGuidanceSignal|AddExtremePointsChannel|AddInitialSeedPoint|AddRandomGuidance)\w*$")
 
 
 def _inputs(about: About, decide: list[str]) -> list[_Json]:
@@ -146,6 +163,12 @@ def _inputs(about: About, decide: list[str]) -> list[_Json]:
     if dimensions == 2 and modality in ("CT", "MR"):
         raise PackageError(
             f"The bundle {about.folder.name} looks at single slices of {modality}: this node runs networks of whole volumes."
+        )
+    resampled = any(re.search(r"(^|\.)(Spacing|ResampleToMatch)(d|D|Dict)?$", str(step["_target_"])) for step in _enabled_steps(about))
+    if dimensions == 3 and not resampled and re.search(r"\d\s*mm\b", about.text("image_classes")):
+        decide.append(
+            f"inputs: the bundle resamples nothing and was made for {one_line(about.text('image_classes'), 200)!r}: narrow pixel_spacing_mm"
+            " and slice_spacing_mm to that"
         )
     named = image.get("channel_def")
     channels = [str(label) for _, label in _numbered(named)] if isinstance(named, dict) else []
@@ -158,6 +181,10 @@ def _inputs(about: About, decide: list[str]) -> list[_Json]:
     weightings = [_CONTRASTS.get(" ".join(re.sub(r"[^a-z0-9]+", " ", label.lower()).split()), "") for label in channels]
     if modality == "MR" and count > 1 and len(channels) == count and all(weightings) and len(set(weightings)) == count:
         return [{"name": weighting, **shared, "mr_contrasts": [weighting]} for weighting in weightings]
+    clicks = any(_ADDS_CHANNELS.search(str(step["_target_"])) for step in steps_of(about.config))
+    if count > 1 and dimensions == 3 and len(channels) == 1 and clicks:
+        count = 1  # the bundle's own steps add the others to the image: maps of clicks, of which there are none here
+        decide.append("inputs: the bundle's own steps add channels for a person's clicks to the image; here they stay empty")
     if count > 1 and dimensions == 3:
         raise PackageError(
             f"The bundle {about.folder.name} wants {count} channels of {modality} that its metadata doesn't tell apart"
@@ -177,6 +204,8 @@ def _inputs(about: About, decide: list[str]) -> list[_Json]:
 
 
 def _dimensions(about: About, image: _Json) -> int:
+    if any(str(step["_target_"]).rpartition(".")[2] == "SliceInferer" for step in steps_of(about.config.get("inferer"))):
+        return 3  # a network of slices, and an inferer that takes it through a volume
     shape = image.get("spatial_shape")
     network = about.config.get("network_def")
     stated = network.get("spatial_dims") if isinstance(network, dict) else None

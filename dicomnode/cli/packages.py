@@ -90,10 +90,16 @@ def package_manifest(
 
 
 @package.command("check")
-def package_check(name: NameArgument, config: ConfigOption = None, json: JsonOption = False) -> None:
+def package_check(
+    name: NameArgument,
+    memory: Annotated[int, typer.Option(metavar="MIB", min=512, help="how much memory it may use")] = 4096,
+    minutes: Annotated[float, typer.Option(min=0.1, help="how long it may take")] = 10.0,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
     """Run a package once on a phantom, in a child process without network and under limits. This is your consent to run it."""
     with opened(config) as (_, storage):
-        checked = check_package(storage, known_package(storage, name))
+        checked = check_package(storage, known_package(storage, name), memory_bytes=memory * 2**20, seconds=minutes * 60)
         report = checked.check or {}
         if json:
             show([{"name": checked.name, "version": checked.version, **report}], [], as_json=True)
@@ -136,15 +142,16 @@ def add_package(storage: Storage, source: Path, manifest: Path | None = None) ->
     return _add(storage, source, manifest)[0]
 
 
-def check_package(storage: Storage, record: PackageRecord) -> PackageRecord:
-    """Run the package once in a child process and keep what came of it."""
-    from dicomnode.analysis.check import check_in_child
+def check_package(storage: Storage, record: PackageRecord, *, memory_bytes: int = 0, seconds: float = 0) -> PackageRecord:
+    """Run the package once in a child process and keep what came of it; a limit of 0 is the usual one."""
+    from dicomnode.analysis.check import MEMORY_BYTES, SECONDS, check_in_child
     from dicomnode.cli.rehearsal import check_volumes
 
     folder = storage.registry.package_folder(record.name, record.version)
     try:
         volumes = check_volumes(folder, _manifest_of(storage, record))
-        report, passed = check_in_child(folder, volumes, digest=record.digest), True
+        memory, time = memory_bytes or MEMORY_BYTES, seconds or SECONDS
+        report, passed = check_in_child(folder, volumes, digest=record.digest, memory_bytes=memory, seconds=time), True
         report = {"shapes": {name: list(volume.voxels.shape) for name, volume in volumes.items()}, **report}
     except PackageError as error:
         report, passed = {"error": _named_library(record, str(error))}, False

@@ -11,8 +11,9 @@ import torch
 from small_bundle import affine_of, spheres, volume_of
 from zoo_package import BRIGHT, BRIGHT_WEIGHTS, load, manifest_of, write_zoo_package
 
+from dicomnode.analysis.bundle_age import in_todays_words
 from dicomnode.analysis.package import digest_of
-from dicomnode.errors import PackageError
+from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Volume
 
 AXIAL = np.array([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]])
@@ -195,3 +196,68 @@ def test_thousands_of_specks_are_capped_and_counted(tmp_path: Path) -> None:
     assert len(found.findings) == 50
     assert len(found.findings) + found.omitted == np.count_nonzero(voxels > 0)
     assert [f.number for f in found.findings] == list(range(1, 51))
+
+
+def test_what_lies_beside_the_weights_is_read_on_our_device_as_arrays(tmp_path: Path) -> None:
+    config = changed(
+        code="$torch.load(@bundle_root + '/models/code.pt', map_location=torch.device('cuda'))",
+        network_def={**BRIGHT["network_def"], "out_channels": "$int(@code['channels'].sum())"},
+    )
+    folder = write_zoo_package(tmp_path / "p", config, BRIGHT_WEIGHTS)
+    torch.save({"channels": np.array([1, 1]), "best": np.float64(0.5)}, folder / "bundle/models/code.pt")
+    volume, _ = ball(AXIAL)
+    assert len(load(folder)({"image": volume}).findings) == 1
+    torch.save({"channels": changed}, folder / "bundle/models/code.pt")
+    with pytest.raises(PackageError, match=r"doesn't build"):
+        load(folder)
+
+
+def test_a_network_of_slices_goes_through_the_volume(tmp_path: Path) -> None:
+    inferer = {"_target_": "SliceInferer", "roi_size": [32, 32], "spatial_dim": 2}
+    weights = {"weight": BRIGHT_WEIGHTS["weight"][..., 0], "bias": BRIGHT_WEIGHTS["bias"]}
+    config = changed(network_def={**BRIGHT["network_def"], "_target_": "torch.nn.Conv2d"}, inferer=inferer)
+    volume, _ = ball(AXIAL)
+    shares: list[float] = []
+    (finding,) = load(write_zoo_package(tmp_path / "p", config, weights))({"image": volume}, shares.append).findings
+    assert finding.volume_ml == pytest.approx(4 / 3 * np.pi * 1.1**3, rel=0.1)
+    assert 0 < shares[-1] < 1
+
+
+def test_channels_that_a_bundle_adds_to_a_volume_are_its_own(tmp_path: Path) -> None:
+    config = changed(network_def={**BRIGHT["network_def"], "in_channels": 3})
+    adding = {"_target_": "Lambdad", "keys": "image", "func": "$lambda x: torch.cat([x, 0 * x, 0 * x])"}
+    config["preprocessing"]["transforms"].insert(-1, adding)
+    weights = {"weight": BRIGHT_WEIGHTS["weight"].repeat(1, 3, 1, 1, 1), "bias": BRIGHT_WEIGHTS["bias"]}
+    folder = write_zoo_package(tmp_path / "p", config, weights)
+    metadata = {"network_data_format": {"inputs": {"image": {"num_channels": 3}}}}
+    (folder / "bundle/configs/metadata.json").write_text(json.dumps(metadata))
+    volume, _ = ball(AXIAL)
+    assert len(load(folder)({"image": volume}).findings) == 1
+
+
+def test_a_cpu_takes_one_window_at_a_time_and_says_when_memory_runs_out(tmp_path: Path, bright: Any) -> None:
+    assert bright.parts.inferer.sw_batch_size == 1
+    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1936973136 bytes. Error code 12"
+    scripts = {"scripts/inferer.py": f"def full(image, network):\n    raise RuntimeError({said!r})\n"}
+    config = changed(imports=["$from scripts.inferer import full"], inferer="$full")
+    volume, _ = ball(AXIAL)
+    with pytest.raises(AnalysisFailed, match=r"ran out of memory when it asked for 1847 MiB more\.$"):
+        load(write_zoo_package(tmp_path / "p", config, BRIGHT_WEIGHTS, scripts=scripts))({"image": volume})
+
+
+@pytest.mark.parametrize(
+    ("written", "today"),
+    [
+        ({"_target_": "SwinUNETR", "img_size": 96, "in_channels": 1}, {"_target_": "SwinUNETR", "in_channels": 1}),
+        ({"_target_": "monai.networks.nets.SwinUNETR", "img_size": 96}, {"_target_": "monai.networks.nets.SwinUNETR"}),
+        ({"_target_": "UNETR", "img_size": 96, "pos_embed": "conv"}, {"_target_": "UNETR", "img_size": 96, "proj_type": "conv"}),
+        ({"_target_": "AddChanneld", "keys": "x"}, {"_target_": "EnsureChannelFirstd", "keys": "x", "channel_dim": "no_channel"}),
+        ({"_target_": "AsChannelFirstd", "keys": "x"}, {"_target_": "EnsureChannelFirstd", "keys": "x", "channel_dim": -1}),
+        ({"_target_": "EnsureChannelFirstd", "meta_key_postfix": "meta"}, {"_target_": "EnsureChannelFirstd"}),
+        ({"_target_": "UNet", "dimensions": 3}, {"_target_": "UNet", "spatial_dims": 3}),
+        ({"_target_": "UNet", "depth_of": 3}, {"_target_": "UNet", "depth_of": 3}),  # MONAI refuses it, and says so
+        ({"_target_": "scripts.net.SwinUNETR", "img_size": 96}, {"_target_": "scripts.net.SwinUNETR", "img_size": 96}),
+    ],
+)
+def test_what_monai_has_renamed_or_given_up_is_said_in_todays_words(written: dict[str, Any], today: dict[str, Any]) -> None:
+    assert in_todays_words(written) == today

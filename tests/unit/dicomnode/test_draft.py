@@ -245,3 +245,36 @@ def test_a_label_is_known_in_whatever_order_and_spelling(label: str, code: str, 
 )
 def test_what_a_detector_looks_for_is_read_from_its_task(text: str, found: str | None) -> None:
     assert find_abnormal(text) == found
+
+
+def test_channels_for_clicks_are_the_bundles_own_and_a_network_of_slices_may_go_through_a_volume(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    bundle = changed(
+        tmp_path, bundles["spleen_ct_segmentation"], lambda m: m["network_data_format"]["inputs"]["image"].update(num_channels=3)
+    )
+    file = bundle / "configs/inference.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"clicks": [{"_target_": "AddGuidanceSignalDeepEditd", "keys": "image"}]}))
+    (accepts,) = manifest_of(bundle).inputs
+    assert (accepts.name, accepts.dimensions) == ("image", 3)
+    assert any("clicks" in line for line in manifest_of(bundle).decide)
+    slices = {**config, "inferer": {"_target_": "SliceInferer", "roi_size": [256, 256], "spatial_dim": 2}}
+    slices["network_def"]["spatial_dims"] = 2
+    flat = changed(
+        tmp_path / "flat",
+        bundles["spleen_ct_segmentation"],
+        lambda m: m["network_data_format"]["inputs"]["image"].update(spatial_shape=[9, 9]),
+    )
+    (flat / "configs/inference.json").write_text(json.dumps(slices))
+    assert manifest_of(flat).inputs[0].dimensions == 3
+
+
+def test_a_bundle_that_resamples_nothing_says_for_which_grid_it_was_made(bundles: dict[str, Path], tmp_path: Path) -> None:
+    def stated(m: dict[str, Any]) -> None:
+        m.update(image_classes="1 channel data, CT at 0.703125 x 0.703125 x 1.25 mm")
+
+    nodule = changed(tmp_path / "a", bundles["lung_nodule_ct_detection"], stated)
+    assert any("0.703125 x 0.703125 x 1.25 mm" in line for line in manifest_of(nodule).decide)
+    spleen = changed(tmp_path / "b", bundles["spleen_ct_segmentation"], stated)
+    assert not any("0.703125" in line for line in manifest_of(spleen).decide)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from small_bundle import HALF, affine_of, spheres, volume_of, write_package
+from zoo_package import BRIGHT, BRIGHT_WEIGHTS, write_zoo_package
 
 from dicomnode.analysis.check import check_in_child
 from dicomnode.analysis.package import digest_of
@@ -52,6 +53,14 @@ def test_a_network_that_fails_is_a_sentence(tmp_path: Path, volume: Volume) -> N
     weights = HALF | {"bias": torch.full((1,), float("nan"))}
     with pytest.raises(PackageError, match="not finite"):
         check_in_child(write_package(tmp_path / "p", weights=weights), {"image": volume})
+
+
+def test_a_bundle_with_large_papers_and_data_is_run_from_its_private_copy(tmp_path: Path, volume: Volume) -> None:
+    folder = write_zoo_package(tmp_path / "p", BRIGHT, BRIGHT_WEIGHTS)
+    for name in ("docs/picture.png", "scripts/atlas.bin"):
+        (folder / "bundle" / name).parent.mkdir()
+        (folder / "bundle" / name).write_bytes(bytes(3 * 2**20))
+    assert len(check_in_child(folder, {"image": volume}, device="cpu")["findings"]) == 1
 
 
 def test_a_package_beyond_its_memory_is_ended(tmp_path: Path, volume: Volume) -> None:
