@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from dicomnode.findings import Code, Laterality
@@ -247,6 +247,15 @@ _NO_FINDING = {"background", "bg", "other", "others", "everything else", "rest",
 _NEGATIVE = {"normal", "negative", "healthy", "no finding", "no findings", "no pneumonia", "non covid", "benign", "absent"}
 
 
+_PARTS_OF_THE_BRAIN = {
+    "cerebellum": {"cerebellar", "vermal", "vermis"},
+    "cerebral cortex": {
+        "gyrus", "gyri", "sulcus", "cuneus", "precuneus", "insula", "operculum", "opercular", "orbital", "triangular", "planum", "pole",
+        "cortex", "entorhinal", "lobule", "subcallosal",
+    },
+}  # fmt: skip
+
+
 def term_of(label: str, *, context: str = "") -> Term:
     """Return what a label means. `context` is what the model is for, where labels alone are letters ("A" of breast density)."""
     words = _words(label)
@@ -260,6 +269,9 @@ def term_of(label: str, *, context: str = "") -> Term:
     found = table.get(_key(word for word in words if word not in _LEFT | _RIGHT))
     if found is None and context:
         found = table.get(_key(_words(f"{context} {label}")))
+    if found is None and "brain" in _words(context):  # DICOM has no codes for single gyri: the whole that they are part of says less
+        whole = next((whole for whole, parts in _PARTS_OF_THE_BRAIN.items() if parts & {*words}), None)
+        found = replace(table[_key(_words(whole))], exact=False) if whole else None
     if found is None:
         return Term(category=TISSUE, type=TISSUE, site=TISSUE if side else None, side=side, exact=False)
     if side is None:

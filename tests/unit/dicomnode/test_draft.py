@@ -278,3 +278,11 @@ def test_a_bundle_that_resamples_nothing_says_for_which_grid_it_was_made(bundles
     assert any("0.703125 x 0.703125 x 1.25 mm" in line for line in manifest_of(nodule).decide)
     spleen = changed(tmp_path / "b", bundles["spleen_ct_segmentation"], stated)
     assert not any("0.703125" in line for line in manifest_of(spleen).decide)
+
+
+def test_a_gyrus_is_cortex_which_says_less_and_only_in_a_brain() -> None:
+    gyrus = term_of("Right-FuG---fusiform-gyrus ", context="whole brain")
+    assert (gyrus.type.value, gyrus.side, gyrus.exact) == ("40146001", "right", False)
+    assert term_of("Cerebellar-Vermal-Lobules-I-V", context="whole brain").type.meaning == "Cerebellum"
+    assert term_of("Left-Hippocampus", context="whole brain").exact
+    assert term_of("greater pole", context="kidney").type.meaning == "Tissue"
