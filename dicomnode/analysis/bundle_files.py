@@ -90,6 +90,18 @@ def spacing_and_channels(folder: Path, config_name: str, preprocessing: str) -> 
     return spacing, channels if isinstance(channels, int) and 0 < channels < 10_000 else 1
 
 
+def window_of(folder: Path, config_name: str) -> tuple[tuple[int, int, int], float] | None:
+    """Return the edges (x, y, z) of the windows that a bundle's inferer slides over an image, and their overlap, where both stand there."""
+    try:
+        inferer = read_table(folder / config_name, folder.name).get("inferer")
+    except PackageError:
+        return None
+    size, overlap = (inferer.get("roi_size"), inferer.get("overlap", 0.25)) if isinstance(inferer, dict) else (None, None)
+    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(edge, int) and edge > 0 for edge in size)):
+        return None
+    return ((size[0], size[1], size[2]), overlap) if isinstance(overlap, float) and 0 <= overlap < 1 else None
+
+
 def read_table(file: Path, name: str) -> _Json:
     """A JSON or YAML file as data."""
     try:

@@ -5,13 +5,14 @@ Must never run or resolve anything of a bundle: its own grid is read from its co
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dicomnode.analysis.bundle_files import spacing_and_channels
+from dicomnode.analysis.bundle_files import spacing_and_channels, window_of
 from dicomnode.analysis.manifest import InputSection, Manifest
 from dicomnode.analysis.package import BUNDLE
 from dicomnode.findings import Volume
@@ -20,6 +21,8 @@ from dicomnode.phantoms.studies import check_volume
 
 VOXELS = 6_000_000  # on the grid of the bundle: a minute or two of a large network on a CPU
 VALUES = 160_000_000  # those times the channels: 640 MB of float32, of which a bundle holds several copies
+WINDOWED = 8_000_000  # in windows that overlap: nine of 96 x 96 x 96
+LEAST = 100_000
 FEWEST_SLICES, FEWEST_PIXELS = 16, 48
 
 
@@ -29,7 +32,23 @@ def check_volumes(folder: Path, manifest: Manifest) -> dict[str, Volume]:
     if manifest.bundle is None or manifest.inputs[0].dimensions == 2:
         return volumes
     spacing, channels = spacing_and_channels(folder / BUNDLE, manifest.bundle.config, manifest.bundle.preprocessing)
-    return {name: cut(volume, spacing, min(VOXELS, VALUES // max(1, channels))) for name, volume in volumes.items()}
+    most = min(VOXELS, VALUES // max(1, channels))
+    slides = window_of(folder / BUNDLE, manifest.bundle.config)
+    if slides is not None:
+        first, fewest = volumes[manifest.inputs[0].name], max(1, WINDOWED // math.prod(slides[0]))
+        while most > LEAST and windows_of(cut(first, spacing, most), spacing, *slides) > fewest:
+            most = most * 3 // 4
+    return {name: cut(volume, spacing, most) for name, volume in volumes.items()}
+
+
+def windows_of(volume: Volume, spacing_mm: tuple[float, float, float] | None, window: tuple[int, int, int], overlap: float) -> int:
+    """Return how many windows that overlap cover a volume whose voxels are brought to be `spacing_mm` (x, y, z) apart."""
+    extent = np.abs(volume.affine[:3, :3]) @ np.array(volume.voxels.shape)
+    edges = extent / spacing_mm if spacing_mm is not None else np.array(volume.voxels.shape[::-1])
+    count = 1
+    for edge, size in zip(edges.tolist(), window, strict=True):
+        count *= math.ceil(max(0.0, edge - size) / max(1, int(size * (1 - overlap)))) + 1
+    return count
 
 
 def cut(volume: Volume, spacing_mm: tuple[float, float, float] | None, most: int) -> Volume:

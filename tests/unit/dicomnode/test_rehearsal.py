@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from monai.data.utils import dense_patch_slices
 from small_bundle import affine_of, volume_of
 
 import zoo_bundles
-from dicomnode.analysis.bundle_files import spacing_and_channels
+from dicomnode.analysis.bundle_files import spacing_and_channels, window_of
 from dicomnode.analysis.draft import draft_manifest
-from dicomnode.cli.rehearsal import check_volumes, cut
+from dicomnode.cli.rehearsal import check_volumes, cut, windows_of
 
 AXIAL = np.array([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]])
 
@@ -71,3 +72,15 @@ def test_a_projection_is_one_slice_of_an_x_ray(tmp_path: Path) -> None:
     [volume] = check_volumes(package, draft_manifest(package / "bundle").manifest).values()
     assert volume.is_projection
     assert len(volume.voxels) == 1
+
+
+def test_windows_are_counted_as_monai_lays_them_and_a_check_has_few(tmp_path: Path) -> None:
+    volume = volume_of(np.zeros((22, 235, 250), dtype=np.float32), affine_of((2.0, 1.5, 1.5), (0.0, 0.0, 0.0), AXIAL))
+    laid = dense_patch_slices((250, 235, 96), (96, 96, 96), (48, 48, 48))  # an image that is smaller than a window is padded
+    assert windows_of(volume, (1.5, 1.5, 2.0), (96, 96, 96), 0.5) == windows_of(volume, None, (96, 96, 96), 0.5) == len(laid)
+    package = placed(tmp_path, "spleen_ct_segmentation")
+    [volume] = check_volumes(package, draft_manifest(package / "bundle").manifest).values()
+    slides = window_of(package / "bundle", "configs/inference.json")
+    assert slides == ((96, 96, 96), 0.5)
+    assert windows_of(volume, (1.5, 1.5, 2.0), *slides) <= 9
+    assert window_of(package / "bundle", "configs/metadata.json") is None
