@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_dataset, read_preamble
 
 from dicomnode.dimse.contexts import STORAGE_CLASSES
-from dicomnode.dimse.scp import is_uid
+from dicomnode.dimse.scp import StoreRequest, is_uid, part10_prefix
 from dicomnode.dimse.scu import Outgoing, send
 from dicomnode.errors import UsageError
 from storage.records import Peer
@@ -96,7 +98,9 @@ def send_study(study: ScannedStudy, node: Peer, *, calling_ae_title: str) -> lis
     """Send the study over one association; return what the node didn't take, with its reason."""
     study.sent_at = datetime.now(UTC)
     start = time.monotonic()
-    outcomes = send(node, study.outgoing, calling_ae_title=calling_ae_title)
+    with tempfile.TemporaryDirectory(prefix="dicomnode-scanner-") as folder:
+        claimed = [_as_its_data_set_says(item, Path(folder)) for item in study.outgoing]
+        outcomes = send(node, claimed, calling_ae_title=calling_ae_title)
     study.receive_seconds = time.monotonic() - start
     paths = {item.sop_instance_uid: item.path for item in study.outgoing}
     study.sent = {outcome.sop_instance_uid for outcome in outcomes if outcome.state == "sent"}
@@ -108,6 +112,26 @@ def send_study(study: ScannedStudy, node: Peer, *, calling_ae_title: str) -> lis
         for outcome in outcomes
         if outcome.state != "sent"
     ]
+
+
+def _as_its_data_set_says(item: Outgoing, folder: Path) -> Outgoing:
+    """Return the object, as a copy in `folder` where the file meta information names another one than the data set does."""
+    names = (item.sop_class_uid, item.sop_instance_uid)
+    with item.path.open("rb") as file:
+        read_preamble(file, force=False)
+        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, _, __: tag >> 16 != 2)
+        if (meta.get("MediaStorageSOPClassUID"), meta.get("MediaStorageSOPInstanceUID")) == names:
+            return item
+        data = file.read()
+    prefix = part10_prefix(
+        StoreRequest(
+            association=0, calling_ae_title="", called_ae_title="", context_sop_class_uid=item.sop_class_uid,
+            sop_class_uid=item.sop_class_uid, sop_instance_uid=item.sop_instance_uid, transfer_syntax_uid=item.transfer_syntax_uid,
+        )
+    )  # fmt: skip
+    copy = folder / f"{len(list(folder.iterdir()))}.dcm"
+    copy.write_bytes(prefix + data)
+    return replace(item, path=copy)
 
 
 def _name(path: Path, folder: Path) -> str:
