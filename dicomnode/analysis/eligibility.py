@@ -45,7 +45,7 @@ REASONS = {
     "pixel-format": "the pixels are no greyscale of at most 16 bits, or several frames where one is read",
     "transfer-syntax": "the pixels are compressed in a way that the node doesn't decode",
     "not-hu": "Rescale Slope or Intercept is absent, or the rescaled values are no Hounsfield units",
-    "orientation": "the slices are axial, coronal, sagittal or oblique where the package needs another orientation",
+    "orientation": "the slices are axial, coronal, sagittal or oblique where the package needs another, or a film is mirrored or turned",
     "missing-geometry": "the position, orientation, pixel spacing or frame of reference of an image is absent or malformed",
     "too-few-slices": "the series has fewer slices than the package needs",
     "too-many-slices": "the series has more slices than the package reads",
@@ -213,6 +213,16 @@ def _contrast(accepts: InputSection, frame: Frame) -> str | None:
     return None
 
 
+def _upright(accepts: InputSection, frame: Frame) -> str | None:
+    """Patient Orientation (PS3.3 C.7.6.1.1.1) of a chest film: rows run to the left and columns to the feet, or nothing is said."""
+    if accepts.region != "chest-radiograph":
+        return None
+    row, column = ([text.strip().upper() for text in texts_of(frame.header, "PatientOrientation")] + ["", ""])[:2]
+    if row[:1] in ("", "L") and column[:1] in ("", "F"):
+        return None
+    return "Patient Orientation says that the film is mirrored or turned: left and right would be exchanged."
+
+
 # In the order of REASONS.
 _CHECKS: tuple[tuple[str, Check], ...] = (
     ("modality", _modality),
@@ -227,6 +237,7 @@ _CHECKS: tuple[tuple[str, Check], ...] = (
     ("laterality", _laterality),
     ("age", _age),
     ("contrast", _contrast),
+    ("orientation", _upright),
 )
 
 

@@ -81,6 +81,8 @@ CASES: list[tuple[str, str, Callable[[], Headers]]] = [
     ("view-position", CHEST_FILM_INPUT, lambda: projection(ViewPosition=None, ViewCodeSequence=coded("399067008"))),
     ("view-position", CHEST_FILM_INPUT, lambda: projection(ViewPosition="PA", ViewCodeSequence=coded("R-10236", "SRT"))),
     ("view-position", CHEST_FILM_INPUT, lambda: projection(ViewPosition=None, PatientOrientation=["A", "F"])),
+    ("orientation", CHEST_FILM_INPUT, lambda: projection(PatientOrientation=["R", "F"])),
+    ("orientation", CHEST_FILM_INPUT, lambda: projection(PatientOrientation=["L", "H"])),
     ("view-position", CHEST_FILM_INPUT + "view_position_may_be_absent = false\n", lambda: projection(ViewPosition=None)),
     ("laterality", CHEST_FILM_INPUT + 'laterality = ["U", "B"]\n', lambda: projection(ImageLaterality="L")),
     ("laterality", CHEST_FILM_INPUT + 'laterality = ["U"]\nlaterality_may_be_absent = false\n', projection),

@@ -61,7 +61,7 @@ def test_what_is_no_human_chest_is_refused_for_what_its_header_or_else_its_pixel
         look(CHEST, headers_of(name))
     assert caught.value.code == code
     with pytest.raises(NotEligible) as caught:
-        look(PIXELS_ALONE, headers_of(name))
+        look(PIXELS_ALONE, headers_of(name, PatientOrientation=["L", "F"]))
     assert caught.value.code == "no-chest"
 
 
