@@ -74,7 +74,9 @@ def check_in_child(
             try:
                 code = child.wait(timeout=seconds)
             except subprocess.TimeoutExpired as error:
-                raise PackageError(f"The check of the package {name} took longer than {seconds:g} s and was ended.") from error
+                raise PackageError(
+                    f"The check of the package {name} took longer than {seconds:g} s and was ended; --minutes allows more."
+                ) from error
             finally:
                 _end(child)
         return _report(place, name, code, seconds)
@@ -83,7 +85,9 @@ def check_in_child(
 def _report(place: Path, name: str, code: int, seconds: float) -> dict[str, Any]:
     file = place / "report.json"
     if code == -signal.SIGXCPU:
-        raise PackageError(f"The check of the package {name} used more than {seconds:g} s of CPU time and was ended.")
+        raise PackageError(
+            f"The check of the package {name} used more than {seconds:g} s of CPU time and was ended; --minutes allows more."
+        )
     if code != 0 or not file.is_file() or file.stat().st_size > REPORT_BYTES:
         lines = (place / "errors").read_text(errors="replace")[-4000:].splitlines() or ["it said nothing"]
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -145,7 +149,7 @@ def _child(folder: str, scratch: str, digest: str, device: str, memory_bytes: st
     except NotEligible as refusal:
         report = {"refused": f"The package {name} doesn't accept the volume it is checked with: {refusal.reason}"}
     except NodeError as error:
-        limited = f" The check may use {int(memory_bytes) // 2**20} MiB." if "out of memory" in str(error) else ""
+        limited = f" The check may use {int(memory_bytes) // 2**20} MiB; --memory allows more." if "out of memory" in str(error) else ""
         report = {"refused": f"{error}{limited}"}
     except MemoryError:
         report = {"refused": f"The package {name} needs more than {int(memory_bytes) // 2**20} MiB of memory."}
