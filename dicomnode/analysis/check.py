@@ -27,7 +27,7 @@ from dicomnode.analysis.package import digest_of, load_package
 from dicomnode.errors import NodeError, PackageError
 from dicomnode.findings import Volume
 
-MEMORY_BYTES = 4 * 2**30
+MEMORY_BYTES = 8 * 2**30
 SECONDS = 600.0
 REPORT_BYTES = 2**20
 

@@ -92,7 +92,7 @@ def package_manifest(
 @package.command("check")
 def package_check(
     name: NameArgument,
-    memory: Annotated[int, typer.Option(metavar="MIB", min=512, help="how much memory it may use")] = 4096,
+    memory: Annotated[int, typer.Option(metavar="MIB", min=512, help="how much memory it may use")] = 8192,
     minutes: Annotated[float, typer.Option(min=0.1, help="how long it may take")] = 10.0,
     config: ConfigOption = None,
     json: JsonOption = False,

@@ -69,9 +69,10 @@ def write_model_card(folder: Path) -> None:
     else:
         lines += _phantom_lines(evaluation["phantoms"]) if "phantoms" in evaluation else ["Not evaluated yet.", ""]
     lines += _case_lines(evaluation["cases"]) if "cases" in evaluation else []
+    lacking = _LACKING.get(accepts.region, "disease")
     lines += [
         "## Limits", "",
-        "- Synthetic training: what the phantoms lack (pneumonia, effusion, fibrosis, surgery, metal, motion, children) it has never seen.",
+        f"- Synthetic training: what the phantoms lack ({lacking}, surgery, metal, motion, children) it has never seen.",
         "- Figures on phantoms say nothing about patients; the few real cases are examples, no performance claim.",
         *(f"- {limit}" for limit in _LIMITS.get(accepts.region, ())),
         "- The score is no probability of disease.", "",
@@ -156,6 +157,11 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_LACKING = {  # in the phantoms of a region, beside what is lacking in all of them
+    "lung": "pneumonia, effusion, fibrosis",
+    "chest-radiograph": "pneumonia, effusion, collapse",
+    "head": "tumours, bleeding, atrophy",
+}
 _LIMITS = {  # by the region that the manifest asks for
     "lung": ["A mass that fills much of a lung may lie outside the lung region and be missed or marked in part."],
     "chest-radiograph": [
