@@ -23,10 +23,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dicomnode.errors import ConfigError, UsageError
-from dicomnode.training.datasets import PhantomPatches
 from dicomnode.training.export import write_package
 from dicomnode.training.films import PhantomFilms
 from dicomnode.training.heads import PhantomHeads
+from dicomnode.training.nodules import PhantomPatches
 from dicomnode.training.recipe import Heads, NetworkSection, Radiographs, Recipe, TrainingSection, load_recipe
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

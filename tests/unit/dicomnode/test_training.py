@@ -13,9 +13,9 @@ from dicomnode.analysis.package import load_package
 from dicomnode.errors import ConfigError, UsageError
 from dicomnode.findings import Code, Finding, Findings, LongAxis, Segment, Volume
 from dicomnode.training.cases import Case, Known
-from dicomnode.training.datasets import PhantomPatches
 from dicomnode.training.evaluate import match, measure_cases, shared_voxels
 from dicomnode.training.export import toml_of, write_model_card, write_package
+from dicomnode.training.nodules import PhantomPatches
 from dicomnode.training.recipe import Recipe, load_recipe
 from dicomnode.training.train import Trainer, build_network, checkpoints, segmentation_loss, train
 
