@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from dicomnode.analysis.manifest import InputSection
 from dicomnode.analysis.package import Package, load_package
 from dicomnode.errors import UsageError
-from dicomnode.training.recipe import Heads, NodulePatches, Radiographs, Recipe
+from dicomnode.training.recipe import Recipe
+from dicomnode.training.streams import KINDS
 
 
 def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: Path) -> Package:
@@ -105,26 +106,15 @@ def _toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
 
 
-_CHANGE = {
-    "chest-ct-nodules": "trained on synthetic chests", "chest-radiographs": "trained on projected synthetic chests",
-    "mr-heads": "trained on synthetic heads",
-}  # fmt: skip
-_FORMAT = {"chest-ct-nodules": "hounsfield", "chest-radiographs": "magnitude", "mr-heads": "magnitude"}
-
-
-def _scaling(data: NodulePatches | Radiographs | Heads) -> str:
-    return f"HU {data.window_hu[0]:g} to {data.window_hu[1]:g}" if isinstance(data, NodulePatches) else "1st to 99th percentile"
-
-
 def _metadata(recipe: Recipe) -> dict[str, Any]:
     """metadata.json as MONAI's schema has it."""
-    manifest, data = recipe.package, recipe.data
+    manifest, kind = recipe.package, KINDS[recipe.data.kind]
     modality = manifest.inputs[0].modalities[0]
     patch = list(manifest.inference.window if manifest.inference else ())
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": manifest.version,
-        "changelog": {manifest.version: _CHANGE[data.kind]},
+        "changelog": {manifest.version: kind.change},
         "monai_version": str(monai.__version__),
         "pytorch_version": str(torch.__version__),
         "numpy_version": str(np.__version__),
@@ -135,13 +125,13 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
         "copyright": f"Copyright {manifest.manufacturer} contributors",
         "data_source": manifest.training_data,
         "data_type": "DICOM",
-        "image_classes": f"one channel, {_scaling(data)} scaled to 0..1",
+        "image_classes": f"one channel, {kind.scaling(recipe.data)} scaled to 0..1",
         "label_classes": "; ".join(f"channel {output.channel}: {output.label}" for output in manifest.outputs),
         "intended_use": manifest.intended_use,
         "network_data_format": {
             "inputs": {
                 "image": {
-                    "type": "image", "format": _FORMAT[data.kind], "modality": modality,
+                    "type": "image", "format": kind.image_format, "modality": modality,
                     "num_channels": 1, "spatial_shape": patch,
                     "dtype": "float32", "value_range": [0, 1], "is_patch_data": True, "channel_def": {"0": "image"},
                 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -46,6 +46,9 @@ class Heads(_Section):
     others: float = Field(ge=0, lt=1, description="share of volumes that hold no head")
 
 
+DataSection = Annotated[NodulePatches | Radiographs | Heads, Field(discriminator="kind")]  # what each is stands in streams.py
+
+
 class NetworkSection(_Section):
     """A network of monai.networks.nets by name, with its arguments."""
 
@@ -76,7 +79,7 @@ class TrainingSection(_Section):
 class Recipe(_Section):
     """A whole training. A `data` without a kind is of nodules."""
 
-    data: NodulePatches | Radiographs | Heads = Field(discriminator="kind")
+    data: DataSection
     network: NetworkSection
     training: TrainingSection
     package: Manifest = Field(description="the manifest of the package that export writes")

@@ -20,16 +20,12 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from dicomnode.errors import ConfigError, UsageError
 from dicomnode.training.export import write_package
-from dicomnode.training.films import PhantomFilms
-from dicomnode.training.heads import PhantomHeads
-from dicomnode.training.nodules import PhantomPatches
-from dicomnode.training.recipe import Heads, NetworkSection, Radiographs, Recipe, TrainingSection, load_recipe
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from dicomnode.training.recipe import NetworkSection, Recipe, TrainingSection, load_recipe
+from dicomnode.training.streams import Patch as Batch, stream_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,19 +214,9 @@ def _same_training(first: Recipe, second: Recipe) -> bool:
     return (first.data, first.network, first.training) == (second.data, second.network, second.training)
 
 
-def patches_of(recipe: Recipe) -> Dataset[Batch]:
-    """The numbered stream that the recipe's data are."""
-    data, seed, count = recipe.data, recipe.training.seed, recipe.training.steps * recipe.training.batch
-    if isinstance(data, Radiographs):
-        return PhantomFilms(data, seed=seed, count=count)
-    if isinstance(data, Heads):
-        return PhantomHeads(data, seed=seed, count=count)
-    return PhantomPatches(data, seed=seed, count=count)
-
-
 def _batches(recipe: Recipe, *, first: int, last: int) -> Iterator[Batch]:
     section = recipe.training
-    patches = patches_of(recipe)
+    patches = stream_of(recipe.data, seed=section.seed, count=section.steps * section.batch)
     rest = Subset(patches, range(first * section.batch, last * section.batch))
     yield from DataLoader(
         rest, batch_size=section.batch, num_workers=section.workers, worker_init_fn=_one_thread,

@@ -1,0 +1,73 @@
+"""What each kind of training data is: its numbered stream of patches, and what an exported package says of it.
+
+A new kind is a section in recipe.py and a row in KINDS here; the trainer and the export know no kind by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+from dicomnode.training.films import PhantomFilms
+from dicomnode.training.heads import PhantomHeads
+from dicomnode.training.nodules import PhantomPatches
+from dicomnode.training.recipe import DataSection
+
+Patch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Split = Literal["train", "validation"]
+
+
+class OpenStream(Protocol):
+    """Opens the stream of one split."""
+
+    def __call__(self, data: Any, *, seed: int, count: int, split: Split, dataset: Path | None) -> Dataset[Patch]:
+        """`count` patches, the same for the same seed; `dataset` is a data set's folder, for kinds that read one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataKind:
+    """A kind of training data."""
+
+    open: OpenStream
+    change: str  # the changelog line of an exported bundle
+    image_format: str  # `format` of the image in a MONAI Bundle's metadata
+    scaling: Callable[[Any], str]  # of a recipe's section: what became 0..1
+
+
+def stream_of(data: DataSection, *, seed: int, count: int, split: Split = "train", dataset: Path | None = None) -> Dataset[Patch]:
+    """The numbered stream that a recipe's data are: image (channels, …), truth (outputs, …) 0/1 and region (1 or outputs, …) 0/1, float32.
+
+    Patch i of a seed is always the same. The caller gives each split another seed; phantoms need no more, a data set keeps its
+    patients apart by `split` too.
+    """
+    return KINDS[data.kind].open(data, seed=seed, count=count, split=split, dataset=dataset)
+
+
+def _phantoms(stream: Callable[..., Dataset[Patch]]) -> OpenStream:
+    """Opens phantoms, which are new for every seed and read nothing from disk."""
+
+    def open_stream(data: Any, *, seed: int, count: int, split: Split, dataset: Path | None) -> Dataset[Patch]:  # noqa: ARG001  # see above
+        return stream(data, seed=seed, count=count)
+
+    return open_stream
+
+
+def _percentiles(_data: Any) -> str:
+    return "1st to 99th percentile"
+
+
+KINDS: Mapping[str, DataKind] = {
+    "chest-ct-nodules": DataKind(
+        open=_phantoms(PhantomPatches), change="trained on synthetic chests", image_format="hounsfield",
+        scaling=lambda data: f"HU {data.window_hu[0]:g} to {data.window_hu[1]:g}",
+    ),
+    "chest-radiographs": DataKind(
+        open=_phantoms(PhantomFilms), change="trained on projected synthetic chests", image_format="magnitude", scaling=_percentiles
+    ),
+    "mr-heads": DataKind(open=_phantoms(PhantomHeads), change="trained on synthetic heads", image_format="magnitude", scaling=_percentiles),
+}  # fmt: skip
