@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from dicomnode.cli import check, metrics, node, packages, peers, site, training, work
+from dicomnode.cli import check, dataset, metrics, node, packages, peers, site, training, work
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs
 from dicomnode.version import VERSION
@@ -27,6 +27,7 @@ packages.register(app)
 site.register(app)
 work.register(app)
 training.register(app)
+dataset.register(app)
 
 
 @app.callback(invoke_without_command=True)
