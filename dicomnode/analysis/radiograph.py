@@ -117,11 +117,16 @@ def _largest(mask: Mask) -> Mask:
     return np.asarray(labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:])), dtype=np.bool_)
 
 
-def _solidity(mask: Mask) -> float:
-    """The share of its outline that a mask fills; the outline has no dents deeper than its rows and columns."""
+def filled(mask: Mask) -> Mask:
+    """A lung field without the dents that its rows or its columns close."""
     by_row = np.maximum.accumulate(mask, axis=1) & np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
     by_column = np.maximum.accumulate(mask, axis=0) & np.maximum.accumulate(mask[::-1], axis=0)[::-1]
-    return float(mask.sum() / max(1, int((by_row | by_column).sum())))
+    return np.asarray(by_row | by_column, dtype=np.bool_)
+
+
+def _solidity(mask: Mask) -> float:
+    """The share of its outline that a mask fills; the outline has no dents deeper than its rows and columns."""
+    return float(mask.sum() / max(1, int(filled(mask).sum())))
 
 
 def _darker_by(lungs: Mask, film: NDArray[np.float32]) -> float:

@@ -79,8 +79,8 @@ def true_mask(scene: ChestScene, nodule: Nodule, grid: Grid) -> tuple[NDArray[np
     return (nodule.distance(near) < 0) & (scene.anatomy.lung_distance(near.axes) < 1.0), box
 
 
-def render(scene: ChestScene, grid: Grid) -> Rendering:
-    """Render a box of the scene, noiseless, in HU. Outside the body only the table is drawn."""
+def render(scene: ChestScene, grid: Grid, *, ribs: bool = True) -> Rendering:
+    """Render a box of the scene, noiseless, in HU, with or without ribs. Outside the body only the table is drawn."""
     anatomy = scene.anatomy
     hu = np.full(grid.shape, AIR, dtype=np.float32)
     lung_distance = np.full(grid.shape, FAR_MM, dtype=np.float32)
@@ -90,7 +90,7 @@ def render(scene: ChestScene, grid: Grid) -> Rendering:
     if body is None:
         return Rendering(grid=grid, hu=hu, lung_distance=lung_distance)
     inner = grid.part(body)
-    hu[body] = _outside_lungs(anatomy, inner, hu[body])
+    hu[body] = _outside_lungs(anatomy, inner, hu[body], ribs=ribs)
     cage = grid.box(
         (-anatomy.cage.radii[0] - LUNG_MARGIN_MM, -anatomy.cage.radii[1] - LUNG_MARGIN_MM, -np.inf),
         (anatomy.cage.radii[0] + LUNG_MARGIN_MM, anatomy.cage.radii[1] + LUNG_MARGIN_MM, np.inf),
@@ -126,7 +126,7 @@ def _draw_table(hu: Floats, anatomy: Anatomy, grid: Grid) -> None:
     hu[box] += inside(table, EDGE_MM) * (-350 - AIR)
 
 
-def _outside_lungs(anatomy: Anatomy, grid: Grid, surroundings: Floats) -> Floats:
+def _outside_lungs(anatomy: Anatomy, grid: Grid, surroundings: Floats, *, ribs: bool) -> Floats:
     """The body but for what fills the cage's lungs: wall, ribs, mediastinum, abdomen, spine; around it the `surroundings`."""
     z, y, x = axes = grid.axes
     d = anatomy.densities
@@ -138,12 +138,8 @@ def _outside_lungs(anatomy: Anatomy, grid: Grid, surroundings: Floats) -> Floats
     outward = cage - anatomy.muscle_mm
     muscle = np.clip(0.4 - outward / 5 + 0.8 * tissue, 0, 1)
     hu = fat + muscle * (soft - fat)
-    # ribs: tilted bands that follow the cage
-    along = np.mod(z + anatomy.rib_slope * y + 0.12 * np.abs(x), anatomy.rib_pitch_mm) - anatomy.rib_pitch_mm / 2
-    rib = (np.sqrt(((cage - 5.0) / 3.6) ** 2 + (along / 6.3) ** 2) - 1) * 3.6
-    cartilage = np.clip((-y - 0.55 * anatomy.cage.radii[1]) / 10, 0, 1) * np.ones_like(rib)
-    hu += inside(rib, EDGE_MM) * (1 - 0.65 * cartilage) * (d.cortex - hu)
-    hu += inside(rib + 1.6, EDGE_MM) * (d.marrow + 30 * tissue - 120 * cartilage - hu)
+    if ribs:
+        _draw_ribs(hu, anatomy, axes, cage, tissue)
     # inside the cage: mediastinal fat and soft tissue, heart, abdomen
     within = inside(cage, EDGE_MM)
     mixed = fat + np.clip(0.75 + 0.8 * tissue, 0, 1) * (soft - fat)
@@ -157,6 +153,17 @@ def _outside_lungs(anatomy: Anatomy, grid: Grid, surroundings: Floats) -> Floats
     skin = Ellipsoid(centre=(0, 0, 0), radii=(*anatomy.body_radii, np.inf)).distance((z, y, (x / shoulders).astype(np.float32)))
     hu += inside(-skin, EDGE_MM) * (surroundings - hu)
     return np.asarray(hu, dtype=np.float32)
+
+
+def _draw_ribs(hu: Floats, anatomy: Anatomy, axes: Axes, cage: Floats, tissue: Floats) -> None:
+    """Tilted bands that follow the cage."""
+    z, y, x = axes
+    d = anatomy.densities
+    along = np.mod(z + anatomy.rib_slope * y + 0.12 * np.abs(x), anatomy.rib_pitch_mm) - anatomy.rib_pitch_mm / 2
+    rib = (np.sqrt(((cage - 5.0) / 3.6) ** 2 + (along / 6.3) ** 2) - 1) * 3.6
+    cartilage = np.clip((-y - 0.55 * anatomy.cage.radii[1]) / 10, 0, 1) * np.ones_like(rib)
+    hu += inside(rib, EDGE_MM) * (1 - 0.65 * cartilage) * (d.cortex - hu)
+    hu += inside(rib + 1.6, EDGE_MM) * (d.marrow + 30 * tissue - 120 * cartilage - hu)
 
 
 def _draw_inner_organs(hu: Floats, anatomy: Anatomy, grid: Grid, tissue: Floats, within: Floats) -> None:

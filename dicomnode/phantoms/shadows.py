@@ -5,6 +5,8 @@ Knows nothing of films, noise or DICOM.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from dicomnode.phantoms.shapes import Floats
 
 Point = tuple[float, float]  # x towards the patient's left, z towards the head; mm in the plane of the detector
+Box = tuple[slice, slice]  # rows, columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,25 @@ class Plane:
     def z(self) -> Floats:
         """(rows, 1) mm."""
         return np.asarray(self.top_mm - self.pixel_mm * np.arange(self.shape[0]), dtype=np.float32)[:, None]
+
+    def around(self, low: Sequence[float] | NDArray[np.float64], high: Sequence[float] | NDArray[np.float64]) -> Box | None:
+        """The pixels between two corners (x, z), or None if the plane doesn't reach there."""
+        rows = _span(self.top_mm - high[1], self.top_mm - low[1], self.pixel_mm, self.shape[0])
+        columns = _span(low[0] - self.left_mm, high[0] - self.left_mm, self.pixel_mm, self.shape[1])
+        return None if rows is None or columns is None else (rows, columns)
+
+    def part(self, box: Box) -> Plane:
+        """The plane of `box`, whose slices have start and stop."""
+        rows, columns = box
+        return Plane(
+            left_mm=self.left_mm + self.pixel_mm * columns.start, top_mm=self.top_mm - self.pixel_mm * rows.start, pixel_mm=self.pixel_mm,
+            shape=(rows.stop - rows.start, columns.stop - columns.start),
+        )  # fmt: skip
+
+
+def _span(first_mm: float, last_mm: float, pixel_mm: float, count: int) -> slice | None:
+    first, last = max(0, math.ceil(first_mm / pixel_mm)), min(count, math.floor(last_mm / pixel_mm) + 1)
+    return slice(first, last) if first < last else None
 
 
 @dataclass(frozen=True, kw_only=True)

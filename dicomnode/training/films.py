@@ -111,7 +111,7 @@ def _film(shadow: Shadow, size: int, rng: np.random.Generator, *, inverted: bool
     angle = float(rng.normal(0, 3))
     image = ndimage.rotate(image, angle, reshape=False, order=1, mode="nearest")
     truth = np.stack([ndimage.rotate(part.astype(np.float32), angle, reshape=False, order=1) for part in truth])
-    image = _with_marks(image, rng)
+    image = with_marks(image, rng)
     image, truth = resized(image, size), np.stack([resized(part, size) for part in truth])
     return (
         torch.from_numpy(scaled(image)[None]),
@@ -120,7 +120,7 @@ def _film(shadow: Shadow, size: int, rng: np.random.Generator, *, inverted: bool
     )
 
 
-def _with_marks(image: Floats, rng: np.random.Generator) -> Floats:
+def with_marks(image: Floats, rng: np.random.Generator) -> Floats:
     """Letters of lead, lines, electrodes, collimator edges, and the black or white border of a scanned film."""
     image = image.copy()
     rows, columns = image.shape

@@ -37,6 +37,14 @@ class Radiographs(_Section):
     others: float = Field(ge=0, lt=1, description="share of films that are no upright frontal chest, or whose polarity is wrong")
 
 
+class Opacities(_Section):
+    """Frontal chest radiographs with opacities in the lungs and without. One output."""
+
+    kind: Literal["chest-opacities"]
+    size_px: int = Field(ge=32, le=1024, description="of the longer side; the other is padded with zeros")
+    positive: float = Field(gt=0, le=1, description="share of films with opacities")
+
+
 class Heads(_Section):
     """Parts of heads in MR of random contrast, and what is no head with empty masks. Orders: slice, row, column."""
 
@@ -46,7 +54,7 @@ class Heads(_Section):
     others: float = Field(ge=0, lt=1, description="share of volumes that hold no head")
 
 
-DataSection = Annotated[NodulePatches | Radiographs | Heads, Field(discriminator="kind")]  # what each is stands in streams.py
+DataSection = Annotated[NodulePatches | Radiographs | Opacities | Heads, Field(discriminator="kind")]  # what each is stands in streams.py
 
 
 class NetworkSection(_Section):

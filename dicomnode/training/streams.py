@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from dicomnode.training.films import PhantomFilms
 from dicomnode.training.heads import PhantomHeads
 from dicomnode.training.nodules import PhantomPatches
+from dicomnode.training.opacities import OpacityFilms
 from dicomnode.training.recipe import DataSection
 
 Patch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -68,6 +69,10 @@ KINDS: Mapping[str, DataKind] = {
     ),
     "chest-radiographs": DataKind(
         open=_phantoms(PhantomFilms), change="trained on projected synthetic chests", image_format="magnitude", scaling=_percentiles
+    ),
+    "chest-opacities": DataKind(
+        open=_phantoms(OpacityFilms), change="trained on projected synthetic chests with opacities", image_format="magnitude",
+        scaling=_percentiles,
     ),
     "mr-heads": DataKind(open=_phantoms(PhantomHeads), change="trained on synthetic heads", image_format="magnitude", scaling=_percentiles),
 }  # fmt: skip

@@ -1,0 +1,141 @@
+"""Training films with opacities in the lungs and without, from projected phantoms: an endless, numbered stream.
+
+A chest is projected once for each view; ribs, arms and breasts, opacities, technique and framing change from film to film. Film i of
+a seed is always the same film. Real images never come in here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch.utils.data import Dataset
+
+from dicomnode.analysis.radiograph import filled
+from dicomnode.phantoms.chest import ChestScene, chest_scene
+from dicomnode.phantoms.opacities import scatter_opacities, with_decoys, with_opacities
+from dicomnode.phantoms.radiograph import Technique, View, digital_technique, dressed, expose, project, random_technique, random_view
+from dicomnode.phantoms.shadows import Shadow
+from dicomnode.phantoms.shapes import Floats
+from dicomnode.training.films import Film, framed, scaled, with_marks
+from dicomnode.training.recipe import Opacities
+
+VIEWS_AT_A_TIME = 4
+DRESSES_PER_VIEW = 6
+FILMS_PER_DRESS = 6
+PIXEL_MM, STEP_MM = 1.4, (2.0, 6.0, 2.0)
+OLDER = 0.25  # of the films are exposed by any technique, the others as today
+MIRRORED = 0.3
+TALLEST = 1.35  # the phantoms are made for CT, of people who lie
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A chest before the detector, without what changes from film to film."""
+
+    scene: ChestScene
+    view: View
+    bare: Shadow
+
+
+class OpacityFilms(Dataset[Film]):
+    """Film number -> (image (1, r, c) scaled to 0..1, truth (1, r, c) opacities, region (1, r, c) lung fields without dents), float32."""
+
+    def __init__(self, data: Opacities, *, seed: int, count: int) -> None:
+        self._data, self._seed, self._count = data, seed, count
+        self._standing: OrderedDict[int, Standing] = OrderedDict()
+        self._dressed: OrderedDict[tuple[int, int], Shadow] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Film:
+        rng = np.random.default_rng([self._seed, 51, index])
+        place, lane = divmod(index, VIEWS_AT_A_TIME)
+        block, film = divmod(place, DRESSES_PER_VIEW * FILMS_PER_DRESS)
+        shadow = framed(self._shadow(block * VIEWS_AT_A_TIME + lane, film // FILMS_PER_DRESS), rng)
+        opacities = scatter_opacities(shadow, rng) if rng.random() < self._data.positive else ()
+        truth = np.zeros(shadow.plane.shape, dtype=np.bool_)
+        for opacity in opacities:
+            truth[opacity.box] |= opacity.body
+        image = expose(with_opacities(shadow, opacities), any_technique(rng), rng)
+        return _augmented(image, truth, filled(shadow.right) | filled(shadow.left), self._data.size_px, rng)
+
+    def _shadow(self, number: int, dress: int) -> Shadow:
+        if (number, dress) not in self._dressed:
+            standing = self._stand(number)
+            rng = np.random.default_rng([self._seed, 52, number, dress])
+            self._dressed[number, dress] = upright(standing, rng)
+            while len(self._dressed) > VIEWS_AT_A_TIME:
+                self._dressed.popitem(last=False)
+        return self._dressed[number, dress]
+
+    def _stand(self, number: int) -> Standing:
+        if number not in self._standing:
+            rng = np.random.default_rng([self._seed, 53, number])
+            self._standing[number] = standing(int(rng.integers(2**31)), rng)
+            while len(self._standing) > VIEWS_AT_A_TIME:
+                self._standing.popitem(last=False)
+        return self._standing[number]
+
+
+def standing(seed: int, rng: np.random.Generator) -> Standing:
+    """Project a random chest without haze, which would be an opacity that nobody counts."""
+    scene = chest_scene(seed)
+    scene = replace(scene, anatomy=replace(scene.anatomy, hazes=()))
+    view = random_view(rng)
+    return Standing(scene=scene, view=view, bare=project(scene, view, pixel_mm=PIXEL_MM, step_mm=STEP_MM, bare=True))
+
+
+def upright(standing: Standing, rng: np.random.Generator) -> Shadow:
+    """One film's shadow of a chest: dressed, with decoys, and as tall as the lungs of someone who stands and has breathed in."""
+    shadow = dressed(standing.bare, standing.scene, standing.view, rng)
+    factor = rng.uniform(1.0, TALLEST)
+    parts = {
+        name: ndimage.zoom(getattr(shadow, name), (factor, 1.0), order=1, mode="nearest", grid_mode=True)
+        for name in ("soft_cm", "bone_cm", "right", "left")
+    }
+    return with_decoys(replace(shadow, plane=replace(shadow.plane, shape=parts["soft_cm"].shape), **parts), rng)
+
+
+def any_technique(rng: np.random.Generator) -> Technique:
+    """How a film is exposed: mostly as today."""
+    return random_technique(rng) if rng.random() < OLDER else digital_technique(rng)
+
+
+def _augmented(image: Floats, truth: NDArray[np.bool_], region: NDArray[np.bool_], size: int, rng: np.random.Generator) -> Film:
+    image = with_marks(image, rng)
+    if rng.random() < 0.5:  # sharpened, or blurred, as a workstation does
+        image = image + rng.uniform(-0.5, 1.5) * (image - ndimage.gaussian_filter(image, float(rng.uniform(0.7, 4))))
+    if rng.random() < MIRRORED:
+        image, truth, region = image[:, ::-1], truth[:, ::-1], region[:, ::-1]
+    parts = _turned((image, truth.astype(np.float32), region.astype(np.float32)), size, rng)
+    within = parts[2] > 0.5
+    return (
+        torch.from_numpy(scaled(parts[0])[None]),
+        torch.from_numpy(((parts[1] > 0.5) & within).astype(np.float32)[None]),
+        torch.from_numpy(within.astype(np.float32)[None]),
+    )
+
+
+def _turned(parts: tuple[Floats, ...], size: int, rng: np.random.Generator) -> list[Floats]:
+    """Images turned, stretched and brought to a square of `size`; not a number beyond their border."""
+    angle, stretch = np.deg2rad(rng.normal(0, 3)), np.exp(rng.normal(0, 0.06))
+    shape = np.array(parts[0].shape) * (1.0, stretch)
+    scale = max(shape) / size
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
+    matrix[1] /= stretch
+    offset = (np.array(parts[0].shape) - 1) / 2 - matrix @ np.full(2, (size - 1) / 2)
+    inside = np.floor(shape / scale + 1e-6).astype(int)
+    rows, columns = (slice((size - n) // 2, (size - n) // 2 + n) for n in np.minimum(inside, size))
+    result = []
+    for part in parts:
+        moved = ndimage.affine_transform(part, matrix, offset=offset, output_shape=(size, size), order=1, mode="nearest")
+        square = np.full((size, size), np.nan, dtype=np.float32)
+        square[rows, columns] = moved[rows, columns]
+        result.append(square)
+    return [result[0], *(np.nan_to_num(part) for part in result[1:])]
