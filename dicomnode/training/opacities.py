@@ -25,7 +25,7 @@ from dicomnode.training.films import Film, framed, scaled, with_marks
 from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
-DRESSES_PER_VIEW = 6
+DRESSES_PER_VIEW = 4
 FILMS_PER_DRESS = 6
 PIXEL_MM, STEP_MM = 1.4, (2.0, 6.0, 2.0)
 OLDER = 0.25  # of the films are exposed by any technique, the others as today
