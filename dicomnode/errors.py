@@ -69,6 +69,10 @@ class PackageError(UsageError):
     """A model package cannot be used: malformed manifest, wrong digest, unsafe weights, or not checked."""
 
 
+class TrainingFailed(NodeError):
+    """A training can't go on, e.g. because too many of its steps gave no finite numbers."""
+
+
 class AnalysisFailed(NodeError):
     """The analysis of an eligible study failed, e.g. an image could not be decoded or the model gave no usable output."""
 

@@ -25,7 +25,7 @@ METADATA_CONFIG = "bundle/configs/metadata.json"
 WEIGHTS = ("bundle/models/model.safetensors", "bundle/models/model.pt")  # the first that is there
 MODEL_FILES = ("bundle/models/model.ts", "bundle/models/model.pt2", "bundle/models/model.onnx")  # network and weights in one
 ZOO_WEIGHTS = (".pt", ".pth", ".ts", ".safetensors")
-PAPERS = ("evaluation.json", "MODEL_CARD.md")  # for people: they change nothing that runs, so the digest leaves them out
+PAPERS = ("evaluation.json", "training.json", "MODEL_CARD.md")  # for people: they change nothing that runs, so the digest leaves them out
 CHUNK = 2**22
 
 Form = Literal["own", "file", "zoo"]

@@ -18,12 +18,27 @@ def train(
     recipe: Annotated[
         Path, typer.Argument(metavar="CONFIG", exists=True, dir_okay=False, help="a recipe, e.g. training/recipes/lung-nodule-ct.toml")
     ],
-    out: Annotated[Path, typer.Option(help="folder of checkpoints; a run that stopped there goes on")] = Path("training-out"),
+    out: Annotated[Path, typer.Option(help="folder of the run; one that stopped there goes on")] = Path("training-out"),
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATASET", exists=True, file_okay=False, help="the data set, if the recipe reads one")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    long: Annotated[bool, typer.Option("--long", help="as many times the steps as the recipe's long_factor says")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="in the place of the recipe's")] = None,
 ) -> None:
-    """Train the network that a recipe describes and write it as a model package."""
+    """Train the network that a recipe describes and write its best step as a model package."""
     from dicomnode.training.train import train as run
 
-    run(recipe, out)
+    done = run(recipe, out, device=device, dataset=data, long=long, seed=seed)
+    skipped = f", {done.skipped_steps} skipped because loss or gradients were not finite" if done.skipped_steps else ""
+    if not done.finished:
+        typer.echo(
+            f"dicomnode: stopped by {done.stopped_by} after step {done.steps}{skipped}; the same command goes on from there", err=True
+        )
+        raise typer.Exit(1)
+    typer.echo(f"{done.steps} steps on {done.computing} in {done.seconds:.0f} s{skipped}")
+    if done.metric is not None:
+        typer.echo(f"step {done.exported_step} was best (validation {done.metric[0]} {done.metric[1]:.3f}): {done.folder / 'package'}")
 
 
 def evaluate(

@@ -22,10 +22,11 @@ from dicomnode.training.recipe import Recipe
 from dicomnode.training.streams import KINDS
 
 
-def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: Path) -> Package:
+def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: Path, *, record: Mapping[str, Any] | None = None) -> Package:
     """Write the package of `recipe` with these weights into `folder`, over an earlier export, and load it again.
 
-    Writes manifest.toml, bundle/configs/{metadata,inference}.json, bundle/models/model.safetensors and MODEL_CARD.md.
+    Writes manifest.toml, bundle/configs/{metadata,inference}.json, bundle/models/model.safetensors, MODEL_CARD.md and, of `record`
+    (how it was trained), training.json.
 
     Raises:
         UsageError: the folder holds something that is no package.
@@ -40,11 +41,16 @@ def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: P
     network = {"_target_": f"monai.networks.nets.{recipe.network.name}", **recipe.network.arguments}
     _write_json(folder / "bundle" / "configs" / "inference.json", {"network_def": network})
     _write_json(folder / "bundle" / "configs" / "metadata.json", _metadata(recipe))
-    # half precision: a few MB; copies, because MONAI's DynUNet names each of its tensors twice
-    halved = {name: (value.half() if value.is_floating_point() else value).cpu().clone() for name, value in weights.items()}
+    # half precision: a few MB; copies, because MONAI's DynUNet names each of its tensors twice and training lays them out channels last
+    halved = {
+        name: (value.half() if value.is_floating_point() else value).cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in weights.items()
+    }
     file = folder / "bundle" / "models" / "model.safetensors"
     save_file(halved, file)
     file.chmod(0o644)  # safetensors writes it for its owner alone
+    if record is not None:
+        _write_json(folder / "training.json", record)
     write_model_card(folder)
     return load_package(folder)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -74,14 +74,31 @@ class TrainingSection(_Section):
     weight_decay: float = Field(ge=0)
     warm_up_steps: int = Field(ge=0)
     ema_decay: float = Field(ge=0, lt=1)
-    bce_weight: float
-    worst_weight: float
+    bce_weight: float = Field(description="of the cross entropy: binary, or a softmax's where the package's outputs exclude one another")
+    worst_weight: float = Field(description="of the cross entropy of the worst share of voxels")
     worst_share: float = Field(gt=0, le=1)
     dice_weight: float
+    focal_weight: float = 0.0
+    focal_gamma: float = Field(2.0, ge=0)
     clip_norm: float = Field(gt=0)
     checkpoint_every: int = Field(ge=1)
     workers: int = Field(1, ge=0, description="processes that render patches; 0: in the training process")
     threads: int = Field(1, ge=1, description="CPU threads of the training process")
+    long_factor: int = Field(4, ge=1, description="how many times the steps a long training has")
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Self:
+        if not any((self.bce_weight, self.worst_weight, self.dice_weight, self.focal_weight)):
+            raise ValueError("one of bce_weight, worst_weight, dice_weight and focal_weight must not be 0")
+        return self
+
+
+class ValidationSection(_Section):
+    """What is measured while training goes on: the averaged weights, on patches that training never sees."""
+
+    every: int = Field(250, ge=1, description="steps between two measurements; the last step is measured too")
+    patches: int = Field(32, ge=1)
+    patience: int = Field(0, ge=0, description="training stops when so many measurements in a row were no better; 0: it doesn't")
 
 
 class Recipe(_Section):
@@ -90,6 +107,7 @@ class Recipe(_Section):
     data: DataSection
     network: NetworkSection
     training: TrainingSection
+    validation: ValidationSection = ValidationSection()
     package: Manifest = Field(description="the manifest of the package that export writes")
 
     @model_validator(mode="before")

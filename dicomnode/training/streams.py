@@ -38,6 +38,7 @@ class DataKind:
     change: str  # the changelog line of an exported bundle
     image_format: str  # `format` of the image in a MONAI Bundle's metadata
     scaling: Callable[[Any], str]  # of a recipe's section: what became 0..1
+    reads_dataset: bool = False  # `dicomnode train --data`
 
 
 def stream_of(data: DataSection, *, seed: int, count: int, split: Split = "train", dataset: Path | None = None) -> Dataset[Patch]:

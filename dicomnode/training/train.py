@@ -1,31 +1,41 @@
-"""Training: a recipe in, numbered checkpoints out. Stops and goes on at any checkpoint with the same result.
+"""Training: a recipe in, numbered checkpoints and a package out. A run that was killed goes on to the same bits on the same machine.
 
-Must never see a real image. fp32 on the CPU, because bf16 autocast gave non-finite gradients with a finite loss there;
-on a GPU autocast in bf16. A step whose gradients are not finite is skipped and counted.
+Must never see a real image but those of a data set that it is handed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
+import pickle
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import monai.networks.nets
+import monai
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.nn import functional
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from dicomnode.errors import ConfigError, UsageError
+from dicomnode.errors import UsageError
+from dicomnode.training.dataset import DATASET, load_dataset
 from dicomnode.training.export import write_package
-from dicomnode.training.recipe import NetworkSection, Recipe, TrainingSection, load_recipe
-from dicomnode.training.streams import Patch as Batch, stream_of
+from dicomnode.training.journal import Journal
+from dicomnode.training.losses import meaning_of
+from dicomnode.training.recipe import Recipe, load_recipe
+from dicomnode.training.streams import KINDS, Patch as Batch, stream_of
+from dicomnode.training.trainer import Trainer, random_state_kept
+from dicomnode.training.validation import Measured, best_of, is_exhausted, validate
+
+KEPT_CHECKPOINTS = 3  # the newest ones, and the best one
+VALIDATION_SEEDS = 2**40  # added to a recipe's seed: patches of validation are of other seeds than those of any training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,116 +48,10 @@ class Training:
     skipped_steps: int
     seconds: float  # of this call
     finished: bool
-
-
-def build_network(section: NetworkSection) -> torch.nn.Module:
-    """Build the network that the recipe names.
-
-    Raises:
-        ConfigError: MONAI has no such network, or it doesn't take these arguments.
-    """
-    network_class = getattr(monai.networks.nets, section.name, None)
-    if not (isinstance(network_class, type) and issubclass(network_class, torch.nn.Module)):
-        raise ConfigError(f"network.name: monai.networks.nets has no network called {section.name}")
-    try:
-        return network_class(**section.arguments)
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise ConfigError(f"network.arguments: {section.name} doesn't take these arguments: {error}") from error
-
-
-def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, region: torch.Tensor, section: TrainingSection) -> torch.Tensor:
-    """Weighted sum of cross entropy in the region, of its worst share of voxels, and of soft Dice over the batch. A scalar."""
-    counted = region > 0
-    entropy = functional.binary_cross_entropy_with_logits(logits[counted], truth[counted], reduction="none")
-    if entropy.numel() == 0:
-        return logits.sum() * 0.0
-    worst = entropy.topk(max(1, int(entropy.numel() * section.worst_share))).values
-    probability = torch.sigmoid(logits) * region
-    overlap = (probability * truth).sum()
-    dice = 1 - (2 * overlap + 1) / (probability.sum() + truth.sum() + 1)
-    return section.bce_weight * entropy.mean() + section.worst_weight * worst.mean() + section.dice_weight * dice
-
-
-class Trainer:
-    """Network, averaged network, optimiser and counters of one run: what a checkpoint holds."""
-
-    def __init__(self, recipe: Recipe, device: str) -> None:
-        self._section = recipe.training
-        self._device = device
-        torch.manual_seed(recipe.training.seed)
-        random.seed(recipe.training.seed)
-        self.network = build_network(recipe.network).to(device)
-        self.average = build_network(recipe.network).to(device).eval()
-        self.average.load_state_dict(self.network.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=recipe.training.learning_rate, weight_decay=recipe.training.weight_decay
-        )
-        self.step = 0
-        self.skipped = 0
-
-    def learning_rate(self) -> float:
-        """Linear warm-up, then a cosine down to a hundredth."""
-        section = self._section
-        if self.step < section.warm_up_steps:
-            return section.learning_rate * (self.step + 1) / section.warm_up_steps
-        share = (self.step - section.warm_up_steps) / max(1, section.steps - section.warm_up_steps)
-        return section.learning_rate * (0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * share))))
-
-    def learn(self, batch: Batch) -> float | None:
-        """One step; its loss, or None if it was skipped because the loss or a gradient was not finite."""
-        image, truth, region = (part.to(self._device) for part in batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.step += 1
-        self.network.train()
-        statistics = [buffer.clone() for buffer in self.network.buffers()]  # what batch normalisation keeps changes in the forward pass
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self._device.startswith("cuda")):
-            logits = self.network(image)
-        loss = segmentation_loss(logits.float(), truth, region, self._section)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self._section.clip_norm)
-        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
-            self.skipped += 1
-            with torch.no_grad():
-                for buffer, value in zip(self.network.buffers(), statistics, strict=True):
-                    buffer.copy_(value)
-            return None
-        self.optimizer.step()
-        self._follow()
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
-        # parameters() and buffers() give each tensor once, however often a network names it
-        means = (*self.average.parameters(), *self.average.buffers())
-        values = (*self.network.parameters(), *self.network.buffers())
-        for mean, value in zip(means, values, strict=True):
-            if mean.dtype.is_floating_point:
-                mean.lerp_(value, 1 - decay)
-            else:
-                mean.copy_(value)
-
-    def save(self, file: Path) -> None:
-        """Write a checkpoint; it appears whole or not at all."""
-        partial = file.with_suffix(".partial")
-        torch.save(
-            {
-                "network": self.network.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "step": self.step, "skipped": self.skipped,
-            },
-            partial,
-        )  # fmt: skip
-        partial.replace(file)
-
-    def restore(self, file: Path) -> None:
-        """Go back to a checkpoint."""
-        state: dict[str, Any] = torch.load(file, map_location=self._device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+    exported_step: int | None = None  # of the best validation; None: not finished
+    metric: tuple[str, float] | None = None  # name and value at that step
+    stopped_by: str = ""  # a signal's name
+    computing: str = ""  # device and precision in words
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -155,74 +59,216 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("[0-9]*.pt"))
 
 
-def train(config_path: Path, out_folder: Path, *, device: str = "auto", stop_after: int | None = None, quiet: bool = False) -> Training:
+def train(
+    config_path: Path, out_folder: Path, *, device: str = "auto", dataset: Path | None = None, long: bool = False, seed: int | None = None,
+    stop_after: int | None = None, quiet: bool = False,
+) -> Training:  # fmt: skip
     """Train what the recipe says, into `out_folder`; an interrupted run goes on from its last checkpoint.
 
-    Writes `recipe.toml`, `log.jsonl` (a line per 25 steps), `checkpoints/<step>.pt` and, at the end, the model package in
-    `package`. `stop_after` ends this call after so many steps of its own, with a checkpoint.
+    Writes `recipe.toml`, `run.json` (seed, steps and data set), `log.jsonl` (a line per 25 steps and validation), `tensorboard`,
+    `checkpoints/<step>.pt` and, at the end, in `package` the model package of the step with the best validation. `seed` is in the place
+    of the recipe's, `long` multiplies its steps by its `long_factor`, `stop_after` ends this call after so many steps of its own.
+    SIGTERM and SIGINT end it after the step that they find; each way it ends with a checkpoint.
 
     Raises:
         ConfigError: the recipe has mistakes.
-        UsageError: `out_folder` holds a run of another recipe.
+        UsageError: `out_folder` holds a run of another recipe, or device or data set are not as they must be.
+        TrainingFailed: too many steps gave no finite numbers.
     """
     started = time.monotonic()
-    recipe = load_recipe(config_path)
+    recipe = _asked(load_recipe(config_path), seed=seed, long=long)
     section = recipe.training
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    run = _run_of(recipe, dataset)
     torch.set_num_threads(section.threads)
-    (out_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    kept_recipe = out_folder / "recipe.toml"
-    if kept_recipe.exists() and not _same_training(load_recipe(kept_recipe), recipe):
-        raise UsageError(f"{out_folder} holds a training run of another recipe; take an empty folder")
-    if config_path.resolve() != kept_recipe.resolve():
-        shutil.copyfile(config_path, kept_recipe)
-    trainer = Trainer(recipe, chosen)
-    if existing := checkpoints(out_folder):
-        trainer.restore(existing[-1])
+    torch.backends.cudnn.deterministic = True
+    trainer = _resumed(recipe, device, out_folder)
+    _claim(out_folder, config_path, recipe, run)
     last = section.steps if stop_after is None else min(section.steps, trainer.step + stop_after)
-    progress = Progress(
-        TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(), disable=quiet,
-    )  # fmt: skip
-    with progress, (out_folder / "log.jsonl").open("a", encoding="utf-8") as log:
-        task = progress.add_task("training", total=section.steps, completed=trainer.step, loss=float("nan"))
-        recent: list[float] = []
-        for batch in _batches(recipe, first=trainer.step, last=last):
-            loss = trainer.learn(batch)
-            if loss is not None:
-                recent.append(loss)
-            mean = float(np.mean(recent[-25:])) if recent else float("nan")
-            progress.update(task, completed=trainer.step, loss=mean)
-            if trainer.step % 25 == 0:
-                seconds = round(time.monotonic() - started, 1)
-                line = {"step": trainer.step, "loss": round(mean, 4), "skipped": trainer.skipped, "seconds": seconds}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-            if trainer.step % section.checkpoint_every == 0 or trainer.step == last:
-                trainer.save(out_folder / "checkpoints" / f"{trainer.step:06d}.pt")
-    finished = trainer.step >= section.steps
-    if finished:
-        write_package(recipe, trainer.average.state_dict(), out_folder / "package")
+    if is_exhausted(trainer.history, recipe.validation.patience):
+        last = trainer.step
+    journal = Journal(out_folder, step=trainer.step)
+    kept_back = _ValidationPatches(recipe, dataset)
+    columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+    with _signals() as received, Progress(*columns, disable=quiet) as progress:
+        task = progress.add_task("training", total=section.steps, completed=trainer.step, said="")
+        for batch in _batches(recipe, dataset, first=trainer.step, last=last):
+            rate = trainer.learning_rate()
+            parts = trainer.learn(batch)
+            journal.stepped(trainer.step, parts, rate=rate, skipped=trainer.skipped, seconds=time.monotonic() - started)
+            is_due = trainer.step % recipe.validation.every == 0 or trainer.step == section.steps
+            if is_due:
+                measured = kept_back.measure(trainer)
+                trainer.history.append((trainer.step, measured.metric))
+                journal.validated(trainer.step, measured, tuple(output.label for output in recipe.package.outputs))
+            if is_due or received or trainer.step % section.checkpoint_every == 0 or trainer.step == last:
+                _checkpoint(trainer, out_folder)
+            progress.update(task, completed=trainer.step, said=_said(journal, trainer))
+            if received or is_exhausted(trainer.history, recipe.validation.patience):
+                break
+    journal.close()
+    finished = trainer.step >= section.steps or is_exhausted(trainer.history, recipe.validation.patience)
+    best = best_of(trainer.history) if finished else None
+    if best is not None:
+        averages = torch.load(_file_of(out_folder, best[0]), map_location="cpu", weights_only=True)["average"]
+        write_package(recipe, averages, out_folder / "package", record=_record(recipe, trainer, run))
     return Training(
         folder=out_folder, last_checkpoint=checkpoints(out_folder)[-1], steps=trainer.step, skipped_steps=trainer.skipped,
-        seconds=time.monotonic() - started, finished=finished,
+        seconds=time.monotonic() - started, finished=finished, exported_step=best[0] if best else None,
+        metric=(metric_name(recipe), best[1]) if best else None, stopped_by="".join(received[:1]),
+        computing=trainer.computing.name,
     )  # fmt: skip
+
+
+def metric_name(recipe: Recipe) -> str:
+    """What a recipe's validation measures."""
+    return "auc" if recipe.package.kind == "classification" else "dice"
+
+
+def _asked(recipe: Recipe, *, seed: int | None, long: bool) -> Recipe:
+    section = recipe.training
+    changed = {"seed": section.seed if seed is None else seed, "steps": section.steps * (section.long_factor if long else 1)}
+    return recipe.model_copy(update={"training": section.model_copy(update=changed)})
+
+
+def _run_of(recipe: Recipe, dataset: Path | None) -> dict[str, Any]:
+    """What of a run isn't in its recipe.
+
+    Raises:
+        UsageError: a data set is needed and not given, or given and not needed.
+    """
+    kind = KINDS[recipe.data.kind]
+    if (dataset is not None) != kind.reads_dataset:
+        raise UsageError(f"data of kind {recipe.data.kind} {'need a data set: --data' if dataset is None else 'read no data set'}")
+    run: dict[str, Any] = {"seed": recipe.training.seed, "steps": recipe.training.steps, "dataset": None}
+    if dataset is not None:  # dataset.json holds the hashes of all cases
+        name = load_dataset(dataset).name
+        run["dataset"] = {"name": name, "sha256": hashlib.sha256((dataset / DATASET).read_bytes()).hexdigest()}
+    return run
+
+
+def _claim(folder: Path, config_path: Path, recipe: Recipe, run: dict[str, Any]) -> None:
+    """Note in a run's folder what it trains; refuse one that holds another training."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    kept_recipe, kept_run = folder / "recipe.toml", folder / "run.json"
+    if kept_recipe.exists():
+        kept = load_recipe(kept_recipe)
+        trains = json.loads(kept_run.read_text(encoding="utf-8")) if kept_run.exists() else run
+        if trains != run or not _same_training(kept, recipe):
+            raise UsageError(f"{folder} holds a training run of another recipe, seed, length or data set; take an empty folder")
+    if config_path.resolve() != kept_recipe.resolve():
+        shutil.copyfile(config_path, kept_recipe)
+    kept_run.write_text(json.dumps(run) + "\n", encoding="utf-8")
 
 
 def _same_training(first: Recipe, second: Recipe) -> bool:
-    """Whether two recipes train the same network; what the package says may differ."""
-    return (first.data, first.network, first.training) == (second.data, second.network, second.training)
+    """Whether two recipes train the same network; what the package says may differ, and seed and steps stand in run.json."""
+    settings = [recipe.training.model_copy(update={"seed": 0, "steps": 1}) for recipe in (first, second)]
+    return settings[0] == settings[1] and all(getattr(first, part) == getattr(second, part) for part in ("data", "network", "validation"))
 
 
-def _batches(recipe: Recipe, *, first: int, last: int) -> Iterator[Batch]:
+def _resumed(recipe: Recipe, device: str, folder: Path) -> Trainer:
+    """A trainer at the newest checkpoint that can be read, else at its beginning; a file that was damaged is passed over."""
+    for file in reversed(checkpoints(folder)):
+        trainer = Trainer(recipe, device)
+        try:
+            trainer.restore(file)
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+            continue
+        return trainer
+    return Trainer(recipe, device)
+
+
+def _file_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"{step:06d}.pt"
+
+
+def _checkpoint(trainer: Trainer, folder: Path) -> None:
+    trainer.save(_file_of(folder, trainer.step))
+    best = best_of(trainer.history)
+    wanted = {*checkpoints(folder)[-KEPT_CHECKPOINTS:], *([_file_of(folder, best[0])] if best else [])}
+    for file in checkpoints(folder):
+        if file not in wanted:
+            file.unlink()
+
+
+def _said(journal: Journal, trainer: Trainer) -> str:
+    best = best_of(trainer.history)
+    words = [f"loss {journal.loss:.3f}"]
+    words += [f"best {best[1]:.3f} at {best[0]}"] if best else []
+    words += [f"{trainer.skipped} skipped"] if trainer.skipped else []
+    return ", ".join(words)
+
+
+def _record(recipe: Recipe, trainer: Trainer, run: dict[str, Any]) -> dict[str, Any]:
+    """How a package was trained: for its training.json. The same for the same training."""
+    best = best_of(trainer.history)
+    return {
+        "schema": 1, **run, "data": recipe.data.kind, "steps_done": trainer.step, "stopped_early": trainer.step < recipe.training.steps,
+        "skipped_steps": trainer.skipped, "exported_step": best[0] if best else None, "metric": metric_name(recipe),
+        "validations": [{"step": step, "metric": value} for step, value in trainer.history], "computed_on": trainer.computing.name,
+        "torch": str(torch.__version__), "monai": str(monai.__version__),
+    }  # fmt: skip
+
+
+class _ValidationPatches:
+    """The patches that a run is measured on, read or rendered when they are first needed."""
+
+    def __init__(self, recipe: Recipe, dataset: Path | None) -> None:
+        self._recipe, self._dataset = recipe, dataset
+        self._batches: list[Batch] = []
+
+    def measure(self, trainer: Trainer) -> Measured:
+        section = self._recipe.training
+        with random_state_kept():
+            if not self._batches:
+                patches = stream_of(
+                    self._recipe.data, seed=section.seed + VALIDATION_SEEDS, count=self._recipe.validation.patches, split="validation",
+                    dataset=self._dataset,
+                )  # fmt: skip
+                # one worker would make the training wait as long as it makes them itself
+                workers = section.workers if section.workers > 1 else 0
+                self._batches = list(_loader(patches, section.batch, workers=workers, seed=section.seed, pinned=False))
+            return validate(trainer.average, self._batches, meaning_of(self._recipe), trainer.computing)
+
+
+def _batches(recipe: Recipe, dataset: Path | None, *, first: int, last: int) -> Iterator[Batch]:
     section = recipe.training
-    patches = stream_of(recipe.data, seed=section.seed, count=section.steps * section.batch)
+    patches = stream_of(recipe.data, seed=section.seed, count=section.steps * section.batch, dataset=dataset)
     rest = Subset(patches, range(first * section.batch, last * section.batch))
-    yield from DataLoader(
-        rest, batch_size=section.batch, num_workers=section.workers, worker_init_fn=_one_thread,
-        multiprocessing_context="spawn" if section.workers else None, prefetch_factor=6 if section.workers else None,
+    yield from _loader(rest, section.batch, workers=section.workers, seed=section.seed, pinned=torch.cuda.is_available())
+
+
+def _loader(patches: Dataset[Batch], batch: int, *, workers: int, seed: int, pinned: bool) -> DataLoader[Batch]:
+    return DataLoader(
+        patches, batch_size=batch, num_workers=workers, worker_init_fn=_start_worker, pin_memory=pinned,
+        generator=torch.Generator().manual_seed(seed),  # else it would draw from the random numbers of the training
+        multiprocessing_context="spawn" if workers else None, prefetch_factor=6 if workers else None,
     )  # fmt: skip
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    np.random.seed(torch.initial_seed() % 2**32)  # torch has seeded itself and Python
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of the processes: the trainer ends its workers when it has saved
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals() -> Iterator[Sequence[str]]:
+    """Names of the signals that asked for an end; the second one ends at once."""
+    received: list[str] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set nowhere else
+        yield received
+        return
+    earlier = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

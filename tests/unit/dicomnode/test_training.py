@@ -15,9 +15,11 @@ from dicomnode.findings import Code, Finding, Findings, LongAxis, Segment, Volum
 from dicomnode.training.cases import Case, Known
 from dicomnode.training.evaluate import match, measure_cases, shared_voxels
 from dicomnode.training.export import toml_of, write_model_card, write_package
+from dicomnode.training.losses import segmentation_loss
 from dicomnode.training.nodules import PhantomPatches
 from dicomnode.training.recipe import Recipe, load_recipe
-from dicomnode.training.train import Trainer, build_network, checkpoints, segmentation_loss, train
+from dicomnode.training.train import checkpoints, train
+from dicomnode.training.trainer import Trainer, build_network
 
 RECIPE = Path(__file__).parents[3] / "dicomnode" / "training" / "recipes" / "lung-nodule-ct.toml"
 SMALL = {
@@ -30,6 +32,7 @@ SMALL = {
     "batch = 4": "batch = 2",
     "checkpoint_every = 250": "checkpoint_every = 2",
     "workers = 1": "workers = 0",
+    "[package]": "[validation]\npatches = 2\n\n[package]",
 }
 
 
