@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from dicomnode.cli.terminal import JsonOption, show
+from dicomnode.cli.terminal import ConfigOption, JsonOption, name_and_version, opened, show
 from dicomnode.errors import UsageError
 
 if TYPE_CHECKING:
+    from dicomnode.analysis.manifest import Manifest
     from dicomnode.training.dataset import Split
+    from dicomnode.training.segmentations import SegmentRule
     from dicomnode.training.sources import Source
+    from storage import Storage
 
 dataset = typer.Typer(no_args_is_help=True, help="Data sets for training and measuring: build, check.")
+
+SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"  # PS3.4 B.5
 
 Unknown = Literal["refuse", "absent", "unlabelled"]
 
@@ -28,41 +34,74 @@ def register(app: typer.Typer) -> None:
 @dataset.command("build")
 def dataset_build(
     out: Annotated[Path, typer.Argument(help="the data set's folder, new or empty")],
-    sources: Annotated[list[Path] | None, typer.Argument(metavar="SOURCE...", exists=True, file_okay=False, help="folders")] = None,
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="SOURCE...", exists=True, file_okay=False, help="folders of DICOM images with SEG objects; see also --layout"
+        ),
+    ] = None,
     layout: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="TOML: where NIfTI or NRRD files and their label maps lie")
+        Path | None,
+        typer.Option(metavar="TOML", exists=True, dir_okay=False, help="where the NIfTI or NRRD files and label maps of a SOURCE lie"),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG|PACKAGE",
+            exists=True,
+            help="a recipe or a package's folder: its inputs choose series, its outputs are the labels",
+        ),
+    ] = None,
+    study: Annotated[list[str] | None, typer.Option(metavar="UID", help="a study of this node, with the SEG objects it was sent")] = None,
+    results_of: Annotated[
+        str | None, typer.Option(metavar="NAME[@VERSION]", help="this node's studies, with that package's SEG objects")
     ] = None,
     phantoms: Annotated[int, typer.Option(min=0, help="so many synthetic chests with lung nodules")] = 0,
-    label: Annotated[list[str] | None, typer.Option(help="these labels alone, in this order; repeat it")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=PATTERN]", help="these labels alone, in this order; a pattern fits Segment Label or type; repeat it"),
+    ] = None,
     missing: Annotated[Unknown, typer.Option(help="what a label means that nobody marked in a case")] = "refuse",
     empty: Annotated[Unknown, typer.Option(help="what an empty mask means, where no other label was drawn with it")] = "refuse",
     shares: Annotated[str, typer.Option(help="of the patients: train,validation,test")] = "0.7,0.15,0.15",
     split: Annotated[list[str] | None, typer.Option(metavar="PATIENT=SPLIT", help="pin a patient to a split; repeat it")] = None,
-    seed: Annotated[int, typer.Option(help="of the split, and of phantoms")] = 0,
-    key_file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="a secret; pseudonyms are hashes keyed by it")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the split, and of phantoms")] = 0,
+    key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="a secret; pseudonyms are hashes keyed by it")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="of the data set; else that of its folder")] = None,
     terms: Annotated[str | None, typer.Option(help="under which the images may be used")] = None,
+    config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Build a data set: images, labels and a split by patient, pseudonymised."""
+    """Build a data set: images, labels and a split by patient, pseudonymised. It appears whole or not at all."""
     from dicomnode.training.dataset_build import Plan, build_dataset
-    from dicomnode.training.label_maps import load_layout
+    from dicomnode.training.dicom_sources import dicom_files, dicom_sources
+    from dicomnode.training.label_maps import label_map_sources, load_layout
+    from dicomnode.training.phantom_cases import phantom_sources
 
+    if layout and not sources:
+        raise UsageError("--layout says how a SOURCE is laid out, and there is none")
     read_layout = load_layout(layout) if layout else None
+    manifest = _manifest(model) if model else None
+    rules = _rules(label or (), manifest)
     plan = Plan(
         name=name or out.absolute().name, terms=terms or (read_layout.terms if read_layout else ""), shares=_shares(shares),
         pins=dict(_pin(text) for text in split or ()), seed=seed, key=key_file.read_bytes().strip() if key_file else b"",
-        labels=tuple(label or ()), missing=missing, empty=empty,
+        labels=tuple(rule.label for rule in rules), missing=missing, empty=empty,
     )  # fmt: skip
-    if layout and not sources:
-        raise UsageError("--layout says how a SOURCE is laid out, and there is none")
     found: list[Source] = []
     for folder in sources or ():
-        found += _sources_of(folder, layout)
-    if phantoms:
-        from dicomnode.training.phantom_cases import phantom_sources
-
-        found += phantom_sources(phantoms, seed=seed)
+        if read_layout:
+            found += label_map_sources(folder, read_layout)
+        else:
+            found += dicom_sources(dicom_files(folder), manifest=manifest, rules=rules)
+    if study or results_of:
+        with opened(config) as (_, storage):
+            found += dicom_sources(_stored_files(storage, study or (), results_of, missing), manifest=manifest, rules=rules)
+    found += phantom_sources(phantoms, seed=seed)
+    if not found:
+        raise UsageError("there is nothing to build from: name a SOURCE, --study, --results-of or --phantoms")
     built = build_dataset(out, found, plan, progress=_progress)
     origins = dict(built.origins)
     rows = [{**row.model_dump(mode="json"), "origin": origins[row.case]} for row in built.dataset.cases]
@@ -94,13 +133,50 @@ def dataset_check(
     show(rows, ["split", "cases", "patients", "present"], as_json=json)
 
 
-def _sources_of(folder: Path, layout: Path | None) -> Iterator[Source]:
-    from dicomnode.training.label_maps import label_map_sources, load_layout
+def _manifest(model: Path) -> Manifest:
+    from dicomnode.analysis.package import load_package
+    from dicomnode.training.recipe import load_recipe
 
-    if layout:
-        yield from label_map_sources(folder, load_layout(layout))
-    else:
-        raise UsageError(f"{folder}: --layout must say how its files are laid out")
+    return load_package(model).manifest if model.is_dir() else load_recipe(model).package
+
+
+def _rules(labels: Sequence[str], manifest: Manifest | None) -> list[SegmentRule]:
+    """The labels that are wanted and how their segments are called; the outputs of a model, unless labels are named."""
+    from dicomnode.training.segmentations import SegmentRule
+
+    if manifest and not labels:
+        return [SegmentRule(label=output.label, pattern=escape(output.label), type=output.type.code()) for output in manifest.outputs]
+    pairs = [(name, pattern or escape(name)) for name, _, pattern in (text.partition("=") for text in labels)]
+    if not all(name for name, _ in pairs) or len({name for name, _ in pairs}) < len(pairs):
+        raise UsageError("each --label needs a name of its own, as in --label 'Lung nodule=*nodule*'")
+    return [SegmentRule(label=name, pattern=pattern) for name, pattern in pairs]
+
+
+def _stored_files(storage: Storage, studies: Sequence[str], results_of: str | None, missing: Unknown) -> list[Path]:
+    """The files of studies of this node: images, and SEG objects, those that were sent or the newest ones of a package's results.
+
+    Of a package's studies those without a SEG are taken only if that means that there is nothing (`--missing absent`).
+    """
+    if unknown := [uid for uid in studies if storage.index.study(uid) is None]:
+        raise UsageError(f"there is no study {unknown[0]!r}")
+    results: dict[str, list[Path]] = {}
+    if results_of:
+        package, version = name_and_version(results_of)
+        for job in sorted(storage.jobs.jobs(kind="analyse", state="done"), key=lambda job: job.created_at):
+            uid = job.study_instance_uid
+            if job.package == package and version in (None, job.version) and (not studies or uid in studies):
+                made = [each.stored.object_id for each in storage.jobs.results(job_key=job.key) if each.modality == "SEG"]
+                results[uid] = [storage.objects.path(each) for each in made]
+        results = {uid: files for uid, files in results.items() if files or missing == "absent"}
+        if not results:
+            raise UsageError(f"no study of this node has a SEG of the package {results_of}")
+    files = [path for made in results.values() for path in made]
+    for uid in results or studies:
+        for instance in storage.index.instances(uid):
+            image = instance.kind == "image"
+            if not instance.made_here and (image or (not results_of and instance.sop_class_uid == SEGMENTATION_STORAGE)):
+                files.append(storage.objects.path(instance.stored.object_id))
+    return files
 
 
 def _shares(text: str) -> tuple[float, float, float]:
