@@ -192,6 +192,9 @@ class Manifest(_Section):
     licence: _Text
     intended_use: _Text
     training_data: _Text
+    data_terms: Annotated[str, Field(max_length=1024)] = Field("", description="terms of the images it was trained on, beside the licence")
+    limits: tuple[_Text, ...] = Field((), description="what it can't do or was never shown, a sentence each; the model card says it")
+    looked_at: tuple[_Text, ...] = Field((), description="real cases that people looked at while they made it, never trained on")
     kind: Literal["segmentation", "detection", "classification"]
     maximum_findings: int = Field(50, ge=1, le=1000, description="of all outputs together; the others are counted as omitted")
     decide: tuple[_Text, ...] = Field((), description="what a person must still decide: written by a draft, and removed line by line")

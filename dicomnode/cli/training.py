@@ -44,10 +44,21 @@ def train(
 def evaluate(
     package: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="folder of a model package")],
     data: Annotated[
-        Path | None, typer.Argument(exists=True, file_okay=False, help="folder of real cases; else phantoms never seen")
+        Path | None,
+        typer.Argument(exists=True, file_okay=False, help="a data set, or a folder of real cases; else phantoms never seen"),
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the pictures of the worst cases", file_okay=False)] = None,
+    split: Annotated[
+        str, typer.Option(help="of a data set or of phantoms: test, or validation, of which nothing is kept in the package")
+    ] = "test",
+    scans: Annotated[int, typer.Option(min=3, help="how many phantoms")] = 12,
 ) -> None:
-    """Measure a model package and write its evaluation.json."""
+    """Measure a model package and write its evaluation.json and MODEL_CARD.md."""
+    from dicomnode.errors import UsageError
+    from dicomnode.training.card import set_lines
     from dicomnode.training.evaluate import evaluate as run
 
-    run(package, data)
+    if split not in ("test", "validation"):
+        raise UsageError(f"--split is test or validation, not {split!r}")
+    figures = run(package, data, out=out, scans=scans, split="test" if split == "test" else "validation")
+    typer.echo("\n".join(set_lines(figures)))

@@ -25,7 +25,9 @@ UNDECODED = "the image cannot be decoded here"
 
 _COLOURS = {"": (255, 210, 0), "box": (0, 200, 255), "heat map": (255, 140, 0)}  # by the ending of a segment's label
 _OUTLINE = _COLOURS[""]
+_REFERENCE = (0, 220, 160)
 _TEXT = (235, 235, 235)
+_Outlines = Sequence[tuple[NDArray[np.bool_], tuple[int, int, int]]]  # masks and their colours, the later over the earlier
 _SHORT_SIDE = 768  # an image is enlarged by a whole factor to at least this many pixels, so that outline and text are readable
 _LONG_SIDE = 1024  # a larger one is reduced to this
 _BAND = 26  # height of a line of text
@@ -53,6 +55,18 @@ def draw_outline(
     centre, width = window
     grey: NDArray[np.uint8] = np.clip((image - (centre - width / 2)) * (255.0 / width), 0, 255).astype(np.uint8)
     return _picture(grey, mask, caption, inset=inset)
+
+
+def draw_comparison(grey: NDArray[np.uint8], marked: NDArray[np.bool_], reference: NDArray[np.bool_], *, caption: str) -> bytes:
+    """Return a PNG of an image with the outline of a reference (green) and, over it, of what was marked (yellow), and a caption below.
+
+    Args:
+        grey: (rows, columns), 0 to 255.
+        marked: (rows, columns); all False draws no outline.
+        reference: the same.
+        caption: a line of text, broken where it is too long; the last line always says RESEARCH USE ONLY.
+    """
+    return _picture(grey, marked, caption, inset=True, reference=reference)
 
 
 def draw_result(source_files: Sequence[Path], segmentation: Path) -> list[bytes]:
@@ -115,13 +129,22 @@ def draw_plain(source_files: Sequence[Path], caption: str = "no finding") -> byt
 
 
 def _picture(
-    grey: NDArray[np.uint8], mask: NDArray[np.bool_], caption: str, *, inset: bool = False, colour: tuple[int, int, int] = _OUTLINE
+    grey: NDArray[np.uint8],
+    mask: NDArray[np.bool_],
+    caption: str,
+    *,
+    inset: bool = False,
+    colour: tuple[int, int, int] = _OUTLINE,
+    reference: NDArray[np.bool_] | None = None,
 ) -> bytes:
-    grey, mask = _reduced(grey, mask)
+    outlines = [(mask, colour)] if reference is None else [(reference, _REFERENCE), (mask, colour)]
+    whole = grey
+    grey = _reduced(whole, mask)[0]
+    outlines = [(_reduced(whole, outline)[1], its_colour) for outline, its_colour in outlines]
     factor = max(1, min(-(-_SHORT_SIDE // min(grey.shape)), _LONG_SIDE // max(grey.shape)))
-    canvas = _outlined(grey, mask, factor, colour)
-    if inset and mask.any():
-        _paste_inset(canvas, grey, mask, colour)
+    canvas = _outlined(grey, outlines, factor)
+    if inset and any(outline.any() for outline, _ in outlines):
+        _paste_inset(canvas, grey, outlines)
     font = ImageFont.load_default(size=_BAND * 0.6)
     width = max(canvas.shape[1], _SHORT_SIDE)  # a narrow image leaves room for its caption
     lines = _broken(caption, font, width - 16)
@@ -158,16 +181,15 @@ def _reduced(grey: NDArray[np.uint8], mask: NDArray[np.bool_]) -> tuple[NDArray[
     return small, np.asarray(Image.fromarray(mask.astype(np.float32), mode="F").resize(size, Image.Resampling.BOX)) > 0
 
 
-def _outlined(
-    grey: NDArray[np.uint8], mask: NDArray[np.bool_], factor: int, colour: tuple[int, int, int], *, thickness: int = 2
-) -> NDArray[np.uint8]:
-    """Enlarge by a whole factor and colour the pixels just outside of the mask: what is marked stays visible."""
+def _outlined(grey: NDArray[np.uint8], outlines: _Outlines, factor: int, *, thickness: int = 2) -> NDArray[np.uint8]:
+    """Enlarge by a whole factor and colour the pixels just outside of each mask: what is marked stays visible."""
     canvas = np.repeat(np.asarray(_enlarged(grey, factor))[..., None], 3, axis=2)
-    large = mask.repeat(factor, axis=0).repeat(factor, axis=1)
-    grown = np.pad(large, thickness)
-    for _ in range(thickness):
-        grown = grown | np.roll(grown, 1, 0) | np.roll(grown, -1, 0) | np.roll(grown, 1, 1) | np.roll(grown, -1, 1)
-    canvas[grown[thickness:-thickness, thickness:-thickness] & ~large] = colour
+    for mask, colour in outlines:
+        large = mask.repeat(factor, axis=0).repeat(factor, axis=1)
+        grown = np.pad(large, thickness)
+        for _ in range(thickness):
+            grown = grown | np.roll(grown, 1, 0) | np.roll(grown, -1, 0) | np.roll(grown, 1, 1) | np.roll(grown, -1, 1)
+        canvas[grown[thickness:-thickness, thickness:-thickness] & ~large] = colour
     return canvas
 
 
@@ -175,12 +197,12 @@ def _enlarged(grey: NDArray[np.uint8], factor: int) -> Image.Image:
     return Image.fromarray(grey).resize((grey.shape[1] * factor, grey.shape[0] * factor), Image.Resampling.BICUBIC)
 
 
-def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]) -> None:
-    """Draw the mask's surroundings, about a third of the picture wide, into the corner of `canvas` opposite to the mask.
+def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], outlines: _Outlines) -> None:
+    """Draw the masks' surroundings, about a third of the picture wide, into the corner of `canvas` opposite to them.
 
     A finding that would not be larger there than in the picture itself gets none.
     """
-    rows, columns = np.nonzero(mask)
+    rows, columns = np.nonzero(np.logical_or.reduce([mask for mask, _ in outlines]))
     centre_row, centre_column = int((rows[0] + rows[-1]) // 2), int((columns.min() + columns.max()) // 2)
     half = min(max(24, int(max(np.ptp(rows), np.ptp(columns)))), min(grey.shape) // 2)
     top, left = (min(max(0, c - half), n - 2 * half) for c, n in zip((centre_row, centre_column), grey.shape, strict=True))
@@ -188,7 +210,8 @@ def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], mask: NDArr
     factor = min(canvas.shape[:2]) // 3 // (2 * half)
     if factor <= canvas.shape[0] // grey.shape[0]:
         return
-    small = np.pad(_outlined(grey[part], mask[part], factor, colour), ((2, 2), (2, 2), (0, 0)), constant_values=200)
+    near = [(mask[part], colour) for mask, colour in outlines]
+    small = np.pad(_outlined(grey[part], near, factor), ((2, 2), (2, 2), (0, 0)), constant_values=200)
     size = small.shape[0]
     low = slice(0, size) if centre_row > grey.shape[0] / 2 else slice(canvas.shape[0] - size, None)
     far = slice(0, size) if centre_column > grey.shape[1] / 2 else slice(canvas.shape[1] - size, None)

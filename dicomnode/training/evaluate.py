@@ -1,232 +1,142 @@
-"""Measure a model package: on synthetic chests it never saw, and on real cases, one by one. Writes evaluation.json.
+"""Measure a model package: on phantoms it never saw, on a data set, or on real cases. Writes evaluation.json, the card and a report.
 
-Runs the package exactly as the node does, through the one inference there is.
+Runs the package exactly as the node does, through the one inference there is; only findings below its score are looked at too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from rich.progress import track
 
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.inference import Model, load_model
 from dicomnode.analysis.package import load_package
-from dicomnode.errors import UsageError
-from dicomnode.findings import Finding, Findings, Segment
-from dicomnode.training.cases import SIZE_BINS_MM, Case, Known, Point, real_cases, synthetic_case
-from dicomnode.training.export import write_model_card
-from dicomnode.training.structures import measure_structures, outlines_organs
+from dicomnode.errors import AnalysisFailed, UsageError
+from dicomnode.training.card import write_model_card
+from dicomnode.training.cases import Case, dataset_cases, real_cases
+from dicomnode.training.dataset import DATASET, load_dataset
+from dicomnode.training.evaluation.matching import Result, compare, reported
+from dicomnode.training.evaluation.pictures import Failure, Gallery
+from dicomnode.training.evaluation.report import write_pictures
+from dicomnode.training.evaluation.summary import plain, summary
+from dicomnode.training.unseen_phantoms import TEST_SEED, VALIDATION_SEED, unseen_phantoms
 
-VALIDATION_SEED, TEST_SEED = 3_000_000_000, 3_100_000_000  # training draws its chests below 2**31
-NODULES_PER_SCAN = 10
-LOWEST_SCORE = 0.5  # of what is looked at to choose a threshold
+SCHEMA = 2
+MOST_FINDINGS = 200  # of any score that are looked at in a scan
 
-Pair = tuple[Known, Finding | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    """What a package said of one scan, compared with what is known."""
-
-    pairs: tuple[Pair, ...]  # each known nodule and the most probable finding that meets it
-    false: tuple[Finding, ...]
-    voxel_ml: float
-
-    def above(self, score: float) -> Match:
-        """The same with findings of at least this score alone."""
-        pairs = tuple((known, f if f is not None and f.probability >= score else None) for known, f in self.pairs)
-        return replace(self, pairs=pairs, false=tuple(f for f in self.false if f.probability >= score))
+Split = Literal["test", "validation"]
+Cases = Iterable[tuple[str, Callable[[], Case]]]
 
 
-def evaluate(package_folder: Path, data_folder: Path | None = None, *, scans: int = 12, device: str = "auto") -> dict[str, Any]:
-    """Measure the package; write what was found into its evaluation.json and MODEL_CARD.md, and return it.
+def evaluate(
+    package_folder: Path,
+    data_folder: Path | None = None,
+    *,
+    out: Path | None = None,
+    scans: int = 12,
+    split: Split = "test",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure the package; return the figures of this set of cases.
 
-    Without `data_folder` on `scans` phantoms, of which every third has no nodule or is of something else; else on the real cases in it, as
-    `cases.real_cases` reads them. Cases of earlier calls stay; figures of another digest are thrown away.
+    Without `data_folder` on `scans` phantoms, of which every third holds nothing to find or is of something else; else on the `split` of
+    the data set there, or on the real cases in it, as `cases.real_cases` reads them. With `split` test the figures go into the package's
+    evaluation.json, beside those of other sets, and MODEL_CARD.md is written again; figures of another digest are thrown away. On
+    validation nothing is written there. `out` gets pictures of the worst.
 
     Raises:
         PackageError: the package is not sound.
-        UsageError: the folder holds no case.
+        UsageError: the folder holds no case, or the data set doesn't fit the package or shares patients with its training.
     """
     package = load_package(package_folder)
     model = load_model(package_folder, digest=package.digest, device=device)
-    file = package_folder / "evaluation.json"
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if content.get("digest") != package.digest:
-        content = {"schema": 1, "package": package.manifest.name, "version": package.manifest.version, "digest": package.digest}
-    if data_folder is None and outlines_organs(package.manifest):
-        content["structures"] = measure_structures(model, first_seed=TEST_SEED, scans=scans)
-    elif data_folder is None:
-        content["phantoms"] = measure_phantoms(model, first_seed=TEST_SEED, scans=scans)
+    manifest = package.manifest
+    if data_folder is None:
+        first_seed = TEST_SEED if split == "test" else VALIDATION_SEED
+        name, about = "phantoms", {"kind": "phantoms", "first_seed": str(first_seed)}
+        cases: Cases = unseen_phantoms(manifest, first_seed=first_seed, scans=scans)
+    elif (data_folder / DATASET).exists():
+        dataset = load_dataset(data_folder)
+        name, about = dataset.name, {"kind": "dataset", "terms": dataset.terms}
+        cases = dataset_cases(dataset, split, manifest)
     else:
-        earlier = {row["case"]: row for row in content.get("cases", [])}
-        content["cases"] = [*(earlier | {row["case"]: row for row in measure_cases(model, data_folder)}).values()]
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_model_card(package_folder)
-    return content
+        name, about = data_folder.resolve().name, {"kind": "cases"}
+        cases = real_cases(data_folder, manifest)
+    results, worst, device_name = measure(model, cases)
+    if not results:
+        raise UsageError(f"{data_folder} holds no DICOM series and no *_image.nrrd")
+    figures = plain({
+        "name": name, "split": split, **about, "device": device_name, **summary(results, manifest),
+        "worst": [{"case": f.case, "label": f.label, "kind": f.kind, "what": f.text, "slice": f.slice_index + 1} for f in worst],
+    })  # fmt: skip
+    figures = dict(figures)
+    if split == "test":
+        _keep(package_folder, name, figures)
+        write_model_card(package_folder)
+    if out is not None:
+        write_pictures(out, worst)
+    return figures
 
 
-def measure_phantoms(model: Model, *, first_seed: int, scans: int) -> dict[str, Any]:
-    """Sensitivity by size, false findings, Dice and volume error on synthetic chests; and what other score thresholds would give."""
-    threshold = model.manifest.outputs[0].minimum_score
-    loose = _with_minimum_score(model, LOWEST_SCORE)
-    matches = []
-    for number in track(range(scans), description="phantoms"):
-        case = synthetic_case(first_seed + number, nodules=0 if number % 3 == 2 else NODULES_PER_SCAN)
-        matches.append(match(loose({model.manifest.inputs[0].name: case.volume}), case))
-    chosen = [each.above(threshold) for each in matches]
-    pairs = [pair for each in chosen for pair in each.pairs]
-    clear = [each for each in chosen if not each.pairs]
-    return {
-        "first_seed": first_seed,
-        "scans": scans,
-        "clear_scans": len(clear),
-        "minimum_score": threshold,
-        "nodules": len(pairs),
-        "found": _found(pairs),
-        "false_findings_per_scan": _false_per_scan(chosen),
-        "false_findings_per_clear_scan": _false_per_scan(clear),
-        "by_size": [_size_row(low, high, pairs) for low, high in SIZE_BINS_MM],
-        **_agreement(chosen),
-        "by_minimum_score": [_score_row(round(float(score), 2), matches) for score in np.arange(LOWEST_SCORE, 0.96, 0.05)],
-    }
-
-
-def measure_cases(model: Model, folder: Path) -> list[dict[str, Any]]:
-    """What the package says of each real case: every known nodule, and every other finding.
-
-    Raises:
-        UsageError: the folder holds no case.
-    """
-    rows: list[dict[str, Any]] = []
-    for name, read in real_cases(folder, model.manifest):
+def measure(model: Model, cases: Cases) -> tuple[list[Result], tuple[Failure, ...], str]:
+    """Run the model on each case and compare; also the worst, and what it ran on."""
+    loose = with_any_score(model)
+    gallery = Gallery(model.manifest.inputs[0])
+    results: list[Result] = []
+    device = ""
+    for name, read in track(list(cases), description="cases"):
+        started = time.process_time()
         try:
             case = read()
-            compared = match(model({model.manifest.inputs[0].name: case.volume}), case)
         except NotEligible as refusal:
-            rows.append({"case": name, "refused": refusal.code})
+            results.append(Result(case=name, patient=name, attributes={}, refused=refusal.code))
             continue
-        rows.append(
-            {
-                "case": name,
-                "slices": len(case.volume.voxels),
-                "spacing_mm": [round(step, 3) for step in case.volume.spacing_mm],
-                "known": [_known_row(known, finding, case) for known, finding in compared.pairs],
-                "other_findings": len(compared.false),
-                "others": [_finding_row(finding) for finding in compared.false],
-            }
+        about = Result(
+            case=name, patient=case.patient or name, attributes=case.attributes, of_its_kind=case.of_its_kind, complete=case.complete
         )
-    if not rows:
-        raise UsageError(f"{folder} holds no DICOM series and no *_image.nrrd")
-    return rows
+        try:
+            findings = loose(case.volumes)
+        except NotEligible as refusal:
+            results.append(replace(about, refused=refusal.code))
+            continue
+        except AnalysisFailed as failure:
+            results.append(replace(about, failed=str(failure)))
+            continue
+        device = findings.device
+        result = replace(
+            about, findings=reported(findings.findings, model.manifest), labels=compare(case, findings, model.manifest),
+            slices=len(case.volume.voxels), spacing_mm=case.volume.spacing_mm, cpu_seconds=time.process_time() - started,
+        )  # fmt: skip
+        gallery.look(case, result)
+        results.append(result)
+    return results, gallery.worst, device
 
 
-def match(findings: Findings, case: Case) -> Match:
-    """Pair findings with known nodules.
-
-    Where the nodule's voxels are known, they meet if they share a tenth of their union; else if the finding's centre lies in
-    the nodule's sphere (at least 5 mm). A finding that meets nothing is false.
-    """
-    pairs: list[Pair] = []
-    used: set[int] = set()
-    for known in case.known:
-        meeting = [finding for finding in findings.findings if _meets(finding, known)]
-        used |= {finding.number for finding in meeting}
-        pairs.append((known, max(meeting, key=lambda finding: finding.probability, default=None)))
-    false = tuple(finding for finding in findings.findings if finding.number not in used)
-    return Match(pairs=tuple(pairs), false=false, voxel_ml=case.volume.voxel_ml)
+def with_any_score(model: Model) -> Model:
+    """The same model with findings of any score: `matching.reported` gives of them what the model itself reports."""
+    outputs = tuple(
+        output.model_copy(update={"minimum_score": 0.0, "maximum_findings": max(output.maximum_findings, MOST_FINDINGS)})
+        for output in model.manifest.outputs
+    )
+    update = {"outputs": outputs, "maximum_findings": max(model.manifest.maximum_findings, MOST_FINDINGS)}
+    return replace(model, manifest=model.manifest.model_copy(update=update))  # type: ignore[type-var]  # every model is a frozen dataclass
 
 
-def shared_voxels(first: Segment, second: Segment) -> int:
-    """How many voxels two segments of one volume have in common."""
-    starts = [max(a, b) for a, b in zip(first.origin, second.origin, strict=True)]
-    ends = [min(a + n, b + m) for a, n, b, m in zip(first.origin, first.mask.shape, second.origin, second.mask.shape, strict=True)]
-    if any(end <= start for start, end in zip(starts, ends, strict=True)):
-        return 0
-    parts = [s.mask[tuple(slice(i - o, j - o) for i, j, o in zip(starts, ends, s.origin, strict=True))] for s in (first, second)]
-    return int(np.count_nonzero(parts[0] & parts[1]))
-
-
-def _meets(finding: Finding, known: Known) -> bool:
-    if known.truth is None:
-        distance = float(np.linalg.norm(np.subtract(_centre(finding), known.centre_lps_mm)))
-        return distance <= max(5.0, known.diameter_mm / 2)
-    shared = shared_voxels(finding.segment, known.truth)
-    return shared >= 0.1 * (finding.segment.voxel_count + known.truth.voxel_count - shared)
-
-
-def _found(pairs: Sequence[Pair]) -> int:
-    return sum(finding is not None for _, finding in pairs)
-
-
-def _false_per_scan(matches: Sequence[Match]) -> float | None:
-    return round(sum(len(each.false) for each in matches) / len(matches), 2) if matches else None
-
-
-def _size_row(low: float, high: float, pairs: Sequence[Pair]) -> dict[str, Any]:
-    inside = [pair for pair in pairs if low <= pair[0].diameter_mm < high]
-    return {"diameter_mm": [low, high], "nodules": len(inside), "found": _found(inside)}
-
-
-def _score_row(score: float, matches: Sequence[Match]) -> dict[str, Any]:
-    chosen = [each.above(score) for each in matches]
-    found = _found([pair for each in chosen for pair in each.pairs])
-    return {"minimum_score": score, "found": found, "false_findings_per_scan": _false_per_scan(chosen)}
-
-
-def _dice(finding: Finding, truth: Segment) -> float:
-    return 2 * shared_voxels(finding.segment, truth) / (finding.segment.voxel_count + truth.voxel_count)
-
-
-def _agreement(matches: Sequence[Match]) -> dict[str, Any]:
-    dices, errors = [], []
-    for each in matches:
-        for known, finding in each.pairs:
-            if finding is not None and known.truth is not None:
-                dices.append(_dice(finding, known.truth))
-                reference = known.truth.voxel_count * each.voxel_ml
-                errors.append(100 * (finding.volume_ml - reference) / reference)
-    if not dices:
-        return {"median_dice": None, "median_volume_error_percent": None, "median_absolute_volume_error_percent": None}
-    return {
-        "median_dice": round(float(np.median(dices)), 3),
-        "median_volume_error_percent": round(float(np.median(errors)), 1),
-        "median_absolute_volume_error_percent": round(float(np.median(np.abs(errors))), 1),
-    }
-
-
-def _with_minimum_score(model: Model, score: float) -> Model:
-    outputs = tuple(output.model_copy(update={"minimum_score": score}) for output in model.manifest.outputs)
-    return replace(model, manifest=model.manifest.model_copy(update={"outputs": outputs}))  # type: ignore[type-var]  # every model is a frozen dataclass
-
-
-def _known_row(known: Known, finding: Finding | None, case: Case) -> dict[str, Any]:
-    row: dict[str, Any] = {"diameter_mm": round(known.diameter_mm, 1), "centre_lps_mm": [round(c, 1) for c in known.centre_lps_mm]}
-    if known.truth is not None:
-        row["volume_ml"] = round(known.truth.voxel_count * case.volume.voxel_ml, 3)
-    row["found"] = None
-    if finding is not None:
-        distance = float(np.linalg.norm(np.subtract(_centre(finding), known.centre_lps_mm)))
-        row["found"] = {"distance_mm": round(distance, 1), **_finding_row(finding)}
-        if known.truth is not None:
-            row["found"]["dice"] = round(_dice(finding, known.truth), 3)
-    return row
-
-
-def _finding_row(finding: Finding) -> dict[str, Any]:
-    return {
-        "centre_lps_mm": [round(c, 1) for c in _centre(finding)], "volume_ml": round(finding.volume_ml, 3),
-        "long_axis_mm": round(finding.long_axis_mm or 0.0, 1), "score": round(finding.probability, 3), "side": finding.side,
+def _keep(package_folder: Path, name: str, figures: dict[str, Any]) -> None:
+    """Write the figures of one set into evaluation.json, beside those of other sets of this digest."""
+    package = load_package(package_folder)
+    file = package_folder / "evaluation.json"
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if content.get("digest") != package.digest or content.get("schema") != SCHEMA:
+        content = {}
+    content = {
+        "schema": SCHEMA, "package": package.manifest.name, "version": package.manifest.version, "digest": package.digest,
+        "sets": {**content.get("sets", {}), name: figures},
     }  # fmt: skip
-
-
-def _centre(finding: Finding) -> Point:
-    if finding.centre_lps_mm is None:
-        raise UsageError("evaluation measures in patient space: the package finds things on projections")
-    return finding.centre_lps_mm
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Write a trained network as a model package: a MONAI Bundle, the manifest, and a card that says what it is.
+"""Write a trained network as a model package: a MONAI Bundle, the manifest and the card.
 
 Must never put code into a bundle: the network is a MONAI class by name with plain arguments.
 """
@@ -6,7 +6,7 @@ Must never put code into a bundle: the network is a MONAI class by name with pla
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dicomnode.analysis.manifest import InputSection
 from dicomnode.analysis.package import Package, load_package
 from dicomnode.errors import UsageError
+from dicomnode.training.card import write_model_card
 from dicomnode.training.recipe import Recipe
 from dicomnode.training.streams import KINDS
 
@@ -53,38 +53,6 @@ def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: P
         _write_json(folder / "training.json", record)
     write_model_card(folder)
     return load_package(folder)
-
-
-def write_model_card(folder: Path) -> None:
-    """Write MODEL_CARD.md from the manifest and, where there is one, evaluation.json."""
-    manifest = load_package(folder).manifest
-    file = folder / "evaluation.json"
-    evaluation: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    output, accepts = manifest.outputs[0], manifest.inputs[0]
-    lines = [
-        f"# {manifest.title}: {manifest.name} {manifest.version}", "",
-        f"**{manifest.intended_use}**", "",
-        f"- Licence: {manifest.licence}",
-        f"- Trained on: {manifest.training_data}",
-        f"- Input: {_input_text(accepts)}",
-        (f"- A voxel counts above {output.threshold}; a finding has {output.minimum_ml} ml or more and a score"
-         f" (mean of its most certain quarter) of {output.minimum_score} or more"), "",
-        "## Measured", "",
-    ]  # fmt: skip
-    if "structures" in evaluation:
-        lines += _structure_lines(evaluation["structures"])
-    else:
-        lines += _phantom_lines(evaluation["phantoms"]) if "phantoms" in evaluation else ["Not evaluated yet.", ""]
-    lines += _case_lines(evaluation["cases"]) if "cases" in evaluation else []
-    lacking = _LACKING.get(accepts.region, "disease")
-    lines += [
-        "## Limits", "",
-        f"- Synthetic training: what the phantoms lack ({lacking}, surgery, metal, motion, children) it has never seen.",
-        "- Figures on phantoms say nothing about patients; the few real cases are examples, no performance claim.",
-        *(f"- {limit}" for limit in _LIMITS.get(accepts.region, ())),
-        "- The score is no probability of disease.", "",
-    ]  # fmt: skip
-    (folder / "MODEL_CARD.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def toml_of(entries: Mapping[str, Any]) -> str:
@@ -151,78 +119,6 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
             },
         },
     }  # fmt: skip
-
-
-_LACKING = {  # in the phantoms of a region, beside what is lacking in all of them
-    "lung": "pneumonia, effusion, fibrosis",
-    "chest-radiograph": "pneumonia, effusion, collapse",
-    "head": "tumours, bleeding, atrophy",
-}
-_LIMITS = {  # by the region that the manifest asks for
-    "lung": ["A mass that fills much of a lung may lie outside the lung region and be missed or marked in part."],
-    "chest-radiograph": [
-        "What is no chest was of the same kinds in training and in this table; the gate refuses some chests of unusual framing."
-    ],
-    "head": [
-        (
-            "The gate's rule against bodies that are no head was set after the ones of this table, all of one shape, had been accepted: "
-            "zero is no measurement, and a bottle that is longer than wide is likely to pass."
-        )
-    ],
-}
-
-
-def _input_text(accepts: InputSection) -> str:
-    what, pixels = "/".join(accepts.modalities), f"pixels of {_range(accepts.pixel_spacing_mm)} mm"
-    if accepts.dimensions == 2:
-        return f"{what}, one projection; {pixels}"
-    return f"{what}, {accepts.minimum_slices} slices or more, {_range(accepts.slice_spacing_mm)} mm apart; {pixels}"
-
-
-def _structure_lines(measured: Mapping[str, Any]) -> list[str]:
-    rows = [
-        f"| {row['label']} | {row['median_dice']} | {row['lowest_dice']} | {row['median_size_error_percent']} % |"
-        for row in measured["structures"]
-    ]
-    return [
-        (f"On {measured['scans']} phantoms never used before, {measured['others']} of them of something else:"
-         f" {measured['wrongly_refused']} wrongly refused, {measured['wrongly_accepted']} wrongly accepted."), "",
-        "| structure | median Dice | lowest Dice | median error of the size |", "|---|---|---|---|", *rows, "",
-        "No outlines of real images were at hand: there are no figures on patients.", "",
-    ]  # fmt: skip
-
-
-def _phantom_lines(phantoms: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {_range(row['diameter_mm'])} | {row['nodules']} | {row['found']} |" for row in phantoms["by_size"]]
-    return [
-        (f"On {phantoms['scans']} synthetic chests never used before, {phantoms['clear_scans']} without nodules:"
-         f" {phantoms['found']} of {phantoms['nodules']} nodules found, {phantoms['false_findings_per_scan']} false findings a scan."), "",
-        "| diameter (mm) | nodules | found |", "|---|---|---|", *rows, "",
-        (f"Of those found: median Dice {phantoms['median_dice']}, median error of the volume {phantoms['median_volume_error_percent']} %"
-         f" (absolute {phantoms['median_absolute_volume_error_percent']} %)."), "",
-    ]  # fmt: skip
-
-
-def _case_lines(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["On real cases, one by one (never trained on, and no threshold was chosen on them):", ""]
-    for case in cases:
-        if "refused" in case:
-            lines.append(f"- {case['case']}: not analysed ({case['refused']})")
-            continue
-        known = "; ".join(_known_text(nodule) for nodule in case["known"]) or "no nodule is known"
-        lines.append(f"- {case['case']}: {known}; other findings: {case['other_findings']}")
-    return [*lines, ""]
-
-
-def _known_text(nodule: Mapping[str, Any]) -> str:
-    found, nodule_text = nodule["found"], f"the known nodule of {nodule['diameter_mm']:g} mm"
-    if found is None:
-        return f"{nodule_text} was missed"
-    return f"{nodule_text} was found {found['distance_mm']:g} mm from its centre, {found['volume_ml']:g} ml"
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{values[0]:g} to {values[1]:g}"
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
-
-from dicomnode.training.cases import synthetic_case
 from dicomnode.training.sources import AnnotatedCase, Source
+from dicomnode.training.unseen_phantoms import chest_case
 
 LABEL = "Lung nodule"
 FIRST_SEED = 3_300_000_000  # training draws its chests below 2**31, evaluate from 3.0e9 and 3.1e9
@@ -28,13 +26,8 @@ def phantom_sources(count: int, *, seed: int) -> Iterator[Source]:
 
 
 def _read(chest: int, nodules: int) -> AnnotatedCase:
-    case = synthetic_case(chest, nodules=nodules)
-    mask = np.zeros(case.volume.voxels.shape, dtype=np.bool_)
-    for known in case.known:
-        if known.truth is not None:
-            box = tuple(slice(o, o + n) for o, n in zip(known.truth.origin, known.truth.mask.shape, strict=True))
-            mask[box] |= known.truth.mask
+    case = chest_case(chest, nodules=nodules, label=LABEL)
     return AnnotatedCase(
-        volumes={"image": case.volume}, masks={LABEL: mask}, looked_for=frozenset({LABEL}),
+        volumes={"image": case.volume}, masks=case.truth, looked_for=frozenset({LABEL}),
         attributes={"scanner": "phantom", "slice_thickness_mm": round(case.volume.spacing_mm[0], 2)},
     )  # fmt: skip

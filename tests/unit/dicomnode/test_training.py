@@ -1,20 +1,14 @@
 """Training: the same from its seed, through stops, past gradients that are not finite; and out as a package that loads."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from dicomnode.analysis.inference import load_model
 from dicomnode.analysis.package import load_package
 from dicomnode.errors import ConfigError, UsageError
-from dicomnode.findings import Code, Finding, Findings, LongAxis, Segment, Volume
-from dicomnode.training.cases import Case, Known
-from dicomnode.training.evaluate import match, measure_cases, shared_voxels
-from dicomnode.training.export import toml_of, write_model_card, write_package
+from dicomnode.training.export import toml_of, write_package
 from dicomnode.training.losses import segmentation_loss
 from dicomnode.training.nodules import PhantomPatches
 from dicomnode.training.recipe import Recipe, load_recipe
@@ -182,85 +176,8 @@ def test_an_export_into_a_foreign_folder_is_refused(small: Path, tmp_path: Path)
         write_package(recipe, Trainer(recipe, "cpu").average.state_dict(), tmp_path)
 
 
-def test_the_model_card_tells_what_was_measured(small: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(small)
-    package = write_package(recipe, Trainer(recipe, "cpu").average.state_dict(), tmp_path / "package")
-    measured = {
-        "phantoms": {
-            "scans": 3, "clear_scans": 1, "found": 7, "nodules": 9, "false_findings_per_scan": 0.33, "median_dice": 0.8,
-            "median_volume_error_percent": 2.0, "median_absolute_volume_error_percent": 5.0,
-            "by_size": [{"diameter_mm": [5, 7], "nodules": 9, "found": 7}],
-        },
-        "cases": [
-            {"case": "one", "known": [{"diameter_mm": 23.4, "found": None}], "other_findings": 2},
-            {"case": "two", "refused": "no-lung"},
-        ],
-    }  # fmt: skip
-    (package.folder / "evaluation.json").write_text(json.dumps(measured), encoding="utf-8")
-    write_model_card(package.folder)
-    card = (package.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
-    for fact in ("7 of 9 nodules", "0.33 false findings", "one: the known nodule of 23.4 mm was missed", "two: not analysed (no-lung)"):
-        assert fact in card
-    assert load_package(package.folder).digest == package.digest
-
-
 def test_toml_reads_back_as_it_was_written() -> None:
     import tomllib
 
     entries = {"a": 1, "t": 'ü "q"\n', "f": [0.5, 1.0], "s": {"x": True}, "rows": [{"n": 1, "code": {"v": "x"}}, {"n": 2}]}
     assert tomllib.loads(toml_of(entries)) == entries
-
-
-VOLUME = Volume(
-    voxels=np.zeros((10, 20, 20), dtype=np.float32), affine=np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]], sop_instance_uids=(),
-    series_instance_uid="1.2", study_instance_uid="1", frame_of_reference_uid="1", modality="CT",
-)  # fmt: skip
-CODE = Code(value="1", scheme="99", meaning="x")
-
-
-def cube(k: int, r: int, c: int, edge: int = 4) -> Segment:
-    return Segment(mask=np.ones((edge, edge, edge), dtype=np.bool_), origin=(k, r, c))
-
-
-def finding(number: int, segment: Segment, probability: float = 0.9) -> Finding:
-    centre = np.asarray(segment.origin) + (np.asarray(segment.mask.shape) - 1) / 2
-    axis = LongAxis(slice_index=0, points_lps_mm=((0, 0, 0), (0, 0, 0)), points_px=((0, 0), (0, 0)), length_mm=1)
-    return Finding(
-        number=number, label="x", probability=probability, category=CODE, type=CODE, site=None, side=None,
-        centre_lps_mm=(centre[2], centre[1], centre[0]), segment=segment, long_axis=axis, measurements=(), colour_cielab=(0, 0, 0),
-    )  # fmt: skip
-
-
-def findings(*each: Finding) -> Findings:
-    return Findings(
-        package="p", version="1", digest="d", algorithm_name="a", manufacturer="m", series_instance_uid="1.2", findings=each, device="cpu"
-    )
-
-
-def test_voxels_in_common_are_counted() -> None:
-    assert shared_voxels(cube(0, 0, 0), cube(2, 2, 2)) == 8
-    assert shared_voxels(cube(0, 0, 0), cube(4, 0, 0)) == 0
-
-
-def test_a_finding_that_meets_nothing_is_false_and_the_most_probable_one_counts() -> None:
-    known = Known(centre_lps_mm=(5.5, 5.5, 3.5), diameter_mm=5.0, truth=cube(2, 4, 4))
-    near, better, away = finding(1, cube(3, 4, 4), 0.6), finding(2, cube(2, 4, 4), 0.8), finding(3, cube(2, 14, 14), 0.7)
-    result = match(findings(near, better, away), Case(name="x", volume=VOLUME, known=(known,)))
-    assert result.pairs == ((known, better),)
-    assert result.false == (away,)
-    assert result.above(0.9).pairs == ((known, None),)
-
-
-def test_without_voxels_a_centre_in_the_nodule_is_a_hit() -> None:
-    known = Known(centre_lps_mm=(5.5, 5.5, 3.5), diameter_mm=12.0)
-    case = Case(name="x", volume=VOLUME, known=(known, replace(known, centre_lps_mm=(5.5, 5.5, 40.0))))
-    hit = finding(1, cube(2, 7, 4))
-    assert match(findings(hit), case).pairs == ((known, hit), (case.known[1], None))
-
-
-def test_a_folder_without_cases_is_wrong_use(small: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(small)
-    package = write_package(recipe, Trainer(recipe, "cpu").average.state_dict(), tmp_path / "package")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no DICOM"):
-        measure_cases(load_model(package.folder, digest=package.digest, device="cpu"), tmp_path / "empty")

@@ -1,0 +1,1 @@
+"""Evaluation of model packages: matching, measures, summary, pictures, plots and the report. Runs no network itself."""
