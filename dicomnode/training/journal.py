@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -18,7 +19,7 @@ EVERY = 25  # steps
 
 
 class Journal:
-    """The log of a run; one that goes on after `step` forgets what an interrupted one said of later steps."""
+    """The log of a run, written while it is entered; one that goes on after `step` forgets what an interrupted one said of later steps."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
         file = folder / "log.jsonl"
@@ -57,8 +58,10 @@ class Journal:
         if measured.picture is not None:
             self._board.add_image("validation/truth green, prediction red", measured.picture, step)
 
-    def close(self) -> None:
-        """Write what is left."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._log.close()
         self._board.close()
 

@@ -86,10 +86,9 @@ def train(
     last = section.steps if stop_after is None else min(section.steps, trainer.step + stop_after)
     if is_exhausted(trainer.history, recipe.validation.patience):
         last = trainer.step
-    journal = Journal(out_folder, step=trainer.step)
     kept_back = _ValidationPatches(recipe, dataset)
     columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-    with _signals() as received, Progress(*columns, disable=quiet) as progress:
+    with _signals() as received, Journal(out_folder, step=trainer.step) as journal, Progress(*columns, disable=quiet) as progress:
         task = progress.add_task("training", total=section.steps, completed=trainer.step, said="")
         for batch in _batches(recipe, dataset, first=trainer.step, last=last):
             rate = trainer.learning_rate()
@@ -105,7 +104,6 @@ def train(
             progress.update(task, completed=trainer.step, said=_said(journal, trainer))
             if received or is_exhausted(trainer.history, recipe.validation.patience):
                 break
-    journal.close()
     finished = trainer.step >= section.steps or is_exhausted(trainer.history, recipe.validation.patience)
     best = best_of(trainer.history) if finished else None
     if best is not None:
