@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dicomnode.analysis.manifest import Manifest
+from dicomnode.analysis.manifest import InputSection, Manifest, PreprocessingSection
 from dicomnode.errors import ConfigError
 
 
@@ -54,7 +54,41 @@ class Heads(_Section):
     others: float = Field(ge=0, lt=1, description="share of volumes that hold no head")
 
 
-DataSection = Annotated[NodulePatches | Radiographs | Opacities | Heads, Field(discriminator="kind")]  # what each is stands in streams.py
+class Augmentation(_Section):
+    """What is changed at random in a patch of a data set, so that few patients teach more. A chance of 0 leaves a change out."""
+
+    flip_axes: tuple[Literal["slice", "row", "column"], ...] = Field((), description="each flipped in half of the patches")
+    affine: float = Field(0.0, ge=0, le=1, description="chance that a patch is turned, scaled and shifted")
+    rotate_degrees: float = Field(15.0, ge=0, le=180, description="at most; about the slice axis alone where voxels aren't cubes")
+    scale: float = Field(0.15, ge=0, lt=0.5, description="larger or smaller by at most this share")
+    elastic: float = Field(0.0, ge=0, le=1, description="chance that a patch is bent")
+    gamma: float = Field(0.0, ge=0, le=1)
+    noise: float = Field(0.0, ge=0, le=1)
+    noise_deviation: float = Field(0.05, ge=0, description="largest, in units of the network's intensities")
+    shift: float = Field(0.0, ge=0, le=1)
+    shift_by: float = Field(0.1, ge=0, description="at most, in units of the network's intensities")
+
+
+class DatasetPatches(_Section):
+    """Patches of a data set's cases, prepared as the package prepares a study. Orders: slice, row, column.
+
+    Grid, intensities and region are the package's: `preprocessing` and `inputs` are copied from it and can't be given here.
+    """
+
+    kind: Literal["dataset"]
+    patch: tuple[int, int, int] = Field(description="voxels; of a projection the first is 1")
+    channels: tuple[str, ...] = Field(description="of the data set, one for each input of the package in its order")
+    labels: tuple[str, ...] = Field(description="of the data set, one for each output of the package in its order")
+    foreground: float = Field(0.6, ge=0, le=1, description="share of patches around a voxel of a label")
+    drop_optional: float = Field(0.0, ge=0, lt=1, description="chance that an optional input is zeros, as where a study lacks it")
+    augmentation: Augmentation = Augmentation()
+    preprocessing: PreprocessingSection
+    inputs: tuple[InputSection, ...]
+
+
+DataSection = Annotated[
+    NodulePatches | Radiographs | Opacities | Heads | DatasetPatches, Field(discriminator="kind")
+]  # what each is stands in streams.py
 
 
 class NetworkSection(_Section):
@@ -115,6 +149,28 @@ class Recipe(_Section):
     def _nodules_unless_said(cls, entries: Any) -> Any:
         data = entries.get("data") if isinstance(entries, dict) else None
         return {**entries, "data": {"kind": "chest-ct-nodules", **data}} if isinstance(data, dict) else entries
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dataset_as_the_package_prepares_it(cls, entries: Any) -> Any:
+        data, package = (entries.get(key) for key in ("data", "package")) if isinstance(entries, dict) else (None, None)
+        if not isinstance(data, dict) or data.get("kind") != "dataset" or not isinstance(package, dict):
+            return entries
+        if given := {"preprocessing", "inputs"} & set(data):
+            raise ValueError(f"data.{min(given)} is the package's, and isn't given twice")
+        inputs = package.get("inputs") or [package.get("input")]
+        return {**entries, "data": {**data, "preprocessing": package.get("preprocessing"), "inputs": inputs}}
+
+    @model_validator(mode="after")
+    def _dataset_fits_the_package(self) -> Self:
+        if isinstance(self.data, DatasetPatches):
+            if len(self.data.channels) != len(self.package.inputs):
+                raise ValueError(f"data.channels names {len(self.data.channels)}, and the package has {len(self.package.inputs)} input(s)")
+            if len(self.data.labels) != len(self.package.outputs):
+                raise ValueError(f"data.labels names {len(self.data.labels)}, and the package has {len(self.package.outputs)} output(s)")
+            if self.package.inputs[0].dimensions == 2 and self.data.patch[0] != 1:
+                raise ValueError("data.patch of a projection has one slice")
+        return self
 
 
 def load_recipe(file: Path) -> Recipe:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.utils.data import Dataset
 
+from dicomnode.errors import UsageError
+from dicomnode.training.dataset_patches import LabelledPatches
 from dicomnode.training.films import PhantomFilms
 from dicomnode.training.heads import PhantomHeads
 from dicomnode.training.nodules import PhantomPatches
@@ -59,6 +61,19 @@ def _phantoms(stream: Callable[..., Dataset[Patch]]) -> OpenStream:
     return open_stream
 
 
+def _labelled(data: Any, *, seed: int, count: int, split: Split, dataset: Path | None) -> Dataset[Patch]:
+    """Opens patches of a data set, which the trainer has checked."""
+    if dataset is None:
+        raise UsageError("data of kind dataset need a data set: --data")
+    return LabelledPatches(data, seed=seed, count=count, split=split, folder=dataset)
+
+
+def _preprocessed(data: Any) -> str:
+    if data.preprocessing.window is not None:
+        return f"values {data.preprocessing.window[0]:g} to {data.preprocessing.window[1]:g}"
+    return "percentiles of each image" if data.preprocessing.intensity == "percentiles" else "z-score of each image"
+
+
 def _percentiles(_data: Any) -> str:
     return "1st to 99th percentile"
 
@@ -74,6 +89,9 @@ KINDS: Mapping[str, DataKind] = {
     "chest-opacities": DataKind(
         open=_phantoms(OpacityFilms), change="trained on projected synthetic chests with opacities", image_format="magnitude",
         scaling=_percentiles,
+    ),
+    "dataset": DataKind(
+        open=_labelled, change="trained on labelled images", image_format="magnitude", scaling=_preprocessed, reads_dataset=True
     ),
     "mr-heads": DataKind(open=_phantoms(PhantomHeads), change="trained on synthetic heads", image_format="magnitude", scaling=_percentiles),
 }  # fmt: skip

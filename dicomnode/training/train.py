@@ -28,6 +28,7 @@ from dicomnode.errors import UsageError
 from dicomnode.training.dataset import DATASET, load_dataset
 from dicomnode.training.export import write_package
 from dicomnode.training.journal import Journal
+from dicomnode.training.leakage import check_dataset
 from dicomnode.training.losses import meaning_of
 from dicomnode.training.recipe import Recipe, load_recipe
 from dicomnode.training.streams import KINDS, Patch as Batch, stream_of
@@ -132,15 +133,16 @@ def _run_of(recipe: Recipe, dataset: Path | None) -> dict[str, Any]:
     """What of a run isn't in its recipe.
 
     Raises:
-        UsageError: a data set is needed and not given, or given and not needed.
+        UsageError: a data set is needed and not given, or given and not needed, or it has a fault: every case is read to find out.
     """
     kind = KINDS[recipe.data.kind]
     if (dataset is not None) != kind.reads_dataset:
         raise UsageError(f"data of kind {recipe.data.kind} {'need a data set: --data' if dataset is None else 'read no data set'}")
     run: dict[str, Any] = {"seed": recipe.training.seed, "steps": recipe.training.steps, "dataset": None}
     if dataset is not None:  # dataset.json holds the hashes of all cases
-        name = load_dataset(dataset).name
-        run["dataset"] = {"name": name, "sha256": hashlib.sha256((dataset / DATASET).read_bytes()).hexdigest()}
+        read = load_dataset(dataset)
+        check_dataset(read)
+        run["dataset"] = {"name": read.name, "sha256": hashlib.sha256((dataset / DATASET).read_bytes()).hexdigest()}
     return run
 
 
