@@ -122,7 +122,8 @@ class LabelledPatches(Dataset[Patch]):
         data = self._data
         read = read_case(self._dataset, row)
         names = {accepts.name: channel for accepts, channel in zip(data.inputs, data.channels, strict=True) if channel in read.volumes}
-        package = Manifest.model_construct(name=self._dataset.name, inputs=data.inputs, preprocessing=data.preprocessing)
+        known_of_it: dict[str, Any] = {"name": self._dataset.name, "inputs": data.inputs, "preprocessing": data.preprocessing}
+        package = Manifest.model_construct(**known_of_it)  # as far as preparing goes: what the recipe's section holds of it
         try:
             prepared = prepare(package, {name: read.volumes[channel] for name, channel in names.items()}, CPU)
         except NotEligible as refusal:
@@ -156,7 +157,8 @@ def cut(
     case: PreparedCase, centre: NDArray[np.int64], shape: tuple[int, int, int], margin: tuple[int, int, int] = (0, 0, 0)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cut (…, *shape) around a voxel, as far inside of the image as it goes, with a margin around; outside of the image all is 0."""
-    inner, pads = [], []
+    inner: list[slice] = []
+    pads: list[int] = []
     for c, n, more, size in zip(centre.tolist(), shape, margin, case.truth.shape[1:], strict=True):
         start = (min(max(c - n // 2, 0), size - n) if size > n else (size - n) // 2) - more
         end = start + n + 2 * more
