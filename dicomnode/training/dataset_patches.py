@@ -58,7 +58,8 @@ class PreparedCase:
     @property
     def held_bytes(self) -> int:
         """What it holds."""
-        return sum(part.nbytes for part in (self.image, self.truth, self.region, self.inside, *self.places))
+        tensors, arrays = (self.image, self.truth, self.region), (self.inside, *self.places)
+        return sum(part.nbytes for part in tensors) + sum(part.nbytes for part in arrays)
 
 
 class LabelledPatches(Dataset[Patch]):
