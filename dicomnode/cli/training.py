@@ -47,7 +47,7 @@ def evaluate(
         Path | None,
         typer.Argument(exists=True, file_okay=False, help="a data set, or a folder of real cases; else phantoms never seen"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for the pictures of the worst cases", file_okay=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for report.html and pictures of the worst cases", file_okay=False)] = None,
     split: Annotated[
         str, typer.Option(help="of a data set or of phantoms: test, or validation, of which nothing is kept in the package")
     ] = "test",

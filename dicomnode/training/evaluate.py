@@ -23,7 +23,7 @@ from dicomnode.training.cases import Case, dataset_cases, real_cases
 from dicomnode.training.dataset import DATASET, load_dataset
 from dicomnode.training.evaluation.matching import Result, compare, reported
 from dicomnode.training.evaluation.pictures import Failure, Gallery
-from dicomnode.training.evaluation.report import write_pictures
+from dicomnode.training.evaluation.report import write_report
 from dicomnode.training.evaluation.summary import plain, summary
 from dicomnode.training.unseen_phantoms import TEST_SEED, VALIDATION_SEED, unseen_phantoms
 
@@ -48,7 +48,7 @@ def evaluate(
     Without `data_folder` on `scans` phantoms, of which every third holds nothing to find or is of something else; else on the `split` of
     the data set there, or on the real cases in it, as `cases.real_cases` reads them. With `split` test the figures go into the package's
     evaluation.json, beside those of other sets, and MODEL_CARD.md is written again; figures of another digest are thrown away. On
-    validation nothing is written there. `out` gets pictures of the worst.
+    validation nothing is written there. `out` gets report.html and the pictures in it as files.
 
     Raises:
         PackageError: the package is not sound.
@@ -80,7 +80,7 @@ def evaluate(
         _keep(package_folder, name, figures)
         write_model_card(package_folder)
     if out is not None:
-        write_pictures(out, worst)
+        write_report(out, package, figures, worst)
     return figures
 
 

@@ -1,14 +1,4 @@
-"""The rules by which findings and what is known are compared, and what is kept of each comparison. The one place of these rules.
-
-1. A finding is compared with lesions of its own label alone.
-2. Where the lesion's voxels are known, they meet if they share MET of their union (a box: if it holds the lesion's centre, or the same).
-3. Else they meet if the finding's centre lies in the sphere of the lesion's diameter, of at least LEAST_MM radius.
-4. A finding that meets several lesions counts for each. Of several that meet one lesion the most certain counts, and none is false.
-5. A lesion below SMALLEST_MM isn't asked for: to miss it is no miss, and a finding that meets it isn't false.
-6. A finding that meets nothing is false where all lesions of the case are known (`Case.complete`); else nobody knows what it is.
-7. What the package reports is what it gives as the node runs it; findings below its `minimum_score` are looked at for FROC and
-   calibration alone.
-"""
+"""The rules by which findings and what is known are compared, and what is kept of each comparison. The one place of these rules: RULES."""
 
 from __future__ import annotations
 
@@ -27,6 +17,16 @@ from dicomnode.training.evaluation.measures import dice, surface_distances
 MET = 0.1
 LEAST_MM = 5.0
 SMALLEST_MM = 5.0
+
+RULES = (
+    "A finding is compared with lesions of its own label alone.",
+    f"Where a lesion's voxels are known, a finding meets it if they share {MET:g} of their union, or if it is a box that holds its centre.",
+    f"Else it meets it if its centre lies in the sphere of the lesion's diameter, of at least {LEAST_MM:g} mm radius.",
+    "A finding that meets several lesions counts for each. Of several that meet one the most certain counts, and none is false.",
+    f"A lesion below {SMALLEST_MM:g} mm isn't asked for: to miss it is no miss, and a finding that meets it isn't false.",
+    "A finding that meets nothing is false where all lesions of the case are known (`Case.complete`); else nobody knows what it is.",
+    "What is reported is what the node would report; findings below `minimum_score` count in FROC, in the AUC and in calibration alone.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def reported(findings: Sequence[Finding], manifest: Manifest) -> tuple[Finding, 
 
 
 def match(findings: Sequence[Finding], known: Sequence[Known]) -> Match:
-    """Pair findings with lesions of the same label by the rules above."""
+    """Pair findings with lesions of the same label by RULES."""
     used: set[int] = set()
     pairs = []
     for lesion in known:
@@ -143,7 +143,7 @@ def match(findings: Sequence[Finding], known: Sequence[Known]) -> Match:
 
 
 def meets(finding: Finding, lesion: Known) -> bool:
-    """Rules 2 and 3."""
+    """Whether a finding meets a lesion of its label: the second and the third rule."""
     if lesion.truth is None:
         if finding.centre_lps_mm is None or lesion.centre_lps_mm is None:
             return False

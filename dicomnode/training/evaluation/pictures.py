@@ -81,7 +81,7 @@ class Gallery:
 
 
 def mistakes(case: Case, label: str, each: Labelled, result: Result) -> Iterator[_Mistake]:
-    """Everything that went wrong with one label of a case, and any outline however good."""
+    """Everything that went wrong with one label of a case, and any outline however good; what was missed counts once."""
     for pair in each.reported.pairs:
         if pair.finding is None:
             text = f"missed: {label} of {pair.known.diameter_mm:.0f} mm"
@@ -101,7 +101,7 @@ def mistakes(case: Case, label: str, each: Labelled, result: Result) -> Iterator
         text = f"{kind}: {label}, score {called.score:.2f}, threshold {called.threshold:.2f}"
         badness = abs(called.score - called.threshold) + called.positive
         yield _Mistake(kind=kind, text=text, badness=badness, slice_index=_any_slice(case, label, result))
-    if outline is not None and outline.dice is not None:
+    if outline is not None and outline.dice is not None and (outline.dice > 0 or all(pair.finding for pair in each.reported.pairs)):
         distance = "" if outline.hd95_mm is None else f", HD95 {outline.hd95_mm:.1f} mm"
         text = f"{label}: Dice {outline.dice:.2f}{distance}"
         yield _Mistake(kind="outline", text=text, badness=1 - outline.dice, slice_index=_worst_slice(case, label, result))

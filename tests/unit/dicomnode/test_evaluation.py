@@ -1,6 +1,7 @@
 """Evaluation: findings meet what is known by rules, figures follow from them, and what is written says no more than was measured."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from dicomnode.training.cases import Case, Known, case_from_masks, dataset_cases
 from dicomnode.training.dataset import DataSet, write_case, write_dataset
 from dicomnode.training.evaluate import measure, with_any_score
 from dicomnode.training.evaluation.matching import match, reported, shared_voxels
+from dicomnode.training.evaluation.report import write_report
 from dicomnode.training.evaluation.summary import plain, summary
 from dicomnode.training.unseen_phantoms import unseen_phantoms
 
@@ -216,7 +218,7 @@ def test_figures_of_four_cases_are_those_counted_by_hand() -> None:
     assert groups["slice_thickness_mm", "0 to 1.5 mm"]["scans"] == 1
 
     assert [(failure.case, failure.kind) for failure in worst[:4]] == [
-        ("three", "missed"), ("three", "outline"), ("one", "false finding"), ("two", "outline"),
+        ("three", "missed"), ("one", "false finding"), ("two", "outline"), ("one", "outline"),
     ]  # fmt: skip
     json.dumps(figures, allow_nan=False)
 
@@ -309,3 +311,37 @@ def test_the_model_card_tells_what_was_measured_and_drops_what_is_of_another_dig
     (folder / "evaluation.json").write_text(json.dumps({**written, "digest": "0"}), encoding="utf-8")
     write_model_card(folder)
     assert "Not evaluated yet" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_report_shows_everything_and_needs_nothing_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    answers: dict[str, Findings | Exception] = {"gone": NotEligible("no-lung", "There is no lung.")}
+    made = [case("gone")]
+    for number in range(12):
+        name, lesion = f"<b>{number}</b>", cube(2, 4, 4, 6)
+        there = [lesion] if number % 3 else []
+        said = [finding(1, cube(2 + number % 2, 4, 5, 6), float(rng.uniform(0.6, 1)))] if there else []
+        said += [finding(2, cube(2, 14, 14), float(rng.uniform(0.5, 0.95)))] if number % 2 else []
+        answers[name] = findings(*sorted(said, key=lambda f: -f.probability))
+        made.append(case(name, *there, attributes={"sex": "F" if number % 2 else "M"}))
+    model = Says(manifest=manifest_of(), answers=answers)
+    results, worst, _ = measure(model, cases(*made))
+    package = load_package(PACKAGES / "brain-mr" / "0.1.0")
+    package = replace(package, manifest=model.manifest.model_copy(update={"limits": ("Sees <nothing> else.",)}))
+    about = {"name": "made", "kind": "dataset", "split": "test", "terms": "CC BY 4.0", "device": "cpu"}
+    file = write_report(tmp_path, package, plain({**about, **summary(results, model.manifest)}), worst)
+    page = file.read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml;base64,") == 7  # Dice, size, FROC, by size, scores of findings, ROC, scores of studies
+    assert page.count("data:image/png;base64,") == len(worst) == len(list(tmp_path.glob("worst_*.png"))) > 3
+    for fact in (
+        "RESEARCH USE ONLY",
+        "CC BY 4.0",
+        "refused: no-lung",
+        "&lt;b&gt;5&lt;/b&gt;",
+        "Sees &lt;nothing&gt; else.",
+        "sex",
+        package.digest,
+    ):
+        assert fact in page
+    assert not re.search(r"<b>|<script|https?://|url\(|@import", page)
+    assert set(re.findall(r'src="([a-z]+:)', page)) == {"data:"}
