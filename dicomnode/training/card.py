@@ -24,6 +24,7 @@ def write_model_card(folder: Path) -> None:
     manifest = package.manifest
     evaluation = _json(folder / "evaluation.json")
     sets: Mapping[str, _Figures] = evaluation.get("sets", {}) if evaluation.get("digest") == package.digest else {}
+    training = training_text(_json(folder / TRAINING))
     lines = [
         f"# {manifest.title}: {manifest.name} {manifest.version}", "",
         f"**{manifest.intended_use}**", "",
@@ -32,7 +33,7 @@ def write_model_card(folder: Path) -> None:
         *([f"- Terms of these data: {manifest.data_terms}"] if manifest.data_terms else []),
         *(f"- Input: {input_text(accepts)}" for accepts in manifest.inputs),
         *(f"- {output_text(output, manifest)}" for output in manifest.outputs),
-        *_training_lines(_json(folder / TRAINING)), "",
+        *([f"- Training: {training}"] if training else []), "",
         "## Measured", "",
     ]  # fmt: skip
     if sets:
@@ -210,10 +211,16 @@ def _known_text(lesion: _Figures, label: str) -> str:
     return f"{what} was found{away}, {found['volume_ml']:.2f} ml{dice}"
 
 
-def _training_lines(record: _Figures) -> list[str]:
-    names = {"steps": "steps", "skipped_steps": "steps skipped", "seconds": "seconds", "device": "on"}
-    said = [f"{words}: {record[key]}" for key, words in names.items() if key in record]
-    return [f"- Training: {', '.join(said)}"] if said else []
+def training_text(record: _Figures) -> str:
+    """How a package was trained, from training.json; empty without one."""
+    if not record:
+        return ""
+    exported = "" if record.get("exported_step") is None else f", exported at step {record['exported_step']}"
+    data = record.get("dataset")
+    on = "" if not data else f" on the data set {data['name']} (dataset.json {data['sha256'][:12]})"
+    skipped = f", {record['skipped_steps']} skipped because numbers were not finite" if record.get("skipped_steps") else ""
+    steps = f"{record.get('steps_done', '?')} steps from the seed {record.get('seed', '?')}"
+    return f"{steps}{on}{exported}{skipped}; computed on {record.get('computed_on', '?')}"
 
 
 def _general_limits(sets: Mapping[str, _Figures], manifest: Manifest) -> list[str]:

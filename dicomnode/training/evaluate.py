@@ -5,6 +5,7 @@ Runs the package exactly as the node does, through the one inference there is; o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -18,13 +19,14 @@ from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.inference import Model, load_model
 from dicomnode.analysis.package import load_package
 from dicomnode.errors import AnalysisFailed, UsageError
-from dicomnode.training.card import write_model_card
+from dicomnode.training.card import TRAINING, write_model_card
 from dicomnode.training.cases import Case, dataset_cases, real_cases
-from dicomnode.training.dataset import DATASET, load_dataset
+from dicomnode.training.dataset import DATASET, DataSet, load_dataset
 from dicomnode.training.evaluation.matching import Result, compare, reported
 from dicomnode.training.evaluation.pictures import Failure, Gallery
 from dicomnode.training.evaluation.report import write_report
 from dicomnode.training.evaluation.summary import plain, summary
+from dicomnode.training.leakage import overlaps, refuse
 from dicomnode.training.unseen_phantoms import TEST_SEED, VALIDATION_SEED, unseen_phantoms
 
 SCHEMA = 2
@@ -52,7 +54,8 @@ def evaluate(
 
     Raises:
         PackageError: the package is not sound.
-        UsageError: the folder holds no case, or the data set doesn't fit the package or shares patients with its training.
+        UsageError: the folder holds no case, or the data set doesn't fit the package or two of its splits share something, or the
+            package was trained on another state of it.
     """
     package = load_package(package_folder)
     model = load_model(package_folder, digest=package.digest, device=device)
@@ -63,6 +66,8 @@ def evaluate(
         cases: Cases = unseen_phantoms(manifest, first_seed=first_seed, scans=scans)
     elif (data_folder / DATASET).exists():
         dataset = load_dataset(data_folder)
+        refuse(dataset, list(overlaps(dataset)))
+        _refuse_other_split(package_folder, dataset)
         name, about = dataset.name, {"kind": "dataset", "terms": dataset.terms}
         cases = dataset_cases(dataset, split, manifest)
     else:
@@ -126,6 +131,18 @@ def with_any_score(model: Model) -> Model:
     )
     update = {"outputs": outputs, "maximum_findings": max(model.manifest.maximum_findings, MOST_FINDINGS)}
     return replace(model, manifest=model.manifest.model_copy(update=update))  # type: ignore[type-var]  # every model is a frozen dataclass
+
+
+def _refuse_other_split(package_folder: Path, dataset: DataSet) -> None:
+    """Raise UsageError if the package was trained on another state of this data set: its patients may be among these."""
+    file = package_folder / TRAINING
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    trained_on = record.get("dataset") or {}
+    actual = hashlib.sha256((dataset.folder / DATASET).read_bytes()).hexdigest()
+    if trained_on.get("name") == dataset.name and trained_on.get("sha256") != actual:
+        raise UsageError(
+            f"the package was trained on another state of the data set {dataset.name}: what was its training may be among these cases"
+        )
 
 
 def _keep(package_folder: Path, name: str, figures: dict[str, Any]) -> None:

@@ -127,7 +127,11 @@ def reference_slice(case: Case, label: str, k: int) -> Mask:
         mask |= case.truth[label][k]
     rows, columns = np.indices(mask.shape)
     for lesion in case.known:
-        if lesion.label == label and lesion.truth is None and lesion.centre_lps_mm is not None:
+        if lesion.label == label and lesion.truth is not None and 0 <= k - lesion.truth.origin[0] < len(lesion.truth.mask):
+            _, row, column = lesion.truth.origin
+            plane = lesion.truth.mask[k - lesion.truth.origin[0]]
+            mask[row : row + plane.shape[0], column : column + plane.shape[1]] |= plane
+        elif lesion.label == label and lesion.truth is None and lesion.centre_lps_mm is not None:
             places = volume.to_lps(np.stack([np.full(mask.shape, k), rows, columns], axis=-1).astype(np.float64))
             mask |= np.linalg.norm(places - np.array(lesion.centre_lps_mm), axis=-1) <= lesion.diameter_mm / 2
     return mask

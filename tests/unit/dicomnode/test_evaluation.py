@@ -20,7 +20,7 @@ from dicomnode.findings import Code, Finding, Findings, LongAxis, Score, Segment
 from dicomnode.training.card import write_model_card
 from dicomnode.training.cases import Case, Known, case_from_masks, dataset_cases, real_cases
 from dicomnode.training.dataset import DataSet, write_case, write_dataset
-from dicomnode.training.evaluate import measure, with_any_score
+from dicomnode.training.evaluate import evaluate, measure, with_any_score
 from dicomnode.training.evaluation.matching import match, reported, shared_voxels
 from dicomnode.training.evaluation.report import write_report
 from dicomnode.training.evaluation.summary import plain, summary
@@ -281,6 +281,22 @@ def test_a_data_set_that_doesn_t_fit_the_package_is_wrong_use(tmp_path: Path) ->
     flair = manifest_of().inputs[0].model_copy(update={"name": "flair"})
     with pytest.raises(UsageError, match="needs flair"):
         list(dataset_cases(made, "test", manifest_of().model_copy(update={"inputs": (flair,)})))
+
+
+def test_a_data_set_whose_splits_share_a_patient_is_not_measured_on(tmp_path: Path) -> None:
+    made = dataset(tmp_path, a="present", b="absent")
+    write_dataset(replace(made, cases=(made.cases[0].model_copy(update={"split": "train"}), made.cases[1])))
+    with pytest.raises(UsageError, match="the same patient in two splits"):
+        evaluate(PACKAGES / "brain-mr" / "0.1.0", tmp_path, device="cpu")
+
+
+def test_a_package_that_was_trained_on_another_state_of_a_data_set_is_not_measured_on_it(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGES / "brain-mr" / "0.1.0", tmp_path / "package")
+    dataset(tmp_path / "d", a="present")
+    record = {"dataset": {"name": "d", "sha256": "0" * 64}}
+    (tmp_path / "package" / "training.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(UsageError, match="another state of the data set d"):
+        evaluate(tmp_path / "package", tmp_path / "d", device="cpu")
 
 
 def test_a_folder_without_cases_has_none(tmp_path: Path) -> None:
