@@ -249,16 +249,16 @@ def test_findings_of_a_case_of_which_not_all_is_known_are_not_called_false() -> 
     assert picture[:4].tobytes() == b"\x89PNG"
 
 
-def dataset(folder: Path, **states: str) -> DataSet:
+def dataset(folder: Path, label: str = "x", **states: str) -> DataSet:
     rows = []
     for number, (name, state) in enumerate(states.items()):
         lesion = cube(2, 4, 4)
         there = mask(lesion) if state == "present" else mask()
         image = volume(voxels=np.where(there, 100, 0).astype(np.int16) + np.int16(number))
         row = {"case": name, "patient": f"p{number // 2}", "study": name, "split": "test", "source": "made", "attributes": {"sex": "F"}}
-        rows.append(write_case(folder, row, {"image": image}, there[None], {"x": state}))  # type: ignore[dict-item]  # a state
+        rows.append(write_case(folder, row, {"image": image}, there[None], {label: state}))  # type: ignore[dict-item]  # a state
     return write_dataset(
-        DataSet(folder=folder, name="d", modality="CT", channels=("image",), labels=("x",), terms="t", seed=1, cases=tuple(rows))
+        DataSet(folder=folder, name="d", modality="CT", channels=("image",), labels=(label,), terms="t", seed=1, cases=tuple(rows))
     )
 
 
@@ -297,6 +297,32 @@ def test_a_package_that_was_trained_on_another_state_of_a_data_set_is_not_measur
     (tmp_path / "package" / "training.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UsageError, match="another state of the data set d"):
         evaluate(tmp_path / "package", tmp_path / "d", device="cpu")
+
+
+def test_figures_stand_in_the_package_beside_those_of_other_sets_of_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(PACKAGES / "brain-mr" / "0.1.0", folder)
+    package = load_package(folder)
+    dataset(tmp_path / "d", "Brain", a="present")
+    answers: dict[str, Findings | Exception] = {"a.image": findings(finding(1, cube(2, 4, 4), label="Brain"))}
+    monkeypatch.setattr("dicomnode.training.evaluate.load_model", lambda *_, **__: Says(manifest=package.manifest, answers=answers))
+    earlier = {
+        "schema": 2,
+        "digest": package.digest,
+        "sets": {"phantoms": plain({"name": "phantoms", "kind": "phantoms", **summary([], package.manifest)})},
+    }
+    kept = folder / "evaluation.json"
+    kept.write_text(json.dumps(earlier), encoding="utf-8")
+    figures = evaluate(folder, tmp_path / "d", out=tmp_path / "out")
+    assert figures["segmentation"][0]["dice"]["median"] == 1
+    content = json.loads(kept.read_text(encoding="utf-8"))
+    assert (content["schema"], list(content["sets"])) == (2, ["phantoms", "d"])
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "### d: 1 cases of a data set" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert load_package(folder).digest == package.digest  # papers change nothing that runs
+    kept.write_text(json.dumps({**earlier, "digest": "0"}), encoding="utf-8")
+    evaluate(folder, tmp_path / "d")
+    assert list(json.loads(kept.read_text(encoding="utf-8"))["sets"]) == ["d"]
 
 
 def test_a_folder_without_cases_has_none(tmp_path: Path) -> None:
