@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from dicomnode.analysis.backends import TORCH, Backend, Choice, TorchBackend, available, backend_for, choose, device_named, is_out_of_memory
 from dicomnode.analysis.bundle import load_bundle
@@ -22,7 +23,7 @@ from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSectio
 from dicomnode.analysis.networks import Between, first_line, go_on, load_network
 from dicomnode.analysis.package import digest_of, digest_of_contents, package_files
 from dicomnode.analysis.preparation import Prepared, others, prepare
-from dicomnode.analysis.sliding import Sliding, slide
+from dicomnode.analysis.sliding import Predict, Sliding, slide
 from dicomnode.analysis.whole_image import WholeImageModel
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Finding, Findings, Volume
@@ -139,8 +140,12 @@ class OwnModel:
             soft = logits.softmax(dim=1) if any(output.activation == "softmax" for output in outputs) else logits
             return torch.stack([_activated(output, logits, soft) for output in outputs], dim=1)
 
+        def told(number: int) -> Between:
+            return lambda share: between((number + share) / len(settings.scales))
+
         with torch.inference_mode():
-            probabilities = slide(prepared.image, predict, how, where=prepared.region, between=between)
+            passes = [_one_pass(prepared, predict, how, scale, told(number)) for number, scale in enumerate(settings.scales)]
+            probabilities = passes[0] if len(passes) == 1 else torch.stack(passes).amax(dim=0)
             if not bool(torch.isfinite(probabilities.sum())):
                 raise AnalysisFailed(f"The network of the package {self.manifest.name} gave numbers that are not finite.")
         return probabilities
@@ -165,6 +170,22 @@ class OwnModel:
         if not isinstance(logits, torch.Tensor) or logits.shape[2:] != windows.shape[2:] or logits.shape[1] < channels:
             raise AnalysisFailed(f"The network of the package {name} doesn't give {channels} channel(s) of the window's size.")
         return logits
+
+
+def _one_pass(prepared: Prepared, predict: Predict, how: Sliding, scale: int, between: Between) -> torch.Tensor:
+    """Return (outputs, k, r, c) on the image's grid, of windows in which `scale` voxels along each axis are averaged to one."""
+    if scale == 1:
+        return slide(prepared.image, predict, how, where=prepared.region, between=between)
+    steps = tuple(1 if edge == 1 else scale for edge in how.window)
+    image = functional.avg_pool3d(prepared.image, steps, ceil_mode=True, count_include_pad=False)
+    where = None
+    if prepared.region is not None:
+        region = torch.from_numpy(prepared.region)[None].float()
+        where = functional.max_pool3d(region, steps, ceil_mode=True)[0].numpy() > 0
+    coarse = slide(image, predict, how, where=where, between=between)
+    fine = functional.interpolate(coarse[None], scale_factor=[float(step) for step in steps], mode="trilinear")[0]
+    slices, rows, columns = prepared.image.shape[1:]
+    return fine[:, :slices, :rows, :columns]
 
 
 def ladder(manifest: Manifest, backend: Backend) -> Iterator[Rung]:

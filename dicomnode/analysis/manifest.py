@@ -140,6 +140,9 @@ class InferenceSection(_Section):
     window: tuple[_Edge, _Edge, _Edge] = Field(description="voxels along slice, row, column; of a projection the first is 1")
     overlap: float = Field(0.25, ge=0, lt=1)
     batch: int = Field(1, ge=1, le=64)
+    scales: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(
+        (1,), min_length=1, description="a pass for each, on voxels so many times as long; the largest probability counts"
+    )
     half_resolution: bool = Field(
         False, description="when memory is short, half the resolution is better than no result; the result says so"
     )

@@ -52,6 +52,9 @@ def evaluate(
         str, typer.Option(help="of a data set or of phantoms: test, or validation, of which nothing is kept in the package")
     ] = "test",
     scans: Annotated[int, typer.Option(min=3, help="how many phantoms")] = 12,
+    paste: Annotated[
+        int, typer.Option(min=0, help="so many scans made of a folder of real chest CT, with synthetic nodules pasted in")
+    ] = 0,
 ) -> None:
     """Measure a model package and write its evaluation.json and MODEL_CARD.md."""
     from dicomnode.errors import UsageError
@@ -60,5 +63,5 @@ def evaluate(
 
     if split not in ("test", "validation"):
         raise UsageError(f"--split is test or validation, not {split!r}")
-    figures = run(package, data, out=out, scans=scans, split="test" if split == "test" else "validation")
+    figures = run(package, data, out=out, scans=scans, paste=paste, split="test" if split == "test" else "validation")
     typer.echo("\n".join(set_lines(figures)))

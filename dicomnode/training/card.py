@@ -100,7 +100,10 @@ def share(hits: int, count: int, bounds: Sequence[float] | None) -> str:
 
 def set_lines(figures: _Figures) -> list[str]:
     """The figures of one set of cases as lines of Markdown."""
-    kind = {"phantoms": "phantoms never used before", "dataset": "cases of a data set", "cases": "real cases"}[figures["kind"]]
+    kind = {
+        "phantoms": "phantoms never used before", "dataset": "cases of a data set", "cases": "real cases",
+        "pasted": "scans made of real ones",
+    }[figures["kind"]]  # fmt: skip
     lines = [f"### {figures['name']}: {figures['scans']} {kind}", ""]
     if figures.get("terms"):
         lines += [f"Terms of these data: {figures['terms']}", ""]

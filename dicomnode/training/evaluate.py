@@ -27,6 +27,7 @@ from dicomnode.training.evaluation.pictures import Failure, Gallery
 from dicomnode.training.evaluation.report import write_report
 from dicomnode.training.evaluation.summary import plain, summary
 from dicomnode.training.leakage import overlaps, refuse
+from dicomnode.training.pasted import pasted_cases
 from dicomnode.training.unseen_phantoms import TEST_SEED, VALIDATION_SEED, unseen_phantoms
 
 SCHEMA = 2
@@ -42,24 +43,28 @@ def evaluate(
     *,
     out: Path | None = None,
     scans: int = 12,
+    paste: int = 0,
     split: Split = "test",
     device: str = "auto",
 ) -> dict[str, Any]:
     """Measure the package; return the figures of this set of cases.
 
     Without `data_folder` on `scans` phantoms, of which every third holds nothing to find or is of something else; else on the `split` of
-    the data set there, or on the real cases in it, as `cases.real_cases` reads them. With `split` test the figures go into the package's
-    evaluation.json, beside those of other sets, and MODEL_CARD.md is written again; figures of another digest are thrown away. On
-    validation nothing is written there. `out` gets report.html and the pictures in it as files.
+    the data set there, or on the real cases in it, as `cases.real_cases` reads them; with `paste` on so many scans made of those, synthetic
+    nodules pasted in. With `split` test the figures go into the package's evaluation.json, beside those of other sets, and MODEL_CARD.md
+    is written again; figures of another digest are thrown away. On validation nothing is written there. `out` gets report.html and the
+    pictures in it as files.
 
     Raises:
         PackageError: the package is not sound.
-        UsageError: the folder holds no case, or the data set doesn't fit the package or two of its splits share something, or the
-            package was trained on another state of it.
+        UsageError: the folder holds no case or none to paste into, or the data set doesn't fit the package or two of its splits share
+            something, or the package was trained on another state of it.
     """
     package = load_package(package_folder)
     model = load_model(package_folder, digest=package.digest, device=device)
     manifest = package.manifest
+    if paste and (data_folder is None or (data_folder / DATASET).exists() or split != "test" or manifest.inputs[0].region != "lung"):
+        raise UsageError("nodules are pasted into a folder of real chest CT, for a package that looks for the lung, and only for its test")
     if data_folder is None:
         first_seed = TEST_SEED if split == "test" else VALIDATION_SEED
         name, about = "phantoms", {"kind": "phantoms", "first_seed": str(first_seed)}
@@ -73,6 +78,9 @@ def evaluate(
     else:
         name, about = data_folder.resolve().name, {"kind": "cases"}
         cases = real_cases(data_folder, manifest)
+        if paste:
+            name, about = f"{name}, nodules pasted", {"kind": "pasted"}
+            cases = pasted_cases(cases, count=paste)
     results, worst, device_name = measure(model, cases)
     if not results:
         raise UsageError(f"{data_folder} holds no DICOM series and no *_image.nrrd")

@@ -25,8 +25,8 @@ from dicomnode.training.cases import Case, Mask, known_lesion
 from dicomnode.training.films import framed
 
 VALIDATION_SEED, TEST_SEED = 3_000_000_000, 3_100_000_000  # training draws its phantoms below 2**31
-SIZES_MM = ((5.0, 7.0), (7.0, 10.0), (10.0, 15.0), (15.0, 25.0), (25.0, 40.0))  # nodules are spread over these
-NODULES_PER_SCAN = 10
+SIZES_MM = ((5.0, 7.0), (7.0, 10.0), (10.0, 15.0), (15.0, 25.0), (25.0, 40.0), (40.0, 60.0))  # nodules are spread over these
+NODULES_PER_SCAN = 12
 EVERY_OTHER = 3
 
 Draw = Callable[[int, int], Case]  # seed, number of the case

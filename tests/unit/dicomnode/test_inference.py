@@ -73,6 +73,22 @@ def test_a_ball_keeps_its_place_and_size_within_half_a_voxel(model: Model, orien
     assert abs(found.long_axis.length_mm - 2 * radius) < 2 * max(spacing[1:])
 
 
+@pytest.mark.parametrize("shape", [(23, 61, 50), (20, 64, 48)])
+def test_a_coarser_pass_adds_what_the_finer_one_does_not_show(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    fine = loaded(tmp_path / "fine")
+    both = loaded(tmp_path / "both", manifest=MANIFEST.replace("batch = 2", "batch = 2\nscales = [1, 2]"))
+    affine = affine_of((2.0, 1.5, 1.5), (0, 0, 0), AXIAL)
+    voxels = spheres(shape, affine, [((30.0, 40.0, 20.0), 9.0)])
+    voxels[:, :, -8:] = np.where(
+        np.indices((*shape[:2], 8)).sum(axis=0) % 2, 400, -950
+    )  # to the finer pass single voxels, a plate if averaged
+    first, second = (model({"image": volume_of(voxels, affine)}).findings for model in (fine, both))
+    assert max(finding.volume_ml for finding in second) > 1.9 * max(finding.volume_ml for finding in first)
+    ball = [min(found, key=lambda f: abs(f.centre_lps_mm[0] - 30)) for found in (first, second)]
+    assert np.allclose(ball[0].centre_lps_mm, ball[1].centre_lps_mm, atol=0.5)  # both passes lie on one another
+    assert ball[0].volume_ml <= ball[1].volume_ml < 1.3 * ball[0].volume_ml
+
+
 def test_the_segment_lies_on_the_bright_voxels_of_the_image(model: Model) -> None:
     volume = ball_volume(AXIAL, (2.0, 1.5, 1.5), [((0.0, 10.0, -20.0), 9.0)])
     segment = model({"image": volume}).findings[0].segment
