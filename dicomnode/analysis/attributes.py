@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException
 from pydicom.sequence import Sequence as ItemSequence
-from pydicom.tag import BaseTag, Tag
+from pydicom.tag import BaseTag
+
+from dicomnode.analysis.headers import tag_of
+
+_Made = TypeVar("_Made")
 
 # What pydicom raises on bytes that are no value of their VR, or no sequence of items, when it first converts them.
 UNREADABLE = (
@@ -38,7 +42,25 @@ def _tag_of(keyword: str) -> BaseTag:
     tag = tag_for_keyword(keyword)
     if tag is None:
         raise ValueError(f"{keyword} is no keyword of PS3.6")
-    return Tag(tag)
+    return tag_of(tag)
+
+
+def once_for_shared(keywords: Sequence[str], compute: Callable[[Mapping[str, Any]], _Made]) -> Callable[[Dataset], _Made]:
+    """Return a function of headers that computes something of these attributes once for all headers that share their elements.
+
+    `compute` is given the values by keyword, as `value_of` returns them, and no others.
+    """
+    tags = [_tag_of(keyword) for keyword in keywords]
+    known: dict[tuple[int, ...], tuple[list[Any], _Made]] = {}  # with the elements, so that their ids stay theirs
+
+    def of(header: Dataset) -> _Made:
+        elements = [header._dict.get(tag) for tag in tags]  # get_item makes a tag of each tag
+        key = tuple(map(id, elements))
+        if key not in known:
+            known[key] = elements, compute({keyword: value_of(header, keyword) for keyword in keywords})
+        return known[key][1]
+
+    return of
 
 
 def number_of(value: object) -> float | None:

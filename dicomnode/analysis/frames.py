@@ -27,7 +27,8 @@ from pydicom.uid import (
 
 from dicomnode.analysis.attributes import text_of, value_of
 from dicomnode.analysis.functional_groups import Elements, FunctionalGroups
-from dicomnode.analysis.stored import HeaderReader, Unreadable
+from dicomnode.analysis.headers import HeaderReader
+from dicomnode.analysis.stored import Unreadable
 from dicomnode.errors import AnalysisFailed
 
 MAXIMUM_FRAMES = 20_000  # of one image; one that claims more stays as it is, and is refused for its Number of Frames
@@ -49,7 +50,7 @@ _READ_HERE = frozenset(tag_for_keyword(keyword) or 0 for keyword in (
     "ManufacturerModelName",
 ))  # fmt: skip
 _BODY_PART = Tag(0x0018, 0x0015)
-_NOT_OF_A_PLANE = {0x52009229, 0x52009230, 0x00280008}  # functional groups, Number of Frames
+_SEVERAL_FRAMES = {Tag(0x5200, 0x9229), Tag(0x5200, 0x9230), Tag(0x0028, 0x0008)}  # functional groups, Number of Frames
 # Classes of which an object is one image (PS3.3 A.2, A.3, A.4, A.8.1, A.21, A.26): one that claims several frames is malformed.
 _ONE_FRAME = {
     ComputedRadiographyImageStorage, CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage, PositronEmissionTomographyImageStorage,
@@ -112,6 +113,8 @@ def _named_image(sop_class: str) -> bool | None:
 
 
 def _planes(file: Path, image: Dataset) -> list[Frame]:
+    if image.keys().isdisjoint(_SEVERAL_FRAMES):
+        return [Frame(file=file, image=image, number=None, header=image)]
     groups = FunctionalGroups(image)
     grouped = len(groups) > 0 or "SharedFunctionalGroupsSequence" in image
     count = value_of(image, "NumberOfFrames")
@@ -120,7 +123,7 @@ def _planes(file: Path, image: Dataset) -> list[Frame]:
     if not (several or (grouped and count == 1)):
         return [Frame(file=file, image=image, number=None, header=image)]
     own = len(groups) == count  # else nobody knows whose they are
-    top = {tag: element for tag in list(image.keys()) if tag not in _NOT_OF_A_PLANE and (element := image.get_item(tag)) is not None}
+    top = {tag: element for tag in list(image.keys()) if tag not in _SEVERAL_FRAMES and (element := image.get_item(tag)) is not None}
     if not value_of(image, "BodyPartExamined"):
         top.pop(_BODY_PART, None)
     body_part = {_BODY_PART: top[_BODY_PART]} if _BODY_PART in top else {}

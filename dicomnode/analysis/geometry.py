@@ -6,7 +6,7 @@ Must never guess geometry, trust Instance Number for the order, or import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
-from dicomnode.analysis.eligibility import NotEligible, number_of, texts_of, value_of, whole_of
+from dicomnode.analysis.attributes import number_of, once_for_shared, texts_of, value_of, whole_of
+from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import Frame
 from dicomnode.findings import Calibration
 
@@ -181,10 +182,12 @@ def stack_of(headers: Sequence[Dataset]) -> Stack:
     """
     if len(headers) < 2:
         raise NotEligible("too-few-slices", f"{len(headers)} image(s) make no volume.")
-    orientations = np.array([_numbers(h, "ImageOrientationPatient", 6) for h in headers])
+    orientations = np.array(list(map(_shared_numbers("ImageOrientationPatient", 6), headers)))
     positions = np.array([_numbers(h, "ImagePositionPatient", 3) for h in headers])
-    pixels = np.array([[*_numbers(h, "PixelSpacing", 2), whole_of(h, "Rows"), whole_of(h, "Columns")] for h in headers])
-    frames = {str(value_of(h, "FrameOfReferenceUID") or "") for h in headers}
+    sizes = once_for_shared(("Rows", "Columns"), lambda values: [value if isinstance(value, int) else 0 for value in values.values()])
+    spacings = _shared_numbers("PixelSpacing", 2)
+    pixels = np.array([[*spacings(header), *sizes(header)] for header in headers])
+    frames = set(map(_shared_text("FrameOfReferenceUID"), headers))
     if "" in frames:
         raise NotEligible("missing-geometry", "Frame of Reference UID is absent from an image.")
     if (pixels <= 0).any() or pixels[:, :2].max() > LARGEST_SPACING_MM or np.abs(positions).max() > FARTHEST_MM:
@@ -223,7 +226,7 @@ def _most_typical(values: NDArray[np.float64]) -> int:
 
 def _check_duplicates(headers: Sequence[Dataset], gaps: NDArray[np.float64]) -> None:
     duplicates = int(np.count_nonzero(gaps < SAME_POSITION_MM))
-    acquisitions = len({str(value_of(h, "AcquisitionNumber") or "") for h in headers})
+    acquisitions = len(set(map(_shared_text("AcquisitionNumber"), headers)))
     if duplicates and acquisitions > 1:
         raise NotEligible("several-acquisitions", f"{acquisitions} acquisitions in one series share {duplicates} position(s).")
     if duplicates:
@@ -232,7 +235,7 @@ def _check_duplicates(headers: Sequence[Dataset], gaps: NDArray[np.float64]) -> 
 
 def _check_tilt(headers: Sequence[Dataset], in_plane: NDArray[np.float64], pixel_mm: float) -> None:
     """A tilted gantry shears the stack: its slices move along the table, not along their normal."""
-    tilt = max(abs(number_of(value_of(h, "GantryDetectorTilt")) or 0.0) for h in headers)
+    tilt = max(map(once_for_shared(("GantryDetectorTilt",), lambda values: abs(number_of(values["GantryDetectorTilt"]) or 0.0)), headers))
     if tilt > TILT_DEGREES:
         raise NotEligible("gantry-tilt", f"The gantry was tilted by {tilt:.1f} degrees.")
     shift = float(np.linalg.norm(in_plane - in_plane[0], axis=1).max())
@@ -264,8 +267,19 @@ def _directions(orientation: NDArray[np.float64]) -> tuple[NDArray[np.float64], 
     return along_row, along_column / np.linalg.norm(along_column)
 
 
+def _shared_text(keyword: str) -> Callable[[Dataset], str]:
+    return once_for_shared((keyword,), lambda values: str(values[keyword] or ""))
+
+
+def _shared_numbers(keyword: str, count: int) -> Callable[[Dataset], list[float]]:
+    return once_for_shared((keyword,), lambda values: _finite(values[keyword], keyword, count))
+
+
 def _numbers(header: Dataset, keyword: str, count: int) -> list[float]:
-    values = value_of(header, keyword)
+    return _finite(value_of(header, keyword), keyword, count)
+
+
+def _finite(values: object, keyword: str, count: int) -> list[float]:
     try:
         numbers = [float(value) for value in values] if isinstance(values, MultiValue | list | tuple) else []
     except (TypeError, ValueError, OverflowError):

@@ -5,15 +5,15 @@ Works in place where it can: an image passes through the processor's cache once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
 
-from dicomnode.analysis.eligibility import NotEligible, number_of, whole_of
+from dicomnode.analysis.eligibility import NotEligible, number_of
 from dicomnode.findings import Voxels
 
 AIR_HU = -1000.0
@@ -31,17 +31,17 @@ class PixelFormat:
     bits_stored: int
     signed: bool
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """Of a stored value, little endian."""
         return np.dtype(f"<{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
 
-    @property
+    @cached_property
     def frame_bytes(self) -> int:
         """Bytes of a native frame."""
         return self.rows * self.columns * self.bits_allocated // 8
 
-    @property
+    @cached_property
     def bounds(self) -> tuple[int, int]:
         """The smallest and the largest value that can be stored."""
         return (-(1 << self.bits_stored - 1), (1 << self.bits_stored - 1) - 1) if self.signed else (0, (1 << self.bits_stored) - 1)
@@ -76,46 +76,56 @@ class Units:
         return True if low + self.intercept >= _LOWEST and high + self.intercept <= _HIGHEST else None
 
 
-def format_of(header: Dataset) -> PixelFormat:
-    """Return how a plane's pixels are stored.
+FORMAT_ATTRIBUTES = (
+    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+)  # fmt: skip
+UNITS_ATTRIBUTES = (
+    *FORMAT_ATTRIBUTES, "Modality", "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept",
+    "PixelPaddingValue", "PixelPaddingRangeLimit",
+)  # fmt: skip
+
+
+def format_of(values: Mapping[str, Any]) -> PixelFormat:
+    """Return how a plane's pixels are stored, by the values of FORMAT_ATTRIBUTES.
 
     Raises:
         NotEligible: they are no greyscale of 8, 16 or 32 bits.
     """
-    allocated, stored = whole_of(header, "BitsAllocated"), whole_of(header, "BitsStored")
-    sign = header.get("PixelRepresentation")
+    rows, columns, allocated, stored = (
+        value if isinstance(value := values[keyword], int) else 0 for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored")
+    )
+    sign = values["PixelRepresentation"]
     if (
-        header.get("SamplesPerPixel") != 1
-        or header.get("PhotometricInterpretation") not in {"MONOCHROME1", "MONOCHROME2"}
+        values["SamplesPerPixel"] != 1
+        or values["PhotometricInterpretation"] not in ("MONOCHROME1", "MONOCHROME2")
         or allocated not in {8, 16, 32}
         or not 1 <= stored <= allocated
-        or header.get("HighBit") != stored - 1
-        or sign not in {0, 1}
+        or values["HighBit"] != stored - 1
+        or sign not in (0, 1)
     ):
         raise NotEligible("pixel-format", "The pixels are no greyscale of 8, 16 or 32 bits.")
-    return PixelFormat(
-        rows=whole_of(header, "Rows"), columns=whole_of(header, "Columns"), bits_allocated=allocated, bits_stored=stored, signed=sign == 1
-    )
+    return PixelFormat(rows=rows, columns=columns, bits_allocated=allocated, bits_stored=stored, signed=sign == 1)
 
 
-def units_of(header: Dataset, pixels: PixelFormat, *, projection: bool) -> Units:
-    """Return what turns a plane's stored values into units; a modality but CT may leave rescaling out.
+def units_of(values: Mapping[str, Any], *, projection: bool) -> Units:
+    """Return what turns a plane's stored values into units, by the values of UNITS_ATTRIBUTES; only CT may not leave rescaling out.
 
     Raises:
         NotEligible: a CT image doesn't say how its values become Hounsfield units, or a LUT is malformed.
     """
-    is_ct = header.get("Modality") == "CT"
-    lookup = _lookup(header, pixels)
-    slope, intercept = (number_of(header.get(keyword)) for keyword in ("RescaleSlope", "RescaleIntercept"))
+    is_ct = values["Modality"] == "CT"
+    pixels = format_of(values)
+    lookup = _lookup(values, pixels)
+    slope, intercept = number_of(values["RescaleSlope"]), number_of(values["RescaleIntercept"])
     if is_ct and lookup is None and (slope is None or intercept is None or slope == 0):
         raise NotEligible("not-hu", "Rescale Slope or Intercept of an image is absent or malformed.")
     return Units(
         slope=slope or 1.0,
         intercept=intercept or 0.0,
         lookup=lookup,
-        padding=_padding(header, pixels),
+        padding=_padding(values, pixels),
         outside=AIR_HU if is_ct else None,
-        inverted=projection and header.get("PhotometricInterpretation") == "MONOCHROME1",
+        inverted=projection and values["PhotometricInterpretation"] == "MONOCHROME1",
     )
 
 
@@ -183,38 +193,38 @@ def _looked_up(stored: NDArray[Any], units: Units, lookup: Lookup, out: Voxels) 
     return True
 
 
-def _padding(header: Dataset, pixels: PixelFormat) -> tuple[int, int] | None:
+def _padding(values: Mapping[str, Any], pixels: PixelFormat) -> tuple[int, int] | None:
     """Return the smallest and largest padding value (PS3.3 C.7.5.1.1.2) as stored: many writers encode signed ones as unsigned."""
-    values = []
+    bounds = []
     for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
-        value = header.get(keyword)
+        value = values[keyword]
         if isinstance(value, int):
             wrapped = value % 2**pixels.bits_allocated
             half = 2 ** (pixels.bits_allocated - 1)
-            values.append(wrapped - 2 * half if pixels.signed and wrapped >= half else wrapped)
-    return (min(values), max(values)) if values and isinstance(header.get("PixelPaddingValue"), int) else None
+            bounds.append(wrapped - 2 * half if pixels.signed and wrapped >= half else wrapped)
+    return (min(bounds), max(bounds)) if bounds and isinstance(values["PixelPaddingValue"], int) else None
 
 
-def _lookup(header: Dataset, pixels: PixelFormat) -> Lookup | None:
+def _lookup(values: Mapping[str, Any], pixels: PixelFormat) -> Lookup | None:
     """Return the Modality LUT; its descriptor is the number of entries (0: 65536), the first value mapped, and bits of an entry."""
-    sequence = header.get("ModalityLUTSequence")
+    sequence = values["ModalityLUTSequence"]
     if not sequence:
         return None
     try:
         item = sequence[0]
         entries, first, bits = (int(value) for value in item.LUTDescriptor)
         data = item.LUTData
-        values = np.frombuffer(data, dtype="<u2") if isinstance(data, bytes) else np.asarray(_numbers(data), dtype=np.int64)
+        table = np.frombuffer(data, dtype="<u2") if isinstance(data, bytes) else np.asarray(_numbers(data), dtype=np.int64)
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise NotEligible("pixel-format", "The Modality LUT of an image is malformed.") from error
     entries = entries or 65536
-    if bits == 8 and isinstance(data, bytes) and len(values) * 2 == entries:  # two entries in a word
-        values = np.frombuffer(data, dtype=np.uint8)
-    if len(values) < entries or not 8 <= bits <= 16:
+    if bits == 8 and isinstance(data, bytes) and len(table) * 2 == entries:  # two entries in a word
+        table = np.frombuffer(data, dtype=np.uint8)
+    if len(table) < entries or not 8 <= bits <= 16:
         raise NotEligible("pixel-format", "The Modality LUT of an image is malformed.")
     if pixels.signed and first >= 2**15:
         first -= 2**16
-    return Lookup(first=first, table=np.ascontiguousarray(values[:entries] & 0xFFFF, dtype=np.int32))
+    return Lookup(first=first, table=np.ascontiguousarray(table[:entries] & 0xFFFF, dtype=np.int32))
 
 
 def _numbers(data: object) -> Sequence[int]:

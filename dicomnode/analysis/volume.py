@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.uid import ExplicitVRBigEndian
 
+from dicomnode.analysis.attributes import once_for_shared, value_of
 from dicomnode.analysis.decoding import NATIVE, Decoder, EncodedFrame, is_decodable
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import Frame
 from dicomnode.analysis.geometry import plane_of, stack_of
 from dicomnode.analysis.select import SelectedSeries
 from dicomnode.analysis.stored import PixelPlace, Unreadable, pixels_of
-from dicomnode.analysis.units import PixelFormat, Units, clean, convert, format_of, units_of
+from dicomnode.analysis.units import FORMAT_ATTRIBUTES, UNITS_ATTRIBUTES, PixelFormat, Units, clean, convert, format_of, units_of
 from dicomnode.errors import AnalysisFailed
 from dicomnode.findings import Volume, Voxels
 
@@ -104,7 +106,9 @@ def is_projection(frames: Sequence[Frame]) -> bool:
 
 def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
     """Find the pixels of all slices, and check that they are there before anything is allocated for them."""
-    formats = [format_of(frame.header) for frame in frames]
+    format_by_header = once_for_shared(FORMAT_ATTRIBUTES, format_of)
+    units_by_header = once_for_shared(UNITS_ATTRIBUTES, partial(units_of, projection=projection))
+    formats = [format_by_header(frame.header) for frame in frames]
     places: dict[Path, PixelPlace] = {}
     planes = []
     for frame, pixels in zip(frames, formats, strict=True):
@@ -115,13 +119,14 @@ def _planes(frames: Sequence[Frame], *, projection: bool) -> list[_Plane]:
         index = (frame.number or 1) - 1
         if place.transfer_syntax_uid in NATIVE:
             _check_native(place, pixels, index, uid)
-        units = units_of(frame.header, pixels, projection=projection)
+        units = units_by_header(frame.header)
         planes.append(_Plane(file=frame.file, index=index, place=place, pixels=pixels, units=units, sop_instance_uid=uid))
     return planes
 
 
 def _uid(frame: Frame) -> str:
-    return str(frame.image.get("SOPInstanceUID", "?"))
+    uid = value_of(frame.image, "SOPInstanceUID")
+    return "?" if uid is None else str(uid)
 
 
 def _place(frame: Frame, uid: str) -> PixelPlace:
@@ -152,7 +157,8 @@ def _read(planes: Sequence[_Plane], dtype: np.dtype[Any], decoder: Decoder | Non
     Raises:
         _DoesNotFit: the type is int16, and a value is not exact in it.
     """
-    if dtype == np.int16 and any(plane.units.fits_int16(plane.pixels) is False for plane in planes):
+    kinds = {id(plane.units): plane for plane in planes}.values()
+    if dtype == np.int16 and any(plane.units.fits_int16(plane.pixels) is False for plane in kinds):
         raise _DoesNotFit
     pixels = planes[0].pixels
     voxels: Voxels = np.empty((len(planes), pixels.rows, pixels.columns), dtype=dtype)

@@ -1,22 +1,28 @@
 """Headers of stored files: the same data set as pydicom reads, or a sentence; and where the pixels lie."""
 
+import io
 import struct
 import warnings
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
-from ct_series import write_series
+from ct_series import slice_dataset, write_series
 from dimse_cases import SHARED_DATA
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pydicom.datadict import tag_for_keyword
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from dicomnode.analysis.stored import HeaderReader, Unreadable, pixels_of
+from dicomnode.analysis.headers import HeaderReader
+from dicomnode.analysis.stored import Unreadable, pixels_of
 
-WANTED = {tag_for_keyword(keyword) or 0 for keyword in ("Rows", "RescaleSlope", "ImagePositionPatient", "SOPInstanceUID", "PatientID")}
+WANTED = {
+    tag_for_keyword(keyword) or 0
+    for keyword in ("Rows", "RescaleSlope", "ImagePositionPatient", "SOPInstanceUID", "PatientID", "PixelPaddingValue")
+}
 META = b"\0" * 128 + b"DICM" + struct.pack("<HH2sH", 2, 0x10, b"UI", 20)
 EXPLICIT = META + b"1.2.840.10008.1.2.1\0"
 
@@ -34,6 +40,7 @@ def test_a_header_is_what_pydicom_reads(tmp_path: Path, syntax: str | None) -> N
     image.ReferencedImageSequence = [item, item]
     image["ReferencedImageSequence"].is_undefined_length = True
     image.SpecificCharacterSet, image.PatientName = "ISO_IR 192", "Müller^Jürgen"
+    image.PixelPaddingValue = -2000  # which no implicit VR says to be signed
     if syntax:
         image.file_meta.TransferSyntaxUID = syntax
         image.PixelData = bytes(60)
@@ -44,7 +51,7 @@ def test_a_header_is_what_pydicom_reads(tmp_path: Path, syntax: str | None) -> N
     again = pydicom.dcmread(file, stop_before_pixels=True)
     assert read == again
     assert read.file_meta == again.file_meta
-    assert str(read.PatientName) == "Müller^Jürgen"
+    assert (str(read.PatientName), read.PixelPaddingValue) == ("Müller^Jürgen", -2000)
     place = pixels_of(file)
     assert place is not None
     assert (place.length, place.transfer_syntax_uid) == (60, again.file_meta.TransferSyntaxUID)
@@ -127,3 +134,74 @@ def test_whatever_stands_in_a_file_is_a_header_or_a_sentence(tmp_path: Path, dat
         pixels_of(file)
     except Unreadable:
         pass
+
+
+def encoded(image: pydicom.Dataset, syntax: str) -> bytes:
+    image.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(
+        buffer, image, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=syntax != ExplicitVRBigEndian, enforce_file_format=True
+    )
+    return buffer.getvalue()
+
+
+@cache
+def series_of(syntax: str) -> list[bytes]:
+    """Headers as a scanner writes them: most of each is the same, numbers and UIDs have other lengths, a sequence differs in one."""
+    images = []
+    for k in range(6):
+        image = slice_dataset(np.zeros((2, 3), np.int16), np.array([-10.0, -20.0, -30.5 + 3 * k]), 7 + k, spacing=(0.5, 0.5))
+        image.Manufacturer, image.KVP, image.AcquisitionTime, image.XRayTubeCurrent = "ACME", 120, f"1200{k:02}", 99 + k // 2
+        image.add_new(0x00090010, "LO", "ACME")
+        image.add_new(0x00091001, "OB", bytes(range(20)))
+        item = pydicom.Dataset()
+        item.ReferencedSOPInstanceUID = f"1.2.3.{k // 4}"
+        image.ReferencedImageSequence = [item, item]
+        image["ReferencedImageSequence"].is_undefined_length = True
+        images.append(encoded(image, syntax))
+    return images
+
+
+def read_as(reader: HeaderReader, file: Path) -> object:
+    """What a reader says of a file: its elements as they are encoded or converted, and its pixels' place; or why not."""
+    try:
+        header = reader.read(file)
+    except Unreadable as refusal:
+        return str(refusal)
+    elements = {tag: (header.get_item(tag).VR, repr(header.get_item(tag).value)) for tag in header.keys()}  # noqa: SIM118  as they are
+    meta = {tag: header.file_meta.get_item(tag).value for tag in header.file_meta.keys()}  # noqa: SIM118
+    return elements, meta, header.pixels, header.original_encoding, header.original_character_set
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom warns of values
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_file_is_read_among_others_as_it_is_alone(tmp_path: Path, syntax: str, data: st.DataObject) -> None:
+    series, reader = series_of(syntax), HeaderReader(WANTED)
+    for content in series[: data.draw(st.integers(1, 4))]:
+        (tmp_path / "x").write_bytes(content)
+        reader.read(tmp_path / "x")
+    for _ in range(3):
+        content = bytearray(data.draw(st.sampled_from(series)))
+        for _ in range(data.draw(st.integers(0, 3))):
+            place = data.draw(st.integers(128, len(content) - 1))
+            content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        (tmp_path / "x").write_bytes(content[: data.draw(st.integers(0, len(content)) | st.just(len(content)))])
+        assert read_as(reader, tmp_path / "x") == read_as(HeaderReader(WANTED), tmp_path / "x")
+
+
+def test_what_files_have_in_common_is_one_object(tmp_path: Path) -> None:
+    reader = HeaderReader(WANTED)
+    headers = [reader.read(file) for file in write_series(tmp_path, np.zeros((4, 5, 6), np.int16))]
+    assert headers[2]["RescaleSlope"] is headers[3]["RescaleSlope"]
+    assert [header.ImagePositionPatient[2] for header in headers] == [-30, -28, -26, -24]
+
+
+def test_a_file_in_another_character_set_is_read_in_that_one(tmp_path: Path) -> None:
+    reader, names = HeaderReader(WANTED | {tag_for_keyword("PatientName") or 0}), []
+    for number, charset in enumerate(["ISO_IR 100", "ISO_IR 100", "ISO_IR 101", "ISO_IR 100"]):
+        (file,) = write_series(tmp_path / str(number), np.zeros((1, 5, 6), np.int16), SpecificCharacterSet=charset)
+        file.write_bytes(file.read_bytes().replace(b"Doe^Jane", b"\xa3\xb3e^Jane"))
+        names.append(str(reader.read(file).PatientName))
+    assert names == ["£³e^Jane", "£³e^Jane", "Łłe^Jane", "£³e^Jane"]
