@@ -71,6 +71,8 @@ class Frame:
 def read_headers(files: Sequence[Path]) -> list[tuple[Path, Dataset]]:
     """Read the headers of DICOM files up to their pixels; a malformed value stays as its bytes, which `value_of` reads as none.
 
+    Files share the elements that they have in common: elements are for reading.
+
     Raises:
         AnalysisFailed: a file is no readable DICOM.
     """
