@@ -112,7 +112,8 @@ class LongAxis:
 class Finding:
     """One thing a model says about a study, and where.
 
-    Every finding has a place that can be drawn: an outline, a box filled (detection), or where a heat map is warm (classification).
+    Every finding has a place that can be drawn: an outline, a filled box (of a detection, or of a segmentation that says so), or where
+    a heat map is warm (classification).
     """
 
     number: int  # 1.. within its Findings: the segment number, and the ordinal its UIDs derive from
@@ -154,7 +155,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a classification says about the whole study: one class, its probability, and whether that is above its threshold."""
+    """What a model says about the whole image or study: one class, its probability, and whether that is above its threshold."""
 
     label: str
     type: Code
@@ -178,7 +179,7 @@ class Findings:
     series_instance_uid: str
     findings: tuple[Finding, ...]
     device: str  # device, precision and backend, e.g. "cpu fp32 torch", "cpu bf16 openvino", "cuda bf16 torch"
-    scores: tuple[Score, ...] = ()  # classification alone
+    scores: tuple[Score, ...] = ()  # of a classification, or of a segmentation that scores whole images
     omitted: int = 0  # findings beyond the cap, counted and said
     other_series: tuple[str, ...] = ()  # Series Instance UIDs that the model was given beside the first
     notes: tuple[str, ...] = ()  # what the reader must be told, a sentence each, e.g. "FLAIR alone"

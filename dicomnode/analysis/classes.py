@@ -13,16 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicomnode.analysis.components import MILLIMETRE, PIXEL, centre_of
+from dicomnode.analysis.components import EDGES, MILLIMETRE, PIXEL, centre_of
 from dicomnode.analysis.manifest import Manifest, OutputSection
-from dicomnode.findings import Code, Finding, Measurement, Score, Segment, Shape, Volume
+from dicomnode.findings import Finding, Measurement, Score, Segment, Shape, Volume
 
 HALF = 0.5  # of the map's maximum: what is above it is shown as the place
-EDGES = (  # along the rows, along the columns, across the slices
-    Code(value="103355008", scheme="SCT", meaning="Width"),
-    Code(value="121207", scheme="DCM", meaning="Height"),
-    Code(value="131197000", scheme="SCT", meaning="Depth"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,11 @@ LONG_AXIS = Code(value="103339001", scheme="SCT", meaning="Long Axis")
 MILLILITRE = Code(value="ml", scheme="UCUM", meaning="ml")
 MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
 SQUARE_MILLIMETRE = Code(value="mm2", scheme="UCUM", meaning="mm2")
+EDGES = (  # along the rows, along the columns, across the slices
+    Code(value="103355008", scheme="SCT", meaning="Width"),
+    Code(value="121207", scheme="DCM", meaning="Height"),
+    Code(value="131197000", scheme="SCT", meaning="Depth"),
+)
 PIXEL = Code(value="{pixels}", scheme="UCUM", meaning="pixels")  # of a projection without a known spacing
 
 _NEIGHBOURS = np.ones((3, 3, 3), dtype=np.bool_)  # 26-connected
@@ -60,7 +65,8 @@ def find(output: OutputSection, probability: ProbabilityMap, volume: Volume) -> 
     ]
     found.sort(key=lambda entry: (-entry[1], -entry[0].voxel_count, entry[0].origin))
     kept = found[: output.maximum_findings]  # only these are measured
-    return [measured(output, segment, score, side, volume) for segment, score, side in kept], len(found) - len(kept)
+    made = boxed if output.shape == "box" else measured
+    return [made(output, segment, score, side, volume) for segment, score, side in kept], len(found) - len(kept)
 
 
 def long_axis_of(segment: Segment, volume: Volume) -> LongAxis:
@@ -127,6 +133,29 @@ def measured(output: OutputSection, segment: Segment, score: float, side: Latera
         segment=segment,
         long_axis=axis,
         measurements=(extent, Measurement(name=LONG_AXIS, value=axis.length_mm, unit=PIXEL if in_pixels else MILLIMETRE)),
+        colour_cielab=output.colour_cielab,
+    )
+
+
+def boxed(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
+    """Return the finding of the box around a segment, with the lengths of its edges: of an outline it says nothing."""
+    whole = Segment(mask=np.ones_like(segment.mask), origin=segment.origin)
+    across, down, along = (n * spacing for n, spacing in zip(segment.mask.shape, volume.spacing_mm, strict=True))
+    unit = PIXEL if volume.is_projection and volume.calibration == "none" else MILLIMETRE
+    edges = (along, down) if volume.is_projection else (along, down, across)
+    return Finding(
+        number=1,
+        label=output.label,
+        probability=score,
+        category=output.category.code(),
+        type=output.type.code(),
+        site=output.site.code() if output.site else None,
+        side=side or output.side,
+        centre_lps_mm=centre_of(whole, volume),
+        segment=whole,
+        shape="box",
+        long_axis=None,
+        measurements=tuple(Measurement(name=name, value=float(value), unit=unit) for name, value in zip(EDGES, edges, strict=False)),
         colour_cielab=output.colour_cielab,
     )
 

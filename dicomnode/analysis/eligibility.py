@@ -215,7 +215,7 @@ def _contrast(accepts: InputSection, frame: Frame) -> str | None:
 
 def _upright(accepts: InputSection, frame: Frame) -> str | None:
     """Patient Orientation (PS3.3 C.7.6.1.1.1) of a chest film: rows run to the left and columns to the feet, or nothing is said."""
-    if accepts.region != "chest-radiograph":
+    if accepts.region not in ("chest-radiograph", "lung-fields"):
         return None
     row, column = ([text.strip().upper() for text in texts_of(frame.header, "PatientOrientation")] + ["", ""])[:2]
     if row[:1] in ("", "L") and column[:1] in ("", "F"):

@@ -19,6 +19,7 @@ from torch.nn import functional
 from dicomnode.analysis.backends import TORCH, Backend, Choice, TorchBackend, available, backend_for, choose, device_named, is_out_of_memory
 from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
+from dicomnode.analysis.image_score import image_score, marked_share
 from dicomnode.analysis.manifest import InferenceSection, Manifest, OutputSection, parse_manifest
 from dicomnode.analysis.networks import Between, first_line, go_on, load_network
 from dicomnode.analysis.package import digest_of, digest_of_contents, package_files
@@ -26,10 +27,12 @@ from dicomnode.analysis.preparation import Prepared, others, prepare
 from dicomnode.analysis.sliding import Predict, Sliding, slide
 from dicomnode.analysis.whole_image import WholeImageModel
 from dicomnode.errors import AnalysisFailed, PackageError
-from dicomnode.findings import Finding, Findings, Volume
+from dicomnode.findings import Finding, Findings, Score, Volume
 from dicomnode.logs import get_logger
 
 AGREEMENT = 0.002  # a backend's Dice with torch in fp32 may be this much below 1, finding by finding
+
+_ANY = {"minimum_score": 0.0, "minimum_mm2": 0.0, "maximum_findings": 1}  # the best place there is
 
 log = get_logger(__name__)
 
@@ -109,7 +112,8 @@ class OwnModel:
         probabilities = self._probabilities(prepared, between, rung)
         inferred = time.perf_counter()
         volume = volumes[manifest.inputs[0].name]
-        found, omitted = findings_of(manifest, probabilities, prepared, volume)
+        scores = scores_of(manifest, probabilities, prepared)
+        found, omitted = findings_of(manifest, probabilities, prepared, volume, scores)
         notes = prepared.notes
         if rung.coarser != 1:
             notes += (f"Memory was short: the images were analysed at 1/{rung.coarser:g} of the resolution the model is made for.",)
@@ -122,6 +126,7 @@ class OwnModel:
             series_instance_uid=volume.series_instance_uid,
             findings=found,
             device=self.backend.name,
+            scores=scores,
             omitted=omitted,
             other_series=others(manifest, volumes),
             notes=notes,
@@ -203,16 +208,29 @@ def ladder(manifest: Manifest, backend: Backend) -> Iterator[Rung]:
         yield Rung(batch=1, stitch_on=host, coarser=2.0)
 
 
-def findings_of(manifest: Manifest, probabilities: torch.Tensor, prepared: Prepared, volume: Volume) -> tuple[tuple[Finding, ...], int]:
+def scores_of(manifest: Manifest, probabilities: torch.Tensor, prepared: Prepared) -> tuple[Score, ...]:
+    """Return the scores of the whole image, one for each output that has a rule for it."""
+    return tuple(
+        image_score(output, output.image_score, marked_share(values.cpu().numpy(), prepared.region, output.image_score.above))
+        for output, values in zip(manifest.outputs, probabilities, strict=True)
+        if output.image_score is not None
+    )
+
+
+def findings_of(
+    manifest: Manifest, probabilities: torch.Tensor, prepared: Prepared, volume: Volume, scores: Sequence[Score]
+) -> tuple[tuple[Finding, ...], int]:
     """Return the findings of all outputs, most probable first and numbered, and how many more the caps left out.
 
+    An output whose score of the whole image is negative has none, and one whose score is positive has at least one.
     What lies above an output's threshold is looked for on the device; only the box around it becomes an array.
     """
     found: list[Finding] = []
     omitted = 0
+    positive = {score.label: score.positive for score in scores}
     for output, values in zip(manifest.outputs, probabilities, strict=True):
         box = _box_above(values, output.threshold)
-        if not output.finding or box is None:
+        if not output.finding or box is None or not positive.get(output.label, True):
             continue
         first, second, third = (start + s.start for start, s in zip(prepared.origin, box, strict=True))
         area = ProbabilityMap(
@@ -220,6 +238,8 @@ def findings_of(manifest: Manifest, probabilities: torch.Tensor, prepared: Prepa
             region=None if prepared.region is None else prepared.region[box], side=None if prepared.side is None else prepared.side[box],
         )  # fmt: skip
         kept, left_out = find(output, area, volume)
+        if not kept and positive.get(output.label):
+            kept, _ = find(output.model_copy(update=_ANY), area, volume)
         found += kept
         omitted += left_out
     found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm or (), f.segment.origin))
@@ -298,7 +318,7 @@ def check_package(folder: Path, volumes: Mapping[str, Volume], *, digest: str | 
 def compare_backends(model: Model, volumes: Mapping[str, Volume], result: Findings) -> dict[str, dict[str, Any]]:
     """Return for each backend: the seconds its network took, its least Dice with torch's findings, and whether it may be used.
 
-    Without a finding nothing is compared, and only torch may be used.
+    Scores of the whole image must agree too. Without a finding nothing is compared, and only torch may be used.
     """
     rows: dict[str, dict[str, Any]] = {TORCH: {"seconds": result.seconds["inference"], "dice": 1.0, "passed": True}}
     if not isinstance(model, OwnModel) or not result.findings:
@@ -315,6 +335,9 @@ def compare_backends(model: Model, volumes: Mapping[str, Volume], result: Findin
             continue
         dice = least_dice(result.findings, theirs.findings)
         rows[name] = {"seconds": theirs.seconds["inference"], "dice": dice, "passed": dice >= 1 - AGREEMENT}
+        if result.scores:
+            rows[name]["score_difference"] = largest_difference(result.scores, theirs.scores)
+            rows[name]["passed"] &= rows[name]["score_difference"] <= AGREEMENT
     return rows
 
 
@@ -323,6 +346,13 @@ def least_dice(first: Sequence[Finding], second: Sequence[Finding]) -> float:
     if len(first) != len(second):
         return 0.0
     return min((max((_dice(mine, other) for other in second if other.label == mine.label), default=0.0) for mine in first), default=1.0)
+
+
+def largest_difference(first: Sequence[Score], second: Sequence[Score]) -> float:
+    """Return by how much two answers of one model differ at most in their scores; 1 where only one of them is positive."""
+    return max(
+        (abs(a.probability - b.probability) if a.positive == b.positive else 1.0 for a, b in zip(first, second, strict=True)), default=0.0
+    )
 
 
 def _dice(first: Finding, second: Finding) -> float:

@@ -57,7 +57,7 @@ class InputSection(_Section):
 
     body_parts: tuple[_Short, ...] = Field((), description="values of Body Part Examined; empty: any")
     body_part_may_be_absent: bool = True
-    region: Literal["", "lung", "chest-radiograph", "head"] = Field(
+    region: Literal["", "lung", "chest-radiograph", "lung-fields", "head"] = Field(
         "", description="anatomy that must be in the pixels; it limits where findings may lie"
     )
     orientations: tuple[Orientation, ...] = Field((), description="of the slices; empty: any")
@@ -160,6 +160,19 @@ class BundleSection(_Section):
     prediction_key: _Short = "pred"
 
 
+class ImageScoreSection(_Section):
+    """A probability for a whole projection, from the share of its region that an output's map marks.
+
+    It is 1 / (1 + exp(-(intercept + slope ln(share + floor)))): a monotone calibration, fitted on validation images.
+    """
+
+    above: float = Field(gt=0, lt=1, description="pixels of the region whose probability is above it are its share")
+    floor: float = Field(1e-4, gt=0, le=0.1, description="so that a share of zero has a logarithm")
+    intercept: _Number
+    slope: _Positive
+    threshold: float = Field(gt=0, lt=1, description="the image is positive above it; below, nothing of the output is a finding")
+
+
 class OutputSection(_Section):
     """One output channel, label or class: what it means, and when it is a finding."""
 
@@ -168,6 +181,8 @@ class OutputSection(_Section):
     activation: Literal["sigmoid", "softmax", "none"] = "sigmoid"
     threshold: float = Field(0.5, gt=0, lt=1, description="a voxel, or a class, above it counts")
     components: Literal["each", "one"] = Field("each", description="each connected component is a finding, or all voxels together are one")
+    shape: Literal["outline", "box"] = Field("outline", description="box: a finding is the box around its component, which has no outline")
+    image_score: ImageScoreSection | None = Field(None, description="of a segmentation of projections: one number for the whole image")
     finding: bool = Field(True, description="false: a class that is no finding, such as normal")
     minimum_ml: float = Field(0.0, ge=0, allow_inf_nan=False, description="smaller components are dropped")
     minimum_mm2: float = Field(0.0, ge=0, allow_inf_nan=False, description="the same on a projection with a known spacing")
@@ -230,6 +245,12 @@ class Manifest(_Section):
             raise ValueError(f"two inputs have one name: {', '.join(names)}")
         if len({accepts.dimensions for accepts in self.inputs}) > 1:
             raise ValueError("series and projections don't go together")
+        for output in self.outputs:
+            if output.image_score is not None:
+                if self.kind != "segmentation" or self.bundle is not None or self.inputs[0].dimensions != 2:
+                    raise ValueError("image_score goes with a segmentation of projections that brings no bundle of its own")
+                if output.image_score.above < output.threshold:
+                    raise ValueError("image_score.above is below the output's threshold: a positive image could be without a finding")
         return self
 
 

@@ -22,6 +22,7 @@ from dicomnode.findings import Volume, Voxels
 REGIONS = {  # what `input.region` of a manifest names: a function of (values, spacing_mm) that returns (mask, side or None)
     "lung": ("dicomnode.analysis.lung", "lung_region"),
     "chest-radiograph": ("dicomnode.analysis.radiograph", "chest_radiograph_region"),
+    "lung-fields": ("dicomnode.analysis.radiograph", "lung_field_region"),
     "head": ("dicomnode.analysis.head", "head_region"),
 }
 CONTEXT_MM = 24.0  # the network sees this much around the region: what decides at its border lies outside it
@@ -52,7 +53,8 @@ def prepare(
 ) -> Prepared:
     """Return the volumes of a manifest's inputs on the grid of the first one, at `coarser` times the manifest's spacing.
 
-    Where the manifest names a region, only the box around it is returned, unless the `whole` image is wanted.
+    Where the manifest names a region, only the box around it is returned, unless the `whole` image is wanted or it is a projection,
+    whose intensities are those of the whole film.
     An optional input that is absent is a channel of zeros, and a note says so.
 
     Raises:
@@ -71,7 +73,7 @@ def prepare(
     region = side = None
     if first.region:
         region, side = region_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
-    box = _box_around(None if whole else region, grid)
+    box = _box_around(None if whole or volume.is_projection else region, grid)
     channels, notes = [normalised(image[box], settings)], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:

@@ -55,14 +55,35 @@ def chest_radiograph_region(image: NDArray[np.float32], spacing_mm: tuple[float,
         NotEligible: "polarity" if black and white are exchanged; "no-chest" if no upright frontal chest is seen either way.
     """
     del spacing_mm
-    film = image[0]
+    fields = _accepted(image[0])
+    return np.ones(image.shape, dtype=np.bool_), _sides(fields, image.shape)
+
+
+def lung_field_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> tuple[Mask, NDArray[np.int8]]:
+    """Return the same, with the two lung fields as where findings may lie: without their dents, where dense lung looks like none.
+
+    Raises:
+        NotEligible: as `chest_radiograph_region`.
+    """
+    del spacing_mm
+    fields = _accepted(image[0])
+    small = filled(fields.right) | filled(fields.left)
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(image.shape[1:], small.shape, strict=True))
+    return small[np.ix_(rows, columns)][None], _sides(fields, image.shape)
+
+
+def _accepted(film: NDArray[np.float32]) -> LungFields:
     as_it_is, exchanged = lung_fields(film), lung_fields(-film)
     if as_it_is.faults and not exchanged.faults:
         raise NotEligible("polarity", "The pixels show a chest only with black and white exchanged: Photometric Interpretation is wrong.")
     if as_it_is.faults:
         raise NotEligible("no-chest", f"The pixels show no frontal chest: {as_it_is.faults[0]}.")
-    side = np.where(np.arange(film.shape[1]) + 0.5 < as_it_is.middle * film.shape[1], 1, 2).astype(np.int8)
-    return np.ones(image.shape, dtype=np.bool_), np.ascontiguousarray(np.broadcast_to(side, image.shape))
+    return as_it_is
+
+
+def _sides(fields: LungFields, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    side = np.where(np.arange(shape[2]) + 0.5 < fields.middle * shape[2], 1, 2).astype(np.int8)
+    return np.ascontiguousarray(np.broadcast_to(side, shape))
 
 
 def lung_fields(film: NDArray[np.float32]) -> LungFields:

@@ -26,8 +26,8 @@ from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
 DRESSES_PER_VIEW = 4
-FILMS_PER_DRESS = 6
-PIXEL_MM, STEP_MM = 1.4, (2.0, 6.0, 2.0)
+FILMS_PER_DRESS = 8
+PIXEL_MM, STEP_MM = 1.8, (2.5, 6.0, 2.5)
 OLDER = 0.25  # of the films are exposed by any technique, the others as today
 MIRRORED = 0.3
 TALLEST = 1.35  # the phantoms are made for CT, of people who lie
