@@ -26,6 +26,7 @@ REGIONS = {  # what `input.region` of a manifest names: a function of (values, s
     "head": ("dicomnode.analysis.head", "head_region"),
 }
 CONTEXT_MM = 24.0  # the network sees this much around the region: what decides at its border lies outside it
+FILM_CONTEXT = 1 / 16  # the same on a projection, which may not say what a millimetre is: of its longer side
 SLAB = 8  # slices resampled at a time: a slab of 512 x 512 stays in the cache and out of the memory's peak
 LOW, HIGH = 0.01, 0.99  # of intensity percentiles
 
@@ -53,8 +54,7 @@ def prepare(
 ) -> Prepared:
     """Return the volumes of a manifest's inputs on the grid of the first one, at `coarser` times the manifest's spacing.
 
-    Where the manifest names a region, only the box around it is returned, unless the `whole` image is wanted or it is a projection,
-    whose intensities are those of the whole film.
+    Where the manifest names a region, only the box around it is returned, unless the `whole` image is wanted.
     An optional input that is absent is a channel of zeros, and a note says so.
 
     Raises:
@@ -73,7 +73,7 @@ def prepare(
     region = side = None
     if first.region:
         region, side = region_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
-    box = _box_around(None if whole or volume.is_projection else region, grid)
+    box = _box_around(None if whole else region, grid, projection=volume.is_projection)
     channels, notes = [normalised(image[box], settings)], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:
@@ -144,12 +144,12 @@ def _without(manifest: Manifest, accepts: InputSection) -> str:
     return f"The input {accepts.name} is absent: the model was given zeros in its place."
 
 
-def _box_around(region: NDArray[np.bool_] | None, grid: Grid) -> tuple[slice, slice, slice]:
+def _box_around(region: NDArray[np.bool_] | None, grid: Grid, *, projection: bool) -> tuple[slice, slice, slice]:
     if region is None:
         return slice(0, grid.shape[0]), slice(0, grid.shape[1]), slice(0, grid.shape[2])
     boxes = []
     for axis in range(3):
         filled = np.flatnonzero(region.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = round(CONTEXT_MM / grid.spacing_mm[axis])
+        margin = round(FILM_CONTEXT * max(grid.shape)) if projection else round(CONTEXT_MM / grid.spacing_mm[axis])
         boxes.append(slice(max(0, int(filled[0]) - margin), min(grid.shape[axis], int(filled[-1]) + 1 + margin)))
     return boxes[0], boxes[1], boxes[2]

@@ -18,7 +18,7 @@ from dicomnode.phantoms.shapes import Floats
 Onto = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # (n, 3) LPS mm -> (n, 2): x and z in the plane of the detector
 
 PAIRS = 10
-PIECES = 32  # of a rib
+PIECES = 20  # of a rib
 FLAT = 0.6  # how thick a rib is, to its height
 MARROW = 0.8  # of a rib's inside that is no dense bone
 STEEPEST = 2.0  # path length along a rib that runs with the beam, to that across it

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch.utils.data import Dataset
 
+from dicomnode.analysis.preparation import FILM_CONTEXT
 from dicomnode.analysis.radiograph import filled
 from dicomnode.phantoms.chest import ChestScene, chest_scene
 from dicomnode.phantoms.opacities import scatter_opacities, with_decoys, with_opacities
@@ -26,9 +27,9 @@ from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
 DRESSES_PER_VIEW = 4
-FILMS_PER_DRESS = 8
+FILMS_PER_DRESS = 12
 PIXEL_MM, STEP_MM = 1.8, (2.5, 6.0, 2.5)
-OLDER = 0.25  # of the films are exposed by any technique, the others as today
+OLDER = 0.1  # of the films are exposed by any technique, the others as today
 MIRRORED = 0.3
 TALLEST = 1.35  # the phantoms are made for CT, of people who lie
 
@@ -43,7 +44,7 @@ class Standing:
 
 
 class OpacityFilms(Dataset[Film]):
-    """Film number -> (image (1, r, c) scaled to 0..1, truth (1, r, c) opacities, region (1, r, c) lung fields without dents), float32."""
+    """Film number -> (part of a film around the lungs (1, r, c) scaled to 0..1, opacities (1, r, c), lung fields (1, r, c)), float32."""
 
     def __init__(self, data: Opacities, *, seed: int, count: int) -> None:
         self._data, self._seed, self._count = data, seed, count
@@ -63,7 +64,7 @@ class OpacityFilms(Dataset[Film]):
         for opacity in opacities:
             truth[opacity.box] |= opacity.body
         image = expose(with_opacities(shadow, opacities), any_technique(rng), rng)
-        return _augmented(image, truth, filled(shadow.right) | filled(shadow.left), self._data.size_px, rng)
+        return _augmented(image, truth, filled(shadow.right) | filled(shadow.left), self._data, rng)
 
     def _shadow(self, number: int, dress: int) -> Shadow:
         if (number, dress) not in self._dressed:
@@ -107,19 +108,39 @@ def any_technique(rng: np.random.Generator) -> Technique:
     return random_technique(rng) if rng.random() < OLDER else digital_technique(rng)
 
 
-def _augmented(image: Floats, truth: NDArray[np.bool_], region: NDArray[np.bool_], size: int, rng: np.random.Generator) -> Film:
+def _augmented(image: Floats, truth: NDArray[np.bool_], region: NDArray[np.bool_], data: Opacities, rng: np.random.Generator) -> Film:
     image = with_marks(image, rng)
     if rng.random() < 0.5:  # sharpened, or blurred, as a workstation does
         image = image + rng.uniform(-0.5, 1.5) * (image - ndimage.gaussian_filter(image, float(rng.uniform(0.7, 4))))
     if rng.random() < MIRRORED:
         image, truth, region = image[:, ::-1], truth[:, ::-1], region[:, ::-1]
-    parts = _turned((image, truth.astype(np.float32), region.astype(np.float32)), size, rng)
-    within = parts[2] > 0.5
-    return (
-        torch.from_numpy(scaled(parts[0])[None]),
-        torch.from_numpy(((parts[1] > 0.5) & within).astype(np.float32)[None]),
-        torch.from_numpy(within.astype(np.float32)[None]),
-    )
+    parts = _turned((image, truth.astype(np.float32), region.astype(np.float32)), data.size_px, rng)
+    box = _around(parts[2] > 0.5, round(data.size_px * FILM_CONTEXT * rng.uniform(0.5, 1.5)))
+    seen = scaled(parts[0][box])
+    within = parts[2][box] > 0.5
+    bodies = (parts[1][box] > 0.5) & within
+    here, there = zip(*(_window(n, data.patch_px, rng) for n in seen.shape), strict=True)
+    result = np.zeros((3, data.patch_px, data.patch_px), dtype=np.float32)
+    for whole, part in zip(result, (seen, bodies, within), strict=True):
+        whole[there] = part[here]
+    film, marked, counted = torch.from_numpy(result).split(1)
+    return film, marked, counted
+
+
+def _around(region: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
+    """The box around a region and so many pixels more, as analysis cuts it; all where the region is empty."""
+    filled_axes = [np.flatnonzero(region.any(axis=axis)) for axis in (1, 0)]
+    if not len(filled_axes[0]):
+        return slice(None), slice(None)
+    return tuple(slice(max(0, int(i[0]) - margin), int(i[-1]) + 1 + margin) for i in filled_axes)
+
+
+def _window(size: int, patch: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Which part of `size` pixels a patch shows, and where in the patch it lies: in its middle if it is smaller."""
+    if size <= patch:
+        return slice(0, size), slice((patch - size) // 2, (patch - size) // 2 + size)
+    start = int(rng.integers(0, size - patch + 1))
+    return slice(start, start + patch), slice(0, patch)
 
 
 def _turned(parts: tuple[Floats, ...], size: int, rng: np.random.Generator) -> list[Floats]:

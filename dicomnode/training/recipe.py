@@ -41,7 +41,8 @@ class Opacities(_Section):
     """Frontal chest radiographs with opacities in the lungs and without. One output."""
 
     kind: Literal["chest-opacities"]
-    size_px: int = Field(ge=32, le=1024, description="of the longer side; the other is padded with zeros")
+    size_px: int = Field(ge=32, le=1024, description="of the film's longer side")
+    patch_px: int = Field(ge=32, le=1024, description="of the square that is cut out around the lungs, or padded with zeros")
     positive: float = Field(gt=0, le=1, description="share of films with opacities")
 
 

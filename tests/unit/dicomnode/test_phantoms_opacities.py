@@ -88,7 +88,7 @@ def test_decoys_change_a_film_and_no_truth(bare: Shadow) -> None:
 
 def test_film_i_is_always_the_same_and_its_truth_lies_in_its_region(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dicomnode.training.opacities.STEP_MM", COARSE)
-    data = Opacities(kind="chest-opacities", size_px=128, positive=0.5)
+    data = Opacities(kind="chest-opacities", size_px=128, patch_px=96, positive=0.5)
     films = OpacityFilms(data, seed=4, count=100)
     numbers = [0, VIEWS_AT_A_TIME, 2 * VIEWS_AT_A_TIME, 3 * VIEWS_AT_A_TIME, 4 * VIEWS_AT_A_TIME]
     drawn = [films[number] for number in numbers]
@@ -96,11 +96,11 @@ def test_film_i_is_always_the_same_and_its_truth_lies_in_its_region(monkeypatch:
     for first, second in zip(drawn[2], again, strict=True):
         assert torch.equal(first, second)
     for image, truth, region in drawn:
-        assert image.shape == truth.shape == region.shape == (1, 128, 128)
+        assert image.shape == truth.shape == region.shape == (1, 96, 96)
         assert float(image.min()) == 0
         assert float(image.max()) == 1
         assert not bool((truth.bool() & ~region.bool()).any())
-        assert 0.1 < float(region.mean()) < 0.7
+        assert 0.1 < float(region.mean()) < 0.95
     positive = [bool(truth.any()) for _, truth, _ in drawn]
     assert any(positive)
     assert not all(positive)
@@ -110,4 +110,6 @@ def test_the_recipe_asks_for_such_films() -> None:
     recipe = load_recipe(RECIPE)
     assert isinstance(recipe.data, Opacities)
     assert recipe.package.preprocessing is not None
+    assert recipe.package.inference is not None
     assert recipe.data.size_px == recipe.package.preprocessing.size_px
+    assert recipe.package.inference.window == (1, recipe.data.patch_px, recipe.data.patch_px)
