@@ -133,6 +133,15 @@ class OwnModel:
             seconds={"region": located - started, "inference": inferred - located, "findings": time.perf_counter() - inferred},
         )
 
+    def maps(self, volumes: Mapping[str, Volume]) -> tuple[Prepared, torch.Tensor]:
+        """Return what the network was given and (outputs, k, r, c) what it says there, before anything is a finding.
+
+        Raises:
+            NotEligible, AnalysisFailed: as a call does.
+        """
+        prepared = prepare(self.manifest, volumes, self.device)
+        return prepared, self._probabilities(prepared, go_on, next(ladder(self.manifest, self.backend)))
+
     def _probabilities(self, prepared: Prepared, between: Between, rung: Rung) -> torch.Tensor:
         """Return (outputs, k, r, c) float32 probabilities; zero in windows that hold no region, where no finding may lie."""
         outputs, settings = self.manifest.outputs, _inference(self.manifest)

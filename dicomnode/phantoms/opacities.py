@@ -44,7 +44,7 @@ def scatter_opacities(shadow: Shadow, rng: np.random.Generator, *, most: int = 8
     found = []
     for _ in range(count):
         diameter = float(np.clip(typical * np.exp(rng.normal(0, 0.3)), smallest, largest)) if count > 1 else float(typical)
-        opacity = _placed(shadow, diameter, alike or _any_kind(diameter, rng), rng)
+        opacity = opacity_in_lung(shadow, diameter, alike or _any_kind(diameter, rng), rng)
         if opacity is not None:
             found.append(opacity)
     return tuple(found)
@@ -77,6 +77,19 @@ def opacity_at(plane: Plane, centre: tuple[float, float], diameter_mm: float, ki
     path = np.maximum(path, 0)
     body = ndimage.binary_fill_holes(path > BODY * path.max()) if path.any() else np.zeros(part.shape, dtype=np.bool_)
     return Opacity(box=box, path_cm=np.asarray(path, dtype=np.float32), body=body, diameter_mm=diameter_mm, kind=kind)
+
+
+def opacity_in_lung(shadow: Shadow, diameter_mm: float, kind: Kind, rng: np.random.Generator) -> Opacity | None:
+    """An opacity at a random place, most of it in the lung fields; None if none of thirty places holds it."""
+    lungs = shadow.right | shadow.left
+    places = np.argwhere(lungs)
+    for _ in range(30 if len(places) else 0):
+        row, column = places[rng.integers(len(places))]
+        centre = (float(shadow.plane.x[0, column]), float(shadow.plane.z[row, 0]))
+        opacity = opacity_at(shadow.plane, centre, diameter_mm, kind, rng)
+        if opacity is not None and opacity.body.any() and lungs[opacity.box][opacity.body].mean() >= IN_LUNG:
+            return opacity
+    return None
 
 
 def with_opacities(shadow: Shadow, opacities: tuple[Opacity, ...]) -> Shadow:
@@ -139,19 +152,6 @@ def _any_kind(diameter_mm: float, rng: np.random.Generator) -> Kind:
     kinds: tuple[Kind, ...] = ("round", "dense", "hollow", "ill-defined")
     shares = (0.85, 0.15, 0.0, 0.0) if diameter_mm < 15 else (0.6, 0.08, 0.07, 0.25)
     return kinds[int(rng.choice(4, p=shares))]
-
-
-def _placed(shadow: Shadow, diameter_mm: float, kind: Kind, rng: np.random.Generator) -> Opacity | None:
-    """An opacity most of which lies in the lung fields; None if none of thirty places holds it."""
-    lungs = shadow.right | shadow.left
-    places = np.argwhere(lungs)
-    for _ in range(30 if len(places) else 0):
-        row, column = places[rng.integers(len(places))]
-        centre = (float(shadow.plane.x[0, column]), float(shadow.plane.z[row, 0]))
-        opacity = opacity_at(shadow.plane, centre, diameter_mm, kind, rng)
-        if opacity is not None and opacity.body.any() and lungs[opacity.box][opacity.body].mean() >= IN_LUNG:
-            return opacity
-    return None
 
 
 def _form(part: Plane, centre: tuple[float, float], radii: tuple[float, float], rng: np.random.Generator, *, rough: float) -> Floats:

@@ -68,11 +68,11 @@ def random_technique(rng: np.random.Generator) -> Technique:
 
 
 def digital_technique(rng: np.random.Generator) -> Technique:
-    """A technique of today's detectors: less noise, a grid against scatter, little of the film wholly black or white."""
+    """A technique of today's detectors: less noise, a grid against scatter, and the grey scale spent on the lungs."""
     return Technique(
         soft_per_cm=float(rng.uniform(0.15, 0.22)), bone_per_cm=float(rng.uniform(0.2, 0.9)), scatter=float(rng.uniform(0.15, 0.9)),
         photons=float(np.exp(rng.uniform(np.log(8000), np.log(300000)))), blur_px=float(rng.uniform(0.2, 0.9)),
-        gamma=float(np.exp(rng.normal(0, 0.3))), black_percent=float(rng.uniform(0.1, 3)), white_percent=float(rng.uniform(0.1, 3)),
+        gamma=float(np.exp(rng.normal(0, 0.3))), black_percent=float(rng.uniform(0.1, 4)), white_percent=float(rng.uniform(1, 22)),
         enhancement=float(rng.uniform(0, 1.5) if rng.random() < 0.6 else 0.0),
     )  # fmt: skip
 

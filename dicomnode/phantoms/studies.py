@@ -19,13 +19,14 @@ from dicomnode.phantoms.dicom import MR, SeriesHeader, uid_from, write_ct_series
 from dicomnode.phantoms.film import CR, DX, WHITE, Film, write_film
 from dicomnode.phantoms.head import CONTRASTS, acquire, head_scene, receive, render_head, signal
 from dicomnode.phantoms.nodules import Nodule, sphere
+from dicomnode.phantoms.opacities import opacity_in_lung, with_opacities
 from dicomnode.phantoms.other_films import film_of
-from dicomnode.phantoms.radiograph import Technique, View, expose, project
+from dicomnode.phantoms.radiograph import Technique, View, dressed, expose, project
 from dicomnode.phantoms.shapes import Floats, Grid
 
 DEMO_PROTOCOL = Protocol(thickness_mm=3.0, blur_px=0.2, noise_hu=14.0, grain_px=0.7)
 
-DEMO_TECHNIQUE = Technique(bone_per_cm=0.7, scatter=0.4, photons=100000.0, black_percent=2.0, white_percent=2.0, enhancement=0.6)
+DEMO_TECHNIQUE = Technique(bone_per_cm=0.5, scatter=0.4, photons=100000.0, black_percent=1.0, white_percent=14.0, enhancement=0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
     """Write the demo's studies into folders of `folder`: for CT, MR and X-ray at least one that a model reads and one that none may.
 
     A chest CT with one nodule, one without, and one of a tilted gantry; a head in MR, and a bottle in three MR images; a frontal
-    chest film, and a leg whose header says CHEST. Takes about 20 seconds on one core.
+    chest film with opacities, and a leg whose header says CHEST. Takes about 20 seconds on one core.
     """
     scene = chest_scene(102)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
@@ -103,7 +104,7 @@ def check_volume(*, modality: str = "CT", projection: bool = False, seed: int = 
 
     CT: a small part of a chest with one nodule, 20 slices of 3 mm, 160 x 160. MR: a whole head, 48 slices of 4 mm, 160 x 128;
     the contrasts (keys of `head.CONTRASTS`; "" is t1) of one seed share grid and frame of reference. A projection, or an X-ray
-    modality: a frontal chest film, white where much absorbs, spacing at the detector.
+    modality: a frontal chest film with two opacities, white where much absorbs, spacing at the detector.
     """
     if projection or modality in ("CR", "DX", "RG", "MG", "XA", "RF", "IO", "PX"):
         return _check_film(modality if modality != "CT" else "DX", seed)
@@ -114,7 +115,7 @@ def check_volume(*, modality: str = "CT", projection: bool = False, seed: int = 
 
 
 def _check_film(modality: str, seed: int) -> Volume:
-    pixels = np.round(WHITE * chest_film(seed, pixel_mm=1.5, step_mm=(3.0, 6.0, 3.0))).astype(np.float32)
+    pixels = np.round(WHITE * chest_film(seed, pixel_mm=1.5, step_mm=(3.0, 6.0, 3.0), opacities_mm=(40.0, 30.0))).astype(np.float32)
     affine = np.diag([1.0, 1.5, 1.5, 1.0])[[2, 1, 0, 3]]  # (k, r, c) to (x, y): columns run along x, rows along y
     name = f"check film {seed}"
     return Volume(
@@ -133,13 +134,20 @@ def _check_head(seed: int, contrast: str) -> Volume:
     )  # fmt: skip
 
 
-def chest_film(seed: int, *, pixel_mm: float, step_mm: tuple[float, float, float] = (2.0, 5.0, 2.0)) -> Floats:
-    """An upright frontal chest film of `seed`, 0 black to 1 white, framed as a film is."""
-    shadow = project(chest_scene(seed), View(), seed=0, pixel_mm=pixel_mm, step_mm=step_mm)
+def chest_film(
+    seed: int, *, pixel_mm: float, step_mm: tuple[float, float, float] = (2.0, 5.0, 2.0), opacities_mm: tuple[float, ...] = ()
+) -> Floats:
+    """An upright frontal chest film of `seed` with round opacities of these diameters, 0 black to 1 white, framed as a film is."""
+    scene, rng = chest_scene(seed), np.random.default_rng([seed, 61])
+    scene = replace(scene, anatomy=replace(scene.anatomy, hazes=()))
+    shadow = dressed(project(scene, View(), pixel_mm=pixel_mm, step_mm=step_mm, bare=True), scene, View(), rng)
+    for diameter in opacities_mm:
+        opacity = opacity_in_lung(shadow, diameter, "round", rng)
+        shadow = shadow if opacity is None else with_opacities(shadow, (opacity,))
     rows, columns = (np.flatnonzero((shadow.right | shadow.left).any(axis=axis)) for axis in (1, 0))
     margin = round(35 / pixel_mm)
     seen = tuple(slice(max(0, int(edge[0]) - margin), int(edge[-1]) + margin) for edge in (rows, columns))
-    film = expose(shadow, DEMO_TECHNIQUE, np.random.default_rng([seed, 61]))[seen]
+    film = expose(shadow, DEMO_TECHNIQUE, rng)[seen]
     low, high = np.percentile(film, (0.5, 99.5))
     return np.asarray(np.clip((film - low) / (high - low), 0, 1), dtype=np.float32)
 
@@ -257,8 +265,9 @@ def write_head(folder: Path) -> TrueStudy:
 
 
 def write_chest_film(folder: Path) -> TrueStudy:
-    """A frontal chest film as a DX image, inverted (MONOCHROME1)."""
-    film = Film(pixels=chest_film(18, pixel_mm=1.0, step_mm=(2.5, 6.0, 2.5)), pixel_mm=1.0, photometric="MONOCHROME1")
+    """A frontal chest film with opacities as a DX image, inverted (MONOCHROME1)."""
+    pixels = chest_film(18, pixel_mm=1.0, step_mm=(2.5, 6.0, 2.5), opacities_mm=(42.0, 32.0, 26.0))
+    film = Film(pixels=pixels, pixel_mm=1.0, photometric="MONOCHROME1")
     header = _header(6, "FILM", "Synthetic chest", "Synthetic DX", sop_class_uid=DX, image_type=("ORIGINAL", "PRIMARY", ""))
     return _true_study(folder, header, write_film(folder, film, header), refused=False)
 

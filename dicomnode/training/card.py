@@ -67,9 +67,16 @@ def output_text(output: OutputSection, manifest: Manifest) -> str:
     if manifest.kind == "detection":
         return f"{output.label}: boxes with a score of {output.minimum_score:g} or more"
     least = f"{output.minimum_mm2:g} mm²" if manifest.inputs[0].dimensions == 2 else f"{output.minimum_ml:g} ml"
+    box = "the box around what" if output.shape == "box" else "what"
+    rule, whole = output.image_score, ""
+    if rule is not None:
+        whole = (
+            f". An image is positive above {rule.threshold:g}, by a calibration on the share of its region above {rule.above:g};"
+            " below, nothing in it is a finding"
+        )
     return (
-        f"{output.label}: a voxel counts above {output.threshold:g}; a finding has {least} or more and a score"
-        f" (mean of its most certain quarter) of {output.minimum_score:g} or more"
+        f"{output.label}: a voxel counts above {output.threshold:g}; a finding is {box} has {least} or more and a score"
+        f" (mean of its most certain quarter) of {output.minimum_score:g} or more{whole}"
     )
 
 

@@ -123,7 +123,7 @@ def _augmented(image: Floats, truth: NDArray[np.bool_], region: NDArray[np.bool_
     result = np.zeros((3, data.patch_px, data.patch_px), dtype=np.float32)
     for whole, part in zip(result, (seen, bodies, within), strict=True):
         whole[there] = part[here]
-    film, marked, counted = torch.from_numpy(result).split(1)
+    film, marked, counted = (torch.from_numpy(part[None]) for part in result)
     return film, marked, counted
 
 

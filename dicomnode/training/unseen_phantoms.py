@@ -1,6 +1,6 @@
 """Phantoms of which the truth is known, drawn from seeds that training never uses: chests in CT, chest films, heads in MR.
 
-Each third case holds nothing to find, or is nothing of the kind.
+Each third case holds nothing to find, or is nothing of the kind; of films with opacities each second one is clear.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from dicomnode.phantoms.acquisition import random_protocol, scan
 from dicomnode.phantoms.chest import ChestScene, chest_scene, scatter_nodules, true_mask
 from dicomnode.phantoms.dicom import uid_from
 from dicomnode.phantoms.head import CONTRASTS, acquire, head_scene, receive, render_head, signal
+from dicomnode.phantoms.opacities import scatter_opacities, with_opacities
 from dicomnode.phantoms.other_films import KINDS, film_of
 from dicomnode.phantoms.radiograph import expose, project, random_technique, random_view
 from dicomnode.phantoms.shapes import Floats, Grid
 from dicomnode.phantoms.studies import chest_grid, volume_of
 from dicomnode.training.cases import Case, Mask, known_lesion
 from dicomnode.training.films import framed
+from dicomnode.training.opacities import any_technique, standing, upright
 
 VALIDATION_SEED, TEST_SEED = 3_000_000_000, 3_100_000_000  # training draws its phantoms below 2**31
 SIZES_MM = ((5.0, 7.0), (7.0, 10.0), (10.0, 15.0), (15.0, 25.0), (25.0, 40.0), (40.0, 60.0))  # nodules are spread over these
@@ -50,6 +52,8 @@ def _drawing(manifest: Manifest) -> Draw:
     if accepts.region == "lung" and "CT" in accepts.modalities:
         label, name = manifest.outputs[0].label, accepts.name
         return lambda seed, number: chest_case(seed, nodules=0 if _is_other(number) else NODULES_PER_SCAN, label=label, name=name)
+    if labels == {"Lung opacity"} and accepts.dimensions == 2:
+        return lambda seed, number: opacity_case(seed, clear=number % 2 == 1, name=accepts.name)
     if labels >= LUNG_FIELDS and accepts.dimensions == 2:
         return lambda seed, number: film_case(seed, other=_is_other(number), name=accepts.name)
     if labels == {"Brain"}:
@@ -92,6 +96,24 @@ def film_case(seed: int, *, other: bool, name: str = "image") -> Case:
     truth = {} if other else {"Right lung field": shadow.right[None], "Left lung field": shadow.left[None]}
     volume = _volume(film[None], affine, f"film {seed}", "DX")
     return _structures(f"film {seed}", {name: volume}, truth, {"film": kind})
+
+
+def opacity_case(seed: int, *, clear: bool, name: str = "image") -> Case:
+    """A film of a random chest with one to eight opacities in the lung fields, or a `clear` one; drawn as films of training are."""
+    rng = np.random.default_rng([seed, 83])
+    shadow = framed(upright(standing(seed, rng), rng), rng)
+    opacities = () if clear else scatter_opacities(shadow, rng)
+    film = np.round(4095 * expose(with_opacities(shadow, opacities), any_technique(rng), rng))
+    affine = np.diag([1.0, shadow.plane.pixel_mm, shadow.plane.pixel_mm, 1.0])[[2, 1, 0, 3]]
+    volume = _volume(film[None], affine, f"film {seed}", "DX")
+    segments = [Segment(mask=o.body[None], origin=(0, o.box[0].start, o.box[1].start)) for o in opacities]
+    known = tuple(
+        known_lesion(segment, volume, "Lung opacity", opacity.diameter_mm) for segment, opacity in zip(segments, opacities, strict=True)
+    )
+    several = "none" if clear else "one or two" if len(opacities) < 3 else "three to eight"
+    return Case(
+        name=f"film {seed}", volumes={name: volume}, known=known, positive={"Lung opacity": bool(known)}, attributes={"opacities": several}
+    )
 
 
 def head_case(seed: int, *, other: bool, name: str = "image") -> Case:

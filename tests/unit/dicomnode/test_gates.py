@@ -12,7 +12,7 @@ from dicomnode.analysis.frames import read_headers
 from dicomnode.analysis.head import head_region
 from dicomnode.analysis.manifest import InputSection
 from dicomnode.analysis.package import load_package
-from dicomnode.analysis.radiograph import chest_radiograph_region
+from dicomnode.analysis.radiograph import chest_radiograph_region, lung_field_region
 from dicomnode.analysis.select import select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.findings import Volume
@@ -123,3 +123,16 @@ def test_a_body_that_is_wider_than_deep_is_no_head() -> None:
     body = np.broadcast_to(np.hypot(x / 90, y / 70) < 1, (40, 120, 96)).astype(np.float32)
     with pytest.raises(NotEligible, match="no-head"):
         head_region(500 * body + np.random.default_rng(0).rayleigh(10, body.shape).astype(np.float32), (4.5, 2.0, 2.0))
+
+
+def test_findings_may_lie_in_the_lung_fields_alone_where_a_package_says_so(chest: Floats) -> None:
+    region, side = lung_field_region(chest, SPACING)
+    assert region.shape == chest.shape
+    assert 0.2 < float(region.mean()) < 0.6
+    for row in region[0]:  # each side has no dents along its rows
+        for half in (row & (side[0, 0] == 1), row & (side[0, 0] == 2)):
+            inside = np.flatnonzero(half)
+            assert len(inside) == 0 or len(inside) >= 0.9 * (inside[-1] - inside[0] + 1)
+    assert float(chest[region].mean()) < float(chest[~region].mean())
+    with pytest.raises(NotEligible):
+        lung_field_region(-chest, SPACING)
