@@ -35,11 +35,19 @@ class Opacity:
     kind: Kind
 
 
-def scatter_opacities(shadow: Shadow, rng: np.random.Generator, *, most: int = 8) -> tuple[Opacity, ...]:
-    """One to `most` opacities in the lung fields: half of the films have one, a third three or more, which then are of like size."""
-    count = 1 if (kind := rng.random()) < 0.45 else 2 if kind < 0.65 else int(rng.integers(3, most + 1))
+def scatter_opacities(shadow: Shadow, rng: np.random.Generator, *, crowded: bool = False) -> tuple[Opacity, ...]:
+    """One to eight opacities in the lung fields: half of the films have one, a third three or more, which then are of like size.
+
+    A `crowded` film has up to ten, more often several, and seldom small ones: there is more to learn from it.
+    """
     smallest, largest = DIAMETERS_MM
-    typical = rng.uniform(smallest, largest if count < 3 else 40)
+    kind = rng.random()
+    if crowded:
+        count = 1 if kind < 0.2 else int(rng.integers(2, 4)) if kind < 0.4 else int(rng.integers(4, 11))
+        typical = rng.uniform(1.5 * smallest, largest)
+    else:
+        count = 1 if kind < 0.45 else 2 if kind < 0.65 else int(rng.integers(3, 9))
+        typical = rng.uniform(smallest, largest if count < 3 else 40)
     alike: Kind | None = "round" if count >= 3 and rng.random() < 0.8 else None
     found = []
     for _ in range(count):

@@ -86,7 +86,8 @@ def loss_parts(
         if meaning.exclusive:
             entropy = functional.cross_entropy(logits, truth, reduction="none")[:, None] * region
         else:
-            entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none") * region
+            weights = 1 + (section.positive_weight - 1) * truth
+            entropy = functional.binary_cross_entropy_with_logits(logits, truth, weights, reduction="none") * region
         if section.bce_weight:
             parts["cross_entropy"] = section.bce_weight * entropy.sum() / count
         if section.worst_weight:

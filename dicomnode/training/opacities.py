@@ -26,11 +26,12 @@ from dicomnode.training.films import Film, framed, scaled, with_marks
 from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
-DRESSES_PER_VIEW = 4
+DRESSES_PER_VIEW = 5
 FILMS_PER_DRESS = 12
 PIXEL_MM, STEP_MM = 1.8, (2.5, 6.0, 2.5)
 OLDER = 0.1  # of the films are exposed by any technique, the others as today
 MIRRORED = 0.3
+FAINT_CM = 0.9  # an opacity whose longest path is shorter is hardly seen: it counts neither as one nor as none
 TALLEST = 1.35  # the phantoms are made for CT, of people who lie
 
 
@@ -59,12 +60,15 @@ class OpacityFilms(Dataset[Film]):
         place, lane = divmod(index, VIEWS_AT_A_TIME)
         block, film = divmod(place, DRESSES_PER_VIEW * FILMS_PER_DRESS)
         shadow = framed(self._shadow(block * VIEWS_AT_A_TIME + lane, film // FILMS_PER_DRESS), rng)
-        opacities = scatter_opacities(shadow, rng) if rng.random() < self._data.positive else ()
-        truth = np.zeros(shadow.plane.shape, dtype=np.bool_)
+        opacities = scatter_opacities(shadow, rng, crowded=True) if rng.random() < self._data.positive else ()
+        truth, counted = np.zeros(shadow.plane.shape, dtype=np.bool_), filled(shadow.right) | filled(shadow.left)
         for opacity in opacities:
-            truth[opacity.box] |= opacity.body
+            if float(opacity.path_cm.max()) < FAINT_CM:
+                counted[opacity.box] &= ~opacity.body
+            else:
+                truth[opacity.box] |= opacity.body
         image = expose(with_opacities(shadow, opacities), any_technique(rng), rng)
-        return _augmented(image, truth, filled(shadow.right) | filled(shadow.left), self._data, rng)
+        return _augmented(image, truth, counted, self._data, rng)
 
     def _shadow(self, number: int, dress: int) -> Shadow:
         if (number, dress) not in self._dressed:

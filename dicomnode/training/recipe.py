@@ -110,6 +110,7 @@ class TrainingSection(_Section):
     warm_up_steps: int = Field(ge=0)
     ema_decay: float = Field(ge=0, lt=1)
     bce_weight: float = Field(description="of the cross entropy: binary, or a softmax's where the package's outputs exclude one another")
+    positive_weight: float = Field(1.0, gt=0, description="of what is there, to what isn't, in the binary cross entropy")
     worst_weight: float = Field(description="of the cross entropy of the worst share of voxels")
     worst_share: float = Field(gt=0, le=1)
     dice_weight: float
