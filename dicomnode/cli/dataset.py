@@ -201,4 +201,5 @@ def _progress(things: Sequence[Any]) -> Iterable[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    return track(things, description="cases", console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(things, description="cases", console=console, transient=True, disable=not console.is_terminal)

@@ -117,7 +117,7 @@ def split_by_patient(patients: Sequence[str], plan: Plan) -> dict[str, Split]:
     Raises:
         UsageError: the shares are none, or a pinned patient isn't there.
     """
-    if min(plan.shares) < 0 or abs(sum(plan.shares) - 1) > 1e-6:
+    if not (min(plan.shares) >= 0 and abs(sum(plan.shares) - 1) < 1e-6):  # also what is no number
         raise UsageError("the shares of train, validation and test must add up to 1")
     if unknown := sorted(set(plan.pins) - set(patients)):
         raise UsageError(f"no source is of the patient {unknown[0]}, who is pinned to {plan.pins[unknown[0]]}")

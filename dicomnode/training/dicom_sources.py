@@ -121,7 +121,7 @@ def _source(headers: Headers, channels: Sequence[str], labels: Sequence[str], re
     file, header = headers[0]
     study = text_of(header, "StudyInstanceUID")
     return Source(
-        name=f"{file.parent} (study {study}, series {text_of(header, 'SeriesInstanceUID')})",
+        name=f"{file.parent}, series {text_of(header, 'SeriesInstanceUID')}",
         patient=text_of(header, "PatientID").strip() or NOBODY, study=study, kind="DICOM", modality=text_of(header, "Modality"),
         channels=tuple(channels), labels=tuple(dict.fromkeys(labels)), read=read,
     )  # fmt: skip

@@ -165,7 +165,7 @@ def test_with_a_model_the_series_is_the_one_that_the_node_would_take(tmp_path: P
 def test_a_study_without_a_seg_is_no_negative_until_somebody_says_so(tmp_path: Path) -> None:
     write_seg(write_study(tmp_path / "studies" / "a", "a"), CENTRES)
     write_study(tmp_path / "studies" / "b", "b", patient_id="P2")
-    with pytest.raises(UsageError, match=r"studies/b .*the label Lung nodule is missing"):
+    with pytest.raises(UsageError, match=r"studies/b, series .*the label Lung nodule is missing"):
         built(tmp_path)
     dataset = built(tmp_path, replace(PLAN, missing="absent"))
     assert sorted(row.labels["Lung nodule"] for row in dataset.cases) == ["absent", "present"]
