@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.spatial import cKDTree
 
 from dicomnode.training.evaluation import measures
 
@@ -41,19 +42,19 @@ def test_a_shift_across_the_slices_is_measured_in_millimetres() -> None:
     assert measures.dice(first, second) == pytest.approx(0.8)  # 8 of 10 slices in common
 
 
-def test_distances_agree_with_nearest_neighbours_of_the_surfaces() -> None:
+@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy")  # MONAI's own call
+@pytest.mark.parametrize("flat", [False, True])
+def test_distances_are_those_of_monai(flat: bool) -> None:
     rng = np.random.default_rng(3)
-    pair = [ball(SHAPE, tuple(rng.uniform(18, 26, 3)), rng.uniform(8, 14), SPACING) for _ in range(2)]
-    clouds = []
-    for mask in pair:
-        padded = np.pad(mask, 1)
-        inner = np.logical_and.reduce([np.roll(padded, step, axis) for axis in range(3) for step in (-1, 1)])
-        clouds.append(np.argwhere(padded & ~inner) * np.array(SPACING))
-    there, back = (cKDTree(clouds[1 - i]).query(clouds[i])[0] for i in range(2))
-    distances = measures.surface_distances(*pair, SPACING)
-    assert distances is not None
-    assert distances[0] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), abs=1e-4)
-    assert distances[1] == pytest.approx(np.concatenate([there, back]).mean(), abs=1e-4)
+    first, second = (ball(SHAPE, tuple(rng.uniform(18, 26, 3)), rng.uniform(8, 14), SPACING) for _ in range(2))
+    if flat:
+        first, second = first[11:12], second[11:12]
+    found = measures.surface_distances(first, second, SPACING)
+    masks = [torch.from_numpy(mask[0] if flat else mask)[None, None] for mask in (first, second)]
+    spacing = SPACING[1:] if flat else SPACING
+    hausdorff = compute_hausdorff_distance(*masks, include_background=True, percentile=95, spacing=spacing)
+    average = compute_average_surface_distance(*masks, include_background=True, symmetric=True, spacing=spacing)
+    assert found == pytest.approx((float(hausdorff), float(average)), abs=1e-4)
 
 
 def test_a_film_is_measured_in_its_plane() -> None:
@@ -152,5 +153,8 @@ def test_a_bootstrap_is_the_same_each_time_and_draws_patients_whole() -> None:
     assert low < alone["mean"] < high
     error = np.std(values, ddof=0) / np.sqrt(6)  # of the mean, as the bootstrap sees it
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15)
+    pairs = measures.spread([*values, *values], list("abcdefabcdef"))  # two scans of each patient say no more than one
+    assert pairs is not None
+    assert pairs["mean_interval"] == pytest.approx(alone["mean_interval"])
     assert measures.spread(values, list("aabbbb"))["mean_interval"] is None  # type: ignore[index]  # two patients alone
     assert measures.spread([], []) is None
