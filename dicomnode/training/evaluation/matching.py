@@ -19,7 +19,7 @@ LEAST_MM = 5.0
 SMALLEST_MM = 5.0
 
 RULES = (
-    "A finding is compared with lesions of its own label alone.",
+    "A finding is compared with lesions of its own label alone; outputs of the category Anatomical Structure find no lesions.",
     f"Where a lesion's voxels are known, a finding meets it if they share {MET:g} of their union, or if it is a box that holds its centre.",
     f"Else it meets it if its centre lies in the sphere of the lesion's diameter, of at least {LEAST_MM:g} mm radius.",
     "A finding that meets several lesions counts for each. Of several that meet one the most certain counts, and none is false.",
@@ -108,9 +108,11 @@ def compare(case: Case, loose: Findings, manifest: Manifest) -> dict[str, Labell
         truth = case.truth.get(label)
         if truth is None and not known and label not in case.positive and not (finds_lesions(output) and output.finding):
             continue
+        outlined = manifest.kind == "segmentation" and output.shape == "outline"
         result[label] = Labelled(
-            reported=match(mine, known), all=match(any_score, known),
-            outline=None if truth is None else outline(mask_of(mine, case.volume), truth, case.volume),
+            reported=match(mine, known) if finds_lesions(output) else Match(pairs=(), false=()),
+            all=match(any_score, known) if finds_lesions(output) else Match(pairs=(), false=()),
+            outline=outline(mask_of(mine, case.volume), truth, case.volume) if truth is not None and outlined else None,
             called=_called(output, loose, any_score, mine, case.positive.get(label)),
         )  # fmt: skip
     return result

@@ -186,8 +186,9 @@ def _surface(mask: Mask) -> NDArray[np.intp]:
     if len(mask) == 1:
         cross[[0, 2]] = False
     inside = mask[box]
-    edge = inside & ~ndimage.binary_erosion(inside, cross)
-    return np.argwhere(edge) + np.array([part.start for part in box])
+    edge: Mask = inside & ~ndimage.binary_erosion(inside, cross)
+    places: NDArray[np.intp] = np.argwhere(edge) + np.array([part.start for part in box])
+    return places
 
 
 def _newcombe(area: float, m: int, n: int) -> Interval:

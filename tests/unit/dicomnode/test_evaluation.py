@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dicomnode.analysis.eligibility import NotEligible
-from dicomnode.analysis.manifest import Manifest, parse_manifest
+from dicomnode.analysis.manifest import CodeEntry, Manifest, parse_manifest
 from dicomnode.analysis.package import load_package
 from dicomnode.errors import AnalysisFailed, UsageError
 from dicomnode.findings import Code, Finding, Findings, LongAxis, Score, Segment, Volume
@@ -235,6 +235,23 @@ def test_a_classification_is_measured_by_its_own_scores() -> None:
     (row,) = summary(results, manifest)["scores"]
     assert (row["auc"], row["sensitivity"], row["specificity"], row["threshold"]) == (0.75, 1.0, 0.5, 0.5)
     assert [(failure.case, failure.kind) for failure in worst] == [("odd", "false alarm")]
+
+
+def test_an_organ_s_outline_is_no_false_finding() -> None:
+    category = CodeEntry(value="123037004", scheme="SCT", meaning="Anatomical Structure")
+    manifest = manifest_of(category=category)
+    model = Says(manifest=manifest, answers={"one": findings(finding(1, cube(2, 4, 4, 6)))})
+    results, worst, _ = measure(model, cases(replace(case("one", cube(2, 4, 4, 6)), known=(), positive={})))
+    figures = summary(results, manifest)
+    assert (figures["lesions"], figures["scores"], figures["segmentation"][0]["dice"]["median"]) == ([], [], 1.0)
+    assert [failure.kind for failure in worst] == ["outline"]
+
+
+def test_a_box_has_no_outline_to_measure() -> None:
+    model = Says(manifest=manifest_of(shape="box"), answers={"one": findings(finding(1, cube(2, 4, 4, 6), shape="box"))})
+    results, _, _ = measure(model, cases(case("one", cube(2, 4, 4, 6))))
+    figures = summary(results, model.manifest)
+    assert (figures["segmentation"], figures["lesions"][0]["found"]) == ([], 1)
 
 
 def test_findings_of_a_case_of_which_not_all_is_known_are_not_called_false() -> None:
