@@ -44,29 +44,36 @@ class Run(NamedTuple):
 
 
 class Likeness:
-    """The runs of elements that were equal to the byte in all headers of a series so far; a file of another series begins anew."""
+    """The runs of elements that were equal to the byte in all headers of a series so far.
+
+    It begins anew where two files in turn are of another series or transfer syntax, and not yet at the first: they may alternate.
+    """
 
     def __init__(self) -> None:
         self.meta: list[Run] = []
         self._data_set: list[Run] = []
-        self._syntax: UID | None = None
-        self._series: bytes | None = None
+        self._series: tuple[UID, bytes] | None = None  # whose runs these are: transfer syntax and Series Instance UID
+        self._before: tuple[UID, bytes] | None = None  # of the file before
 
     def data_set(self, syntax: UID) -> list[Run]:
         """Return the runs of data sets in this transfer syntax, which says how they were walked."""
-        return self._data_set if syntax == self._syntax else []
+        return self._data_set if self._series and syntax == self._series[0] else []
 
-    def had_all(self, meta: Sequence[Run], data_set: Sequence[Run]) -> bool:
-        """Whether these are all runs, so that a file in which they stand teaches nothing."""
-        return len(data_set) == len(self._data_set) > 0 and len(meta) == len(self.meta)
+    def recognise(self, meta: Sequence[Run], data_set: Sequence[Run]) -> bool:
+        """Return whether the runs that stand in a file are all there are, so that nothing is to be learnt of it."""
+        if len(data_set) == len(self._data_set) > 0 and len(meta) == len(self.meta):
+            self._before = self._series
+            return True
+        return False
 
     def learn(self, meta: Sequence[Piece | None], data_set: Sequence[Piece | None], syntax: UID) -> None:
         """Keep of the runs what stands in this file too."""
-        series = next((piece.element.value for piece in data_set if piece and piece.element.tag == _SERIES), b"")
-        if (syntax, series) == (self._syntax, self._series):
+        series = syntax, next((piece.element.value for piece in data_set if piece and piece.element.tag == _SERIES), b"")
+        if series == self._series:
             self.meta, self._data_set = _in_common(self.meta, meta), _in_common(self._data_set, data_set)
-        else:
-            self.meta, self._data_set, self._syntax, self._series = _runs(meta), _runs(data_set), syntax, series
+        elif series == self._before or not self._series:
+            self.meta, self._data_set, self._series = _runs(meta), _runs(data_set), series
+        self._before = series
 
 
 def piece_of(element: Element, data: bytes | mmap.mmap, end: int) -> Piece | None:

@@ -108,7 +108,7 @@ def _walk(data: _Bytes, likeness: Likeness | None, *, whole: bool, keep: bool) -
     explicit, little = syntax != ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
     data_set = Walk(data, position, explicit=explicit, little=little, whole=whole, keep=keep)
     data_set.over(likeness.data_set(syntax) if likeness else ())
-    if likeness and not likeness.had_all(meta.jumped, data_set.jumped):
+    if likeness and not likeness.recognise(meta.jumped, data_set.jumped):
         likeness.learn(meta.pieces(), data_set.pieces(), syntax)
     return meta, data_set, syntax
 
