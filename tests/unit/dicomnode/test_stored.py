@@ -147,11 +147,12 @@ def encoded(image: pydicom.Dataset, syntax: str) -> bytes:
 
 @cache
 def series_of(syntax: str) -> list[bytes]:
-    """Headers as a scanner writes them: most of each is the same, numbers and UIDs have other lengths, a sequence differs in one."""
+    """Headers of two series as a scanner writes them: most is the same, numbers and UIDs have other lengths, a sequence differs."""
     images = []
     for k in range(6):
         image = slice_dataset(np.zeros((2, 3), np.int16), np.array([-10.0, -20.0, -30.5 + 3 * k]), 7 + k, spacing=(0.5, 0.5))
         image.Manufacturer, image.KVP, image.AcquisitionTime, image.XRayTubeCurrent = "ACME", 120, f"1200{k:02}", 99 + k // 2
+        image.SeriesInstanceUID = f"2.25.6.{k // 3}"
         image.add_new(0x00090010, "LO", "ACME")
         image.add_new(0x00091001, "OB", bytes(range(20)))
         item = pydicom.Dataset()
