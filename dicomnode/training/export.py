@@ -80,6 +80,12 @@ def _toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
 
 
+_ANSWERS = {  # type and format in metadata.json
+    "segmentation": {"type": "image", "format": "segmentation"},
+    "classification": {"type": "probabilities", "format": "classes"},
+}
+
+
 def _metadata(recipe: Recipe) -> dict[str, Any]:
     """metadata.json as MONAI's schema has it."""
     manifest, kind = recipe.package, KINDS[recipe.data.kind]
@@ -112,8 +118,9 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
             },
             "outputs": {
                 "pred": {
-                    "type": "image", "format": "segmentation", "num_channels": len(manifest.outputs), "spatial_shape": patch,
-                    "dtype": "float32", "value_range": [0, 1], "is_patch_data": True,
+                    **_ANSWERS[manifest.kind], "num_channels": len(manifest.outputs),
+                    "spatial_shape": patch if manifest.kind == "segmentation" else [1, len(manifest.outputs)],
+                    "dtype": "float32", "value_range": [0, 1], "is_patch_data": manifest.kind == "segmentation",
                     "channel_def": {str(output.channel): output.label for output in manifest.outputs},
                 }
             },

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from monai.losses import DiceCELoss, DiceLoss, FocalLoss
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
+from dicomnode.analysis.inference import load_model
 from dicomnode.analysis.package import load_package
+from dicomnode.analysis.whole_image import WholeImageModel
 from dicomnode.cli import run as command
 from dicomnode.errors import ConfigError, TrainingFailed, UsageError
 from dicomnode.training import streams, train as runs
@@ -34,6 +37,7 @@ RECIPE = Path(__file__).parents[3] / "dicomnode" / "training" / "recipes" / "bra
 STEPS = 8
 KINDS = streams.KINDS
 Change = Callable[[int, Patch], Patch]
+Changing = Callable[..., None]
 SECTION = {
     "seed": 5, "steps": STEPS, "batch": 2, "learning_rate": 1e-2, "weight_decay": 1e-4, "warm_up_steps": 2, "ema_decay": 0.9,
     "bce_weight": 1.0, "worst_weight": 0.1, "worst_share": 0.05, "dice_weight": 1.0, "clip_norm": 5.0, "checkpoint_every": 2, "workers": 0,
@@ -75,12 +79,12 @@ class Blobs(Dataset[Patch]):
 
 
 @pytest.fixture
-def change(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
+def change(monkeypatch: pytest.MonkeyPatch) -> Changing:
     """Let the training patches pass through a change, which is given their number."""
 
-    def changed(how: Change) -> None:
+    def changed(how: Change, *, everywhere: bool = False) -> None:
         def opened(_data: Any, *, seed: int, count: int, split: str, dataset: Path | None) -> Dataset[Patch]:
-            return Blobs(seed=seed, count=count, change=how) if split == "train" else Blobs(seed=seed, count=count)
+            return Blobs(seed=seed, count=count, change=how) if everywhere or split == "train" else Blobs(seed=seed, count=count)
 
         kind = replace(streams.KINDS["mr-heads"], open=opened)
         monkeypatch.setattr(streams, "KINDS", {**streams.KINDS, "mr-heads": kind})
@@ -89,7 +93,7 @@ def change(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
 
 
 @pytest.fixture(autouse=True)
-def blobs(change: Callable[[Change], None]) -> None:
+def blobs(change: Changing) -> None:
     change(lambda _, patch: patch)
 
 
@@ -159,7 +163,7 @@ def spoilt(patch: Patch) -> Patch:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_a_checkpoint_and_a_sentence(
-    number: signal.Signals, recipe: Path, tmp_path: Path, change: Callable[[Change], None], capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, recipe: Path, tmp_path: Path, change: Changing, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(recipe, tmp_path / "straight", device="cpu", quiet=True)
 
@@ -180,7 +184,7 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_sentence(
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_told(
-    recipe: Path, tmp_path: Path, change: Callable[[Change], None], capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, change: Changing, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(lambda index, patch: spoilt(patch) if index == 7 else patch)  # in the fourth step
     assert command(["train", str(recipe), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
@@ -189,7 +193,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(
     assert all(bool(torch.isfinite(value).all()) for value in state_of(tmp_path / "run")["average"].values())
 
 
-def test_too_many_steps_that_are_not_finite_end_it(tmp_path: Path, change: Callable[[Change], None]) -> None:
+def test_too_many_steps_that_are_not_finite_end_it(tmp_path: Path, change: Changing) -> None:
     change(lambda index, patch: spoilt(patch) if index >= 4 else patch)
     with pytest.raises(TrainingFailed, match=f"step {2 + SKIPPED_IN_A_ROW}: .* not finite in {SKIPPED_IN_A_ROW} steps"):
         train(recipe_file(tmp_path, training={"steps": 100}), tmp_path / "run", device="cpu", quiet=True)
@@ -243,6 +247,8 @@ def test_what_cannot_be_used_is_one_sentence(recipe: Path, tmp_path: Path) -> No
         train(recipe, tmp_path / "run", device="tpu", quiet=True)
     with pytest.raises(ConfigError, match="must not be 0"):
         load_recipe(recipe_file(tmp_path, training={"bce_weight": 0, "worst_weight": 0, "dice_weight": 0}))
+    with pytest.raises(ConfigError, match="a detection is not"):
+        train(retold(recipe_file(tmp_path), "detection", {"name": "UNet", "arguments": {}}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -310,6 +316,37 @@ def test_a_network_that_does_not_fit_the_data_is_one_sentence() -> None:
         loss_parts(torch.zeros(1, 1, 4, 4), truth, truth, section_of(bce_weight=1))
     with pytest.raises(ConfigError, match="1 output"):
         loss_parts(torch.zeros(1, 2, 4, 4), truth, truth, section_of(bce_weight=1), Meaning(channels=(0,)))
+
+
+def retold(file: Path, kind: str, network: dict[str, Any]) -> Path:
+    """The recipe with a package of another kind and another network."""
+    entries = tomllib.loads(file.read_text(encoding="utf-8"))
+    entries["network"], entries["package"]["kind"] = network, kind
+    package = entries.pop("package")
+    inner = {key: package.pop(key) for key in ("input", "preprocessing", "inference")}
+    outputs = package.pop("outputs")
+    text = toml_of(entries | {"package": package | inner | {"outputs": outputs}})
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_classification_learns_what_an_image_shows(tmp_path: Path, change: Changing) -> None:
+    settings = {"steps": 30, "batch": 4, "worst_weight": 0}
+    network = {
+        "block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 4, 8, 8], "spatial_dims": 3, "n_input_channels": 1,
+        "num_classes": 1, "conv1_t_size": 3, "conv1_t_stride": 1, "no_max_pool": True,
+    }  # fmt: skip
+    change(lambda number, patch: patch if number % 2 else (patch[0] - patch[1], patch[1] * 0, patch[2]), everywhere=True)
+    file = retold(
+        recipe_file(tmp_path, training=settings, validation={"patches": 16}), "classification", {"name": "ResNet", "arguments": network}
+    )
+    run = train(file, tmp_path / "run", device="cpu", quiet=True)
+    assert run.metric is not None
+    assert run.metric[0] == "auc"
+    assert run.metric[1] > 0.8
+    package = load_package(run.folder / "package")
+    model = load_model(package.folder, digest=package.digest, device="cpu")
+    assert isinstance(model, WholeImageModel)
 
 
 class Answer(torch.nn.Module):
