@@ -82,6 +82,8 @@ def evaluate(
             name, about = f"{name}, nodules pasted", {"kind": "pasted"}
             cases = pasted_cases(cases, count=paste)
     results, worst, device_name = measure(model, cases)
+    if load_package(package_folder).digest != package.digest:
+        raise UsageError(f"{package_folder} was changed while it was measured: the figures are of no package that is there")
     if not results:
         raise UsageError(f"{data_folder} holds no DICOM series and no *_image.nrrd")
     figures = plain({
