@@ -20,6 +20,9 @@ SMALLEST_ML, LARGEST_ML = 300.0, 2200.0  # of a brain, or of the part of it that
 SMALLEST_CERTAINTY = 0.7  # mean probability inside
 LEAST_DEPTH = 1.0  # front to back, of its width: an adult's brain has 1.1 or more
 AROUND_MM = 12.0  # findings may lie this far outside the brain
+GROWN_MM, SHRUNK_MM = 10.0, 7.0  # what lies in a dent of the outline is brain: a tumour at its surface; some 3 mm around it are left
+ONE_VALUE = 1e-4  # of the range of an image: what differs less from its border is the background of an image without a skull
+LEAST_BACKGROUND = 0.98  # of an image's border has one value where a skull was taken away
 
 Mask = NDArray[np.bool_]
 
@@ -32,6 +35,18 @@ def head_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, floa
     Raises:
         NotEligible: "no-head" if no brain, and no large part of one, is seen.
     """
+    region, side, _ = brain_in_head(image, spacing_mm)
+    return region, side
+
+
+def brain_in_head(image: NDArray[np.float32], spacing_mm: tuple[float, float, float]) -> tuple[Mask, NDArray[np.int8], Mask]:
+    """Return what `head_region` does, and the brain alone with some 3 mm around it.
+
+    Where the skull has been taken away, which leaves one value around the brain, the brain is all that has another one.
+    """
+    inside = without_background(image)
+    if inside is not None:  # the value around it may be any: 0 in the middle of what was normalised already
+        image = np.where(inside, image, np.float32(image[inside].min()))
     factors = np.array(spacing_mm) / STEP_MM
     small = image
     for axis, factor in enumerate(factors):
@@ -46,12 +61,37 @@ def head_region(image: NDArray[np.float32], spacing_mm: tuple[float, float, floa
     depth, width = (np.ptp(np.flatnonzero(brain.any(axis=axes))) + 1 for axes in ((0, 2), (0, 1)))
     if depth < LEAST_DEPTH * width:
         raise NotEligible("no-head", "The pixels show no brain: what looks like one is wider than it is deep.")
-    near = ndimage.distance_transform_edt(~brain, sampling=STEP_MM) <= AROUND_MM
-    back = np.array(image.shape) / near.shape
-    region = ndimage.zoom(near.astype(np.float32), back, order=1, mode="nearest", grid_mode=True) > 0.5
+    back = np.array(image.shape) / brain.shape
+    region = _zoomed(_within(brain, AROUND_MM), back)
     middle = (float(np.argwhere(brain)[:, 2].mean()) + 0.5) * back[2]
-    side = np.where(np.arange(image.shape[2]) + 0.5 < middle, 1, 2).astype(np.int8)
-    return region, np.ascontiguousarray(np.broadcast_to(side, image.shape))
+    side = np.ascontiguousarray(np.broadcast_to(np.where(np.arange(image.shape[2]) + 0.5 < middle, 1, 2).astype(np.int8), image.shape))
+    if inside is not None:
+        return region, side, region & inside
+    closed = ~_within(~_within(brain, GROWN_MM), SHRUNK_MM)
+    return region, side, region & _zoomed(ndimage.binary_fill_holes(closed), back)
+
+
+def without_background(image: NDArray[np.float32]) -> Mask | None:
+    """Return the voxels that are no background where the background has one value, as around a brain without its skull; else None.
+
+    Voxels of that value within the brain belong to it.
+    """
+    border = np.concatenate([image[[0, -1]].ravel(), image[:, [0, -1]].ravel(), image[:, :, [0, -1]].ravel()])
+    value = float(np.median(border))
+    near = ONE_VALUE * float(np.ptp(image))
+    if near == 0 or float(np.mean(np.abs(border - value) <= near)) < LEAST_BACKGROUND:
+        return None
+    inside = np.abs(image - value) > near
+    return np.asarray(ndimage.binary_fill_holes(inside), dtype=np.bool_)
+
+
+def _within(mask: Mask, distance_mm: float) -> Mask:
+    """The mask with what is near it, on the network's grid; beyond the image's border lies nothing."""
+    return np.asarray(ndimage.distance_transform_edt(~mask, sampling=STEP_MM) <= distance_mm, dtype=np.bool_)
+
+
+def _zoomed(mask: Mask, factors: NDArray[np.float64]) -> Mask:
+    return np.asarray(ndimage.zoom(mask.astype(np.float32), factors, order=1, mode="nearest", grid_mode=True) > 0.5, dtype=np.bool_)
 
 
 def _slid(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -149,10 +149,14 @@ class OwnModel:
             window=settings.window, overlap=settings.overlap, batch=rung.batch, outputs=len(outputs), stitch_on=rung.stitch_on
         )  # fmt: skip
 
-        def predict(windows: torch.Tensor) -> torch.Tensor:
+        def predict_once(windows: torch.Tensor) -> torch.Tensor:
             logits = self.logits(windows)
             soft = logits.softmax(dim=1) if any(output.activation == "softmax" for output in outputs) else logits
             return torch.stack([_activated(output, logits, soft) for output in outputs], dim=1)
+
+        def predict(windows: torch.Tensor) -> torch.Tensor:
+            once = predict_once(windows)
+            return (once + predict_once(windows.flip(-1)).flip(-1)) / 2 if settings.mirror else once
 
         def told(number: int) -> Between:
             return lambda share: between((number + share) / len(settings.scales))
@@ -160,6 +164,7 @@ class OwnModel:
         with torch.inference_mode():
             passes = [_one_pass(prepared, predict, how, scale, told(number)) for number, scale in enumerate(settings.scales)]
             probabilities = passes[0] if len(passes) == 1 else torch.stack(passes).amax(dim=0)
+            _brighten(self.manifest, probabilities, prepared.image)
             if not bool(torch.isfinite(probabilities.sum())):
                 raise AnalysisFailed(f"The network of the package {self.manifest.name} gave numbers that are not finite.")
         return probabilities
@@ -239,7 +244,7 @@ def findings_of(
     positive = {score.label: score.positive for score in scores}
     for output, values in zip(manifest.outputs, probabilities, strict=True):
         box = _box_above(values, output.threshold)
-        if not output.finding or box is None or not positive.get(output.label, True):
+        if not output.finding or box is None or not positive.get(output.label, True) or set(output.needs) & set(prepared.absent):
             continue
         first, second, third = (start + s.start for start, s in zip(prepared.origin, box, strict=True))
         area = ProbabilityMap(
@@ -381,6 +386,17 @@ def _activated(output: OutputSection, logits: torch.Tensor, soft: torch.Tensor) 
     if output.activation == "sigmoid":
         return logits[:, output.channel].sigmoid()
     return (soft if output.activation == "softmax" else logits)[:, output.channel]
+
+
+def _brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tensor) -> None:
+    """Put in the place of outputs that are bright parts of another one its probability, no higher than their intensity makes it."""
+    labels, inputs = [output.label for output in manifest.outputs], [accepts.name for accepts in manifest.inputs]
+    for number, output in enumerate(manifest.outputs):
+        if output.bright is not None:
+            chance = (image[inputs.index(output.bright.input)] - output.bright.above + 1) / 2
+            probabilities[number] = torch.minimum(
+                probabilities[labels.index(output.bright.within)], chance.clamp(0, 1).to(probabilities.device)
+            )
 
 
 def _box_above(values: torch.Tensor, threshold: float) -> tuple[slice, slice, slice] | None:

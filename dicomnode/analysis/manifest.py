@@ -118,8 +118,10 @@ class PreprocessingSection(_Section):
     size_px: Annotated[int, Field(ge=16, le=4096)] | None = Field(
         None, description="instead, of a projection: pixels along its longer side"
     )
-    intensity: Literal["window", "z-score", "percentiles"] = Field(
-        "window", description="window: clipped, scaled to 0..1; z-score: of the voxels above zero; percentiles: 1st and 99th to 0..1"
+    intensity: Literal["window", "z-score", "percentiles", "organ-z-score"] = Field(
+        "window",
+        description="window: clipped, scaled to 0..1; z-score: of the voxels above zero; percentiles: 1st and 99th to 0..1; "
+        "organ-z-score: by the quartiles within the region's organ, 0 outside of it",
     )
     window: tuple[_Number, _Number] | None = Field(None, description="of intensity window: lower and upper value")
 
@@ -143,6 +145,7 @@ class InferenceSection(_Section):
     scales: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(
         (1,), min_length=1, description="a pass for each, on voxels so many times as long; the largest probability counts"
     )
+    mirror: bool = Field(False, description="the answer is the mean of the image's and of its left-right mirror's")
     half_resolution: bool = Field(
         False, description="when memory is short, half the resolution is better than no result; the result says so"
     )
@@ -173,6 +176,14 @@ class ImageScoreSection(_Section):
     threshold: float = Field(gt=0, lt=1, description="the image is positive above it; below, nothing of the output is a finding")
 
 
+class BrightSection(_Section):
+    """Voxels of another output that are bright on one of the inputs: an enhancing part, by intensity and not by a channel of its own."""
+
+    within: _Short = Field(description="the label of the other output")
+    input: Name
+    above: _Number = Field(description="of the input's intensity as the network is given it; a voxel that lies on it has probability 0.5")
+
+
 class OutputSection(_Section):
     """One output channel, label or class: what it means, and when it is a finding."""
 
@@ -184,6 +195,8 @@ class OutputSection(_Section):
     shape: Literal["outline", "box"] = Field("outline", description="box: a finding is the box around its component, which has no outline")
     image_score: ImageScoreSection | None = Field(None, description="of a segmentation of projections: one number for the whole image")
     finding: bool = Field(True, description="false: a class that is no finding, such as normal")
+    bright: BrightSection | None = Field(None, description="in place of the network's channel, which is trained and not asked")
+    needs: tuple[Name, ...] = Field((), description="optional inputs without which nothing is said of it, and the result says so")
     minimum_ml: float = Field(0.0, ge=0, allow_inf_nan=False, description="smaller components are dropped")
     minimum_mm2: float = Field(0.0, ge=0, allow_inf_nan=False, description="the same on a projection with a known spacing")
     minimum_score: float = Field(0.0, ge=0, le=1, description="components or boxes below it are dropped")
@@ -230,6 +243,9 @@ class Manifest(_Section):
             del entries["input"]
         return entries
 
+    def _labels_by_network(self) -> set[str]:
+        return {output.label for output in self.outputs if output.bright is None}
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.bundle is None and (self.preprocessing is None or self.inference is None):
@@ -243,6 +259,17 @@ class Manifest(_Section):
         names = [accepts.name for accepts in self.inputs]
         if len(set(names)) < len(names):
             raise ValueError(f"two inputs have one name: {', '.join(names)}")
+        for output in self.outputs:
+            if output.bright is not None and (output.bright.input not in names or output.bright.within not in self._labels_by_network()):
+                raise ValueError(f"bright of {output.label} names an input or an output that isn't there")
+        if self.inference is not None and self.inference.mirror and any(output.side for output in self.outputs):
+            raise ValueError("mirror doesn't go with an output of one side")
+        if any(output.needs or output.bright for output in self.outputs) and (self.bundle is not None or self.kind != "segmentation"):
+            raise ValueError("needs and bright are for segmentations without a bundle of their own")
+        if wrong := sorted({name for output in self.outputs for name in output.needs} - set(names)):
+            raise ValueError(f"an output needs {wrong[0]}, which is no input")
+        if self.preprocessing is not None and self.preprocessing.intensity == "organ-z-score" and self.inputs[0].region != "head":
+            raise ValueError("the intensity organ-z-score needs the region head of the first input")
         if len({accepts.dimensions for accepts in self.inputs}) > 1:
             raise ValueError("series and projections don't go together")
         for output in self.outputs:

@@ -6,7 +6,7 @@ All work on voxels is done on the device that is given. Must never look at a net
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,15 @@ REGIONS = {  # what `input.region` of a manifest names: a function of (values, s
     "lung-fields": ("dicomnode.analysis.radiograph", "lung_field_region"),
     "head": ("dicomnode.analysis.head", "head_region"),
 }
+ORGANS = {"head": ("dicomnode.analysis.head", "brain_in_head")}  # the same with the mask of the organ itself as third
 CONTEXT_MM = 24.0  # the network sees this much around the region: what decides at its border lies outside it
 FILM_CONTEXT = 1 / 16  # the same on a projection, which may not say what a millimetre is: of its longer side
 SLAB = 8  # slices resampled at a time: a slab of 512 x 512 stays in the cache and out of the memory's peak
 LOW, HIGH = 0.01, 0.99  # of intensity percentiles
+QUARTILES, DEVIATIONS = (0.25, 0.5, 0.75), 1.349  # of a normal distribution's deviation lie between the first quartile and the third
+FURTHEST = 8.0  # deviations that an organ-z-score may have
 
+Organ = Callable[[NDArray[np.float32], tuple[float, float, float]], tuple[NDArray[np.bool_], NDArray[np.int8] | None, NDArray[np.bool_]]]
 Region = Callable[[NDArray[np.float32], tuple[float, float, float]], tuple[NDArray[np.bool_], NDArray[np.int8] | None]]
 
 
@@ -46,6 +50,7 @@ class Prepared:
     image: torch.Tensor
     region: NDArray[np.bool_] | None
     side: NDArray[np.int8] | None
+    absent: tuple[str, ...]  # optional inputs in whose place are zeros
     notes: tuple[str, ...]
 
 
@@ -70,21 +75,35 @@ def prepare(
     volume = volumes[first.name]
     grid = grid_of(volume, _coarsened(settings, coarser))
     image = resample(volume.voxels, grid, device)
-    region = side = None
-    if first.region:
+    region = side = organ = None
+    if first.region and settings.intensity == "organ-z-score":
+        region, side, organ = organ_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
+    elif first.region:
         region, side = region_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
     box = _box_around(None if whole else region, grid, projection=volume.is_projection)
-    channels, notes = [normalised(image[box], settings)], []
+    inside = None if organ is None else torch.from_numpy(np.ascontiguousarray(organ[box])).to(device)
+    channels, notes, absent = [normalised(image[box], settings, inside)], [], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:
-            channels.append(normalised(resample(resample_to(volumes[accepts.name], volume).voxels, grid, device)[box], settings))
+            channels.append(normalised(_brought(volumes[accepts.name], volume, grid, device)[box], settings, inside))
         else:
             notes.append(_without(manifest, accepts))
             channels.append(torch.zeros_like(channels[0]))
+            absent.append(accepts.name)
+    notes += [
+        f"Nothing is said of {output.label}: it needs {' and '.join(output.needs)}."
+        for output in manifest.outputs
+        if set(output.needs) & set(absent)
+    ]
     return Prepared(
         grid=grid, origin=(box[0].start, box[1].start, box[2].start), image=torch.stack(channels),
-        region=None if region is None else region[box], side=None if side is None else side[box], notes=tuple(notes),
+        region=None if region is None else region[box], side=None if side is None else side[box], absent=tuple(absent),
+        notes=tuple(notes),
     )  # fmt: skip
+
+
+def _brought(other: Volume, volume: Volume, grid: Grid, device: torch.device) -> torch.Tensor:
+    return resample(resample_to(other, volume).voxels, grid, device)
 
 
 def others(manifest: Manifest, volumes: Mapping[str, Volume]) -> tuple[str, ...]:
@@ -92,11 +111,12 @@ def others(manifest: Manifest, volumes: Mapping[str, Volume]) -> tuple[str, ...]
     return tuple(volumes[accepts.name].series_instance_uid for accepts in manifest.inputs[1:] if accepts.name in volumes)
 
 
-def normalised(image: torch.Tensor, settings: PreprocessingSection) -> torch.Tensor:
+def normalised(image: torch.Tensor, settings: PreprocessingSection, organ: torch.Tensor | None = None) -> torch.Tensor:
     """Return an image of any shape in the manifest's intensities, float32.
 
     window: clipped, scaled to 0..1; z-score: by mean and standard deviation of the voxels above zero, the others are 0;
-    percentiles: the 1st becomes 0 and the 99th 1, clipped.
+    percentiles: the 1st becomes 0 and the 99th 1, clipped; organ-z-score: by the median and the quartiles of the voxels of `organ`,
+    a mask of the image's shape, within 8 deviations; the others are 0. A tumour moves quartiles less than it moves a mean.
     """
     if settings.window is not None:
         low, high = settings.window
@@ -107,9 +127,17 @@ def normalised(image: torch.Tensor, settings: PreprocessingSection) -> torch.Ten
         deviation = float(values.std(correction=0)) if len(values) else 0.0
         mean = float(values.mean()) if len(values) else 0.0
         return torch.where(inside, (image - mean) / (deviation or 1.0), 0.0)
+    if organ is not None:
+        first, median, third = _quantiles(image[organ], QUARTILES)
+        deviation = (third - first) / DEVIATIONS
+        return torch.where(organ, ((image - median) / (deviation or 1.0)).clamp_(-FURTHEST, FURTHEST), 0.0)
     flat = image.flatten()
-    low, high = (float(flat.kthvalue(1 + round(share * (len(flat) - 1))).values) for share in (LOW, HIGH))
+    low, high = _quantiles(flat, (LOW, HIGH))
     return ((image - low) / ((high - low) or 1.0)).clamp_(0, 1)
+
+
+def _quantiles(values: torch.Tensor, shares: Sequence[float]) -> list[float]:
+    return [float(values.kthvalue(1 + round(share * (len(values) - 1))).values) for share in shares] if len(values) else [0.0] * len(shares)
 
 
 def resample(voxels: Voxels, grid: Grid, device: torch.device) -> torch.Tensor:
@@ -130,6 +158,14 @@ def region_of(name: str) -> Region:
     found: Any = getattr(importlib.import_module(module), function)
     region: Region = found
     return region
+
+
+def organ_of(name: str) -> Organ:
+    """Return the function that finds the region `name` of a manifest and the organ in it."""
+    module, function = ORGANS[name]
+    found: Any = getattr(importlib.import_module(module), function)
+    organ: Organ = found
+    return organ
 
 
 def _coarsened(settings: PreprocessingSection, coarser: float) -> PreprocessingSection:

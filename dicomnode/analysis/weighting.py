@@ -37,10 +37,10 @@ _WORDS: tuple[tuple[MrContrast, str], ...] = (
     ("angiography", r"\bTOF\b|\bMRA\b|ANGIO"),
     ("perfusion", r"PERF(USION)?\b|\bDSC\b|\bDCE\b|\bASL\b"),
     ("pd", r"\bPDW?\b|PROTON ?DENSITY"),
-    ("t1", r"T1W?(?![A-Z0-9])|MP ?RAGE|BRAVO"),
+    ("t1", r"T1W?(-?CE?|-?GD)?(?![A-Z0-9])|MP ?RAGE|BRAVO"),
     ("t2", r"T2W?(?![A-Z0-9*])"),
 )
-_AFTER_AGENT = re.compile(r"\+ ?C\b|\bGA?D\b|\bGADO\w*|\bPOST\b|\bKM\b|\bC\+|\bT1W?-?CE?\b|\bCE\b")
+_AFTER_AGENT = re.compile(r"\+ ?C\b|\bGA?D\b|\bGADO\w*|\bPOST\b|\bKM\b|\bC\+|\bT1W?-?(CE?|GD)\b|\bCE\b")
 _NO_AGENT = {"", "NONE", "NO", "N", "0", "NIL", "OFF", "NATIVE", "WITHOUT", "NO CONTRAST", "NOT GIVEN", "N/A"}
 _BY_MOUTH = {"26643006", "418136008", "37161004"}  # oral, gastrointestinal, rectal route
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,10 +25,16 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     long: Annotated[bool, typer.Option("--long", help="as many times the steps as the recipe's long_factor says")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="in the place of the recipe's")] = None,
+    leave_one_out: Annotated[
+        bool, typer.Option("--leave-one-out", help="of a few patients: first a network without each, measured on him")
+    ] = False,
 ) -> None:
     """Train the network that a recipe describes and write its best step as a model package."""
     from dicomnode.training.train import train as run
 
+    figures = {}
+    if leave_one_out:
+        figures = _left_out(recipe, out, data, device=device)
     done = run(recipe, out, device=device, dataset=data, long=long, seed=seed)
     skipped = f", {done.skipped_steps} skipped because loss or gradients were not finite" if done.skipped_steps else ""
     if not done.finished:
@@ -39,6 +45,25 @@ def train(
     typer.echo(f"{done.steps} steps on {done.computing} in {done.seconds:.0f} s{skipped}")
     if done.metric is not None:
         typer.echo(f"step {done.exported_step} was best (validation {done.metric[0]} {done.metric[1]:.3f}): {done.folder / 'package'}")
+    for name, row in figures.items():
+        from dicomnode.training.card import write_model_card
+        from dicomnode.training.evaluate import keep_figures
+
+        keep_figures(done.folder / "package", name, row)
+        write_model_card(done.folder / "package")
+
+
+def _left_out(recipe: Path, out: Path, data: Path | None, *, device: str) -> dict[str, Any]:
+    from dicomnode.errors import UsageError
+    from dicomnode.training.card import set_lines
+    from dicomnode.training.leave_one_out import leave_one_out as run
+
+    if data is None:
+        raise UsageError("--leave-one-out needs a data set: --data")
+    figures = run(recipe, out, data, device=device)
+    for row in figures.values():
+        typer.echo("\n".join(set_lines(row)))
+    return figures
 
 
 def evaluate(

@@ -13,19 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicomnode.phantoms.shapes import Axes, Ellipsoid, Floats, Grid, Waves, inside, join, random_waves
+from dicomnode.phantoms.shapes import Axes, Ellipsoid, Floats, Grid, Waves, inside, join, random_rotation, random_waves
 
 MM_PER_FOLD = 5.5  # the waves of the folds rise by about one deviation in so many millimetres
 TISSUES = ("air", "skin", "fat", "muscle", "bone", "marrow", "fluid", "grey", "white", "eye", "lesion")
 
+GLIOMA = ("oedema", "rim", "necrosis")  # from the outside to the inside; the rim takes up contrast agent
+_ALL = (*TISSUES, *GLIOMA)
+
 # Signal of each tissue between 0 and 1, as usual sequences show them; lesion: oedema of white matter
 CONTRASTS: Mapping[str, Mapping[str, float]] = {
-    "t1": dict(zip(TISSUES, (0.0, 0.5, 1.0, 0.42, 0.06, 0.7, 0.14, 0.5, 0.72, 0.2, 0.4), strict=True)),
-    "t1c": dict(zip(TISSUES, (0.0, 0.55, 1.0, 0.48, 0.06, 0.7, 0.14, 0.52, 0.72, 0.2, 0.95), strict=True)),
-    "t2": dict(zip(TISSUES, (0.0, 0.45, 0.7, 0.22, 0.05, 0.5, 1.0, 0.52, 0.36, 0.95, 0.85), strict=True)),
-    "flair": dict(zip(TISSUES, (0.0, 0.4, 0.7, 0.3, 0.05, 0.45, 0.1, 0.6, 0.45, 0.15, 1.0), strict=True)),
-    "pd": dict(zip(TISSUES, (0.0, 0.6, 0.85, 0.5, 0.06, 0.6, 0.8, 0.85, 0.68, 0.85, 0.95), strict=True)),
+    "t1": dict(zip(_ALL, (0.0, 0.5, 1.0, 0.42, 0.06, 0.7, 0.14, 0.5, 0.72, 0.2, 0.4, 0.5, 0.48, 0.3), strict=True)),
+    "t1c": dict(zip(_ALL, (0.0, 0.55, 1.0, 0.48, 0.06, 0.7, 0.14, 0.52, 0.72, 0.2, 0.95, 0.52, 1.1, 0.32), strict=True)),
+    "t2": dict(zip(_ALL, (0.0, 0.45, 0.7, 0.22, 0.05, 0.5, 1.0, 0.52, 0.36, 0.95, 0.85, 0.85, 0.65, 0.95), strict=True)),
+    "flair": dict(zip(_ALL, (0.0, 0.4, 0.7, 0.3, 0.05, 0.45, 0.1, 0.6, 0.45, 0.15, 1.0, 1.0, 0.95, 0.8), strict=True)),
+    "pd": dict(zip(_ALL, (0.0, 0.6, 0.85, 0.5, 0.06, 0.6, 0.8, 0.85, 0.68, 0.85, 0.95, 0.95, 0.9, 0.95), strict=True)),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glioma:
+    """A tumour in the white matter: oedema around a rim that enhances, around necrosis."""
+
+    oedema: Ellipsoid
+    core: Ellipsoid
+    rim_mm: float
+    surface: Waves  # mm, of the oedema; a third of it is the core's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,7 @@ class HeadScene:
     neck: Ellipsoid
     airway: tuple[Ellipsoid, ...]
     lesion: Ellipsoid | None
+    glioma: Glioma | None
 
     def brain_distance(self, axes: Axes) -> Floats:
         """Signed distance to the surface of cerebrum, cerebellum and stem without their folds, mm; the ventricles are inside."""
@@ -59,8 +73,8 @@ class HeadScene:
         return join(both, np.maximum(self.stem.distance(axes), -axes[0] - 95.0), 6.0)
 
 
-def head_scene(seed: int, *, lesion_mm: float = 0.0) -> HeadScene:
-    """Draw a head from `seed`; `lesion_mm` above 0 is the diameter of a lesion in the white matter."""
+def head_scene(seed: int, *, lesion_mm: float = 0.0, glioma_mm: float = 0.0) -> HeadScene:
+    """Draw a head from `seed`; above 0 `lesion_mm` is the diameter of a lesion in the white matter, `glioma_mm` about that of a glioma."""
     rng = np.random.default_rng([seed, 51])
     width, depth, height = rng.uniform(60, 70), rng.uniform(76, 90), rng.uniform(54, 66)
     scalp, skull, fluid = rng.uniform(3, 9), rng.uniform(5, 10), rng.uniform(1.5, 6)
@@ -96,8 +110,24 @@ def head_scene(seed: int, *, lesion_mm: float = 0.0) -> HeadScene:
             Ellipsoid(centre=(30, -0.8 * depth, -height), radii=(13, 14, 14)),
             Ellipsoid(centre=(0, -0.35 * depth, -1.7 * height), radii=(9, 8, 50)),
         ),
-        lesion=lesion,
+        lesion=lesion, glioma=_glioma(seed, glioma_mm, (width, depth, height)) if glioma_mm else None,
     )  # fmt: skip
+
+
+def _glioma(seed: int, diameter_mm: float, brain: tuple[float, float, float]) -> Glioma:
+    rng = np.random.default_rng([seed, 52])
+    width, depth, height = brain
+    side = -1.0 if rng.random() < 0.5 else 1.0
+    centre = (side * rng.uniform(0.35, 0.6) * width, rng.uniform(-0.45, 0.45) * depth, rng.uniform(-0.1, 0.4) * height)
+    radii = diameter_mm / 2 * np.exp(rng.normal(0, 0.15, 3))
+    middle = np.array(centre) + rng.uniform(-0.2, 0.2, 3) * radii
+    core = radii * rng.uniform(0.45, 0.7)
+    return Glioma(
+        oedema=Ellipsoid(centre=centre, radii=(radii[0], radii[1], radii[2]), rotation=random_rotation(rng)),
+        core=Ellipsoid(centre=(middle[0], middle[1], middle[2]), radii=(core[0], core[1], core[2])),
+        rim_mm=float(min(rng.uniform(2.5, 6.0), 0.6 * core.min())),
+        surface=random_waves(rng, count=32, wavelengths_mm=(14, 50), deviation=0.12 * diameter_mm / 2),
+    )
 
 
 def render_head(scene: HeadScene, grid: Grid) -> tuple[dict[str, Floats], Floats]:
@@ -140,6 +170,12 @@ def render_head(scene: HeadScene, grid: Grid) -> tuple[dict[str, Floats], Floats
         put("fluid", inside(ventricle.distance(axes), edge))
     if scene.lesion is not None:
         put("lesion", inside(scene.lesion.distance(axes), 1.5) * whole)
+    if scene.glioma is not None:
+        surface = scene.glioma.surface(axes)
+        core = scene.glioma.core.distance(axes) + surface / 3
+        put("oedema", inside(scene.glioma.oedema.distance(axes) + surface, 1.5) * whole * (1 - shares["fluid"]))
+        put("rim", inside(core, edge) * whole)
+        put("necrosis", inside(core + scene.glioma.rim_mm, edge) * whole)
     for eye in scene.eyes:
         put("fat", inside(eye.distance(axes) - 7.0, edge) * (1 - whole) * inside(face + 3.0, edge))
         put("eye", inside(eye.distance(axes), edge))

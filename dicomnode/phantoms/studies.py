@@ -86,8 +86,9 @@ def ball_in_lung(scene: ChestScene, *, diameter_mm: float, right: bool, seed: in
 def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
     """Write the demo's studies into folders of `folder`: for CT, MR and X-ray at least one that a model reads and one that none may.
 
-    A chest CT with one nodule, one without, and one of a tilted gantry; a head in MR, and a bottle in three MR images; a frontal
-    chest film with opacities, and a leg whose header says CHEST. Takes about 20 seconds on one core.
+    A chest CT with one nodule, one without, and one of a tilted gantry; a head in MR, one with a glioma before and after contrast
+    agent, and a bottle in three MR images; a frontal chest film with opacities, and a leg whose header says CHEST. Takes about 25
+    seconds on one core.
     """
     scene = chest_scene(102)
     nodule = ball_in_lung(scene, diameter_mm=18.0, right=True, seed=0)
@@ -95,14 +96,15 @@ def write_demo_studies(folder: Path) -> tuple[TrueStudy, ...]:
     without = _write_chest(folder / "chest-clear", chest_scene(143), 2, slices=24)
     return (
         with_nodule, without, write_tilted_chest(folder / "chest-tilted"), write_mr_bottle(folder / "mr-three-images"),
-        write_head(folder / "head-t1"), write_chest_film(folder / "chest-film"), write_leg_film(folder / "leg-film"),
+        write_head(folder / "head-t1"), write_glioma(folder / "head-glioma"), write_chest_film(folder / "chest-film"),
+        write_leg_film(folder / "leg-film"),
     )  # fmt: skip
 
 
 def check_volume(*, modality: str = "CT", projection: bool = False, seed: int = 42, contrast: str = "") -> Volume:
     """What a package is run on for the first time: something of its modality that it might accept.
 
-    CT: a small part of a chest with one nodule, 20 slices of 3 mm, 160 x 160. MR: a whole head, 48 slices of 4 mm, 160 x 128;
+    CT: a small part of a chest with one nodule, 20 slices of 3 mm, 160 x 160. MR: a whole head with a glioma, 48 slices of 4 mm, 160 x 128;
     the contrasts (keys of `head.CONTRASTS`; "" is t1) of one seed share grid and frame of reference. A projection, or an X-ray
     modality: a frontal chest film with two opacities, white where much absorbs, spacing at the detector.
     """
@@ -127,7 +129,8 @@ def _check_film(modality: str, seed: int) -> Volume:
 def _check_head(seed: int, contrast: str) -> Volume:
     grid = Grid(origin_lps_mm=(-101.6, -127.2, -104.0), spacing_mm=(4.0, 1.6, 1.6), shape=(48, 160, 128))
     name = f"check head {seed}"
-    volume = volume_of(head_images(seed, grid.affine, grid.shape, (contrast,), thickness_mm=4.0)[contrast], grid, name)
+    images = head_images(seed, grid.affine, grid.shape, (contrast,), thickness_mm=4.0, glioma_mm=45.0)
+    volume = volume_of(images[contrast], grid, name)
     return replace(
         volume, modality="MR", series_instance_uid=uid_from(name, contrast),
         sop_instance_uids=tuple(uid_from(name, contrast, str(k)) for k in range(len(volume.voxels))),
@@ -160,10 +163,11 @@ def head_images(
     *,
     thickness_mm: float,
     lesion_mm: float = 0.0,
+    glioma_mm: float = 0.0,
 ) -> dict[str, Floats]:
     """The head of `seed` in each contrast, in slices of any orientation: signal 0 to about 1000, rounded."""
     fine = Grid(origin_lps_mm=(-100.0, -126.0, -126.0), spacing_mm=(2.0, 2.0, 2.0), shape=(114, 124, 101))
-    shares, _ = render_head(head_scene(seed, lesion_mm=lesion_mm), fine)
+    shares, _ = render_head(head_scene(seed, lesion_mm=lesion_mm, glioma_mm=glioma_mm), fine)
     images = {}
     for number, contrast in enumerate(contrasts):
         scanned = acquire(signal(shares, CONTRASTS[contrast]), fine, affine, shape, thickness_mm=thickness_mm)
@@ -262,6 +266,22 @@ def write_head(folder: Path) -> TrueStudy:
         image_type=("ORIGINAL", "PRIMARY", "OTHER"),
     )  # fmt: skip
     return _true_study(folder, header, write_ct_series(folder, voxels, affine, header), refused=False)
+
+
+def write_glioma(folder: Path) -> TrueStudy:
+    """A head with a glioma: FLAIR in 44 axial slices of 4 mm, and T1 after contrast agent in 88 of 2 mm, in one frame of reference."""
+    files: list[Path] = []
+    header = _header(
+        8, "GLIOMA", "Synthetic head", "FLAIR", body_part="HEAD", sop_class_uid=MR, image_type=("ORIGINAL", "PRIMARY", "OTHER")
+    )
+    for number, contrast, slices, thickness_mm in ((2, "flair", 44, 4.0), (3, "t1c", 88, 2.0)):
+        grid = Grid(origin_lps_mm=(-96.0, -120.0, -92.0), spacing_mm=(thickness_mm, 1.6, 1.6), shape=(slices, 150, 120))
+        voxels = head_images(9, grid.affine, grid.shape, (contrast,), thickness_mm=thickness_mm, glioma_mm=50.0)[contrast]
+        series = replace(
+            header, series_number=number, contrast=contrast, thickness_mm=thickness_mm, series_description=f"Synthetic {contrast.upper()}"
+        )  # fmt: skip
+        files += write_ct_series(folder, voxels, grid.affine, series)
+    return _true_study(folder, header, files, refused=False)
 
 
 def write_chest_film(folder: Path) -> TrueStudy:

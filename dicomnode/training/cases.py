@@ -70,6 +70,8 @@ class Case:
 def case_from_masks(name: str, volumes: Mapping[str, Volume], truth: Mapping[str, Mask], manifest: Manifest, **others: object) -> Case:
     """A case of which every label's voxels are known: its lesions are the connected components of what isn't anatomy."""
     volume = next(iter(volumes.values()))
+    unsaid = {output.label for output in manifest.outputs if set(output.needs) - set(volumes)}  # nothing is said of it, right or wrong
+    truth = {label: mask for label, mask in truth.items() if label not in unsaid}
     lesions = {output.label for output in manifest.outputs if finds_lesions(output)} & set(truth)
     known = tuple(lesion for label in sorted(lesions) for lesion in components_of(truth[label], volume, label))
     positive = {label: bool(truth[label].any()) for label in lesions}
@@ -187,6 +189,9 @@ def _nrrd_case(image: Path, manifest: Manifest) -> Case:
     affine[:3, 3] = header["space origin"]
     name = image.name.removesuffix("_image.nrrd")
     accepts, output = manifest.inputs[0], manifest.outputs[0]
+    if accepts.mr_contrasts:
+        wanted = " or ".join(accepts.mr_contrasts)
+        raise NotEligible("unknown-contrast", f"NRRD doesn't say what an MR image is weighted by; the package reads {wanted}.")
     volume = Volume(
         voxels=np.ascontiguousarray(voxels.transpose(2, 1, 0), dtype=np.float32), affine=affine,
         sop_instance_uids=tuple(f"{name}.{k}" for k in range(voxels.shape[2])), series_instance_uid=name, study_instance_uid=name,

@@ -103,7 +103,7 @@ class LabelledPatches(Dataset[Patch]):
             parts = {name: convert_to_tensor(part, track_meta=False) for name, part in self._change(parts).items()}
             self._drop(parts["image"], rng)
         image = parts["image"].float()
-        if self._data.preprocessing.intensity != "z-score":
+        if self._data.preprocessing.intensity not in ("z-score", "organ-z-score"):
             image = image.clamp(0, 1)  # as the package's own images are
         return image, (parts["truth"] > 0.5).float(), (parts["region"] > 0.5).float()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ def evaluate(
     })  # fmt: skip
     figures = dict(figures)
     if split == "test":
-        _keep(package_folder, name, figures)
+        keep_figures(package_folder, name, figures)
         write_model_card(package_folder)
     if out is not None:
         write_report(out, package, figures, worst)
@@ -155,7 +155,7 @@ def _refuse_other_split(package_folder: Path, dataset: DataSet) -> None:
         )
 
 
-def _keep(package_folder: Path, name: str, figures: dict[str, Any]) -> None:
+def keep_figures(package_folder: Path, name: str, figures: Mapping[str, Any]) -> None:
     """Write the figures of one set into evaluation.json, beside those of other sets of this digest."""
     package = load_package(package_folder)
     file = package_folder / "evaluation.json"

@@ -91,6 +91,8 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
     manifest, kind = recipe.package, KINDS[recipe.data.kind]
     modality = manifest.inputs[0].modalities[0]
     patch = list(manifest.inference.window if manifest.inference else ())
+    names = [accepts.name for accepts in manifest.inputs]
+    scored = manifest.preprocessing is not None and manifest.preprocessing.intensity in ("z-score", "organ-z-score")
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": manifest.version,
@@ -105,15 +107,16 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
         "copyright": f"Copyright {manifest.manufacturer} contributors",
         "data_source": manifest.training_data,
         "data_type": "DICOM",
-        "image_classes": f"one channel, {kind.scaling(recipe.data)} scaled to 0..1",
+        "image_classes": f"{', '.join(names)}: {kind.scaling(recipe.data)}{'' if scored else ' scaled to 0..1'}",
         "label_classes": "; ".join(f"channel {output.channel}: {output.label}" for output in manifest.outputs),
         "intended_use": manifest.intended_use,
         "network_data_format": {
             "inputs": {
                 "image": {
                     "type": "image", "format": kind.image_format, "modality": modality,
-                    "num_channels": 1, "spatial_shape": patch,
-                    "dtype": "float32", "value_range": [0, 1], "is_patch_data": True, "channel_def": {"0": "image"},
+                    "num_channels": len(names), "spatial_shape": patch,
+                    "dtype": "float32", "value_range": [-8, 8] if scored else [0, 1], "is_patch_data": True,
+                    "channel_def": {str(number): name for number, name in enumerate(names)},
                 }
             },
             "outputs": {

@@ -87,9 +87,22 @@ class DatasetPatches(_Section):
     inputs: tuple[InputSection, ...]
 
 
-DataSection = Annotated[
-    NodulePatches | Radiographs | Opacities | Heads | DatasetPatches, Field(discriminator="kind")
-]  # what each is stands in streams.py
+class Gliomas(_Section):
+    """Brains with gliomas in FLAIR and T1c, made of a few patients' images. Orders: slice, row, column."""
+
+    kind: Literal["mr-gliomas"]
+    spacing_mm: tuple[float, float, float]
+    patch: tuple[int, int, int]
+    own: float = Field(ge=0, le=1, description="share of volumes with the patient's own tumour where it is; the others are healed first")
+    transplants: tuple[float, float, float] = Field(description="of healed brains: shares that are given no tumour, one, two")
+    without_t1c: float = Field(ge=0, le=1, description="share of volumes without T1c")
+    phantom_heads: int = Field(0, ge=0, description="synthetic heads with a glioma and their skull, beside the patients")
+    phantoms: float = Field(0.0, ge=0, le=1, description="share of volumes that show one of them")
+    leave_out: tuple[str, ...] = Field((), description="cases that are not trained on")
+
+
+# What each is stands in streams.py
+DataSection = Annotated[NodulePatches | Radiographs | Opacities | Heads | DatasetPatches | Gliomas, Field(discriminator="kind")]
 
 
 class NetworkSection(_Section):

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from dicomnode.errors import UsageError
 from dicomnode.training.dataset_patches import LabelledPatches
 from dicomnode.training.films import PhantomFilms
+from dicomnode.training.gliomas import GliomaPatches
 from dicomnode.training.heads import PhantomHeads
 from dicomnode.training.nodules import PhantomPatches
 from dicomnode.training.opacities import OpacityFilms
@@ -74,6 +75,10 @@ def _preprocessed(data: Any) -> str:
     return "percentiles of each image" if data.preprocessing.intensity == "percentiles" else "z-score of each image"
 
 
+def _gliomas(data: Any, *, seed: int, count: int, split: Split, dataset: Path | None) -> Dataset[Patch]:  # noqa: ARG001  # few patients: no split
+    return GliomaPatches(data, seed=seed, count=count, dataset=dataset)
+
+
 def _percentiles(_data: Any) -> str:
     return "1st to 99th percentile"
 
@@ -94,4 +99,8 @@ KINDS: Mapping[str, DataKind] = {
         open=_labelled, change="trained on labelled images", image_format="magnitude", scaling=_preprocessed, reads_dataset=True
     ),
     "mr-heads": DataKind(open=_phantoms(PhantomHeads), change="trained on synthetic heads", image_format="magnitude", scaling=_percentiles),
+    "mr-gliomas": DataKind(
+        open=_gliomas, change="trained on three patients of BraTS 2013 and synthetic heads", image_format="magnitude",
+        scaling=lambda _data: "quartiles of the brain", reads_dataset=True,
+    ),
 }  # fmt: skip

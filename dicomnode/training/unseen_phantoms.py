@@ -1,4 +1,4 @@
-"""Phantoms of which the truth is known, drawn from seeds that training never uses: chests in CT, chest films, heads in MR.
+"""Phantoms of which the truth is known, drawn from seeds that training never uses: chests in CT, chest films, heads in MR, gliomas.
 
 Each third case holds nothing to find, or is nothing of the kind; of films with opacities each second one is clear.
 """
@@ -6,6 +6,7 @@ Each third case holds nothing to find, or is nothing of the kind; of films with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,13 @@ from dicomnode.findings import Segment, Volume
 from dicomnode.phantoms.acquisition import random_protocol, scan
 from dicomnode.phantoms.chest import ChestScene, chest_scene, scatter_nodules, true_mask
 from dicomnode.phantoms.dicom import uid_from
-from dicomnode.phantoms.head import CONTRASTS, acquire, head_scene, receive, render_head, signal
+from dicomnode.phantoms.head import CONTRASTS, GLIOMA, acquire, head_scene, receive, render_head, signal
 from dicomnode.phantoms.opacities import scatter_opacities, with_opacities
 from dicomnode.phantoms.other_films import KINDS, film_of
 from dicomnode.phantoms.radiograph import expose, project, random_technique, random_view
 from dicomnode.phantoms.shapes import Floats, Grid
 from dicomnode.phantoms.studies import chest_grid, volume_of
-from dicomnode.training.cases import Case, Mask, known_lesion
+from dicomnode.training.cases import Case, Mask, case_from_masks, known_lesion
 from dicomnode.training.films import framed
 from dicomnode.training.opacities import any_technique, standing, upright
 
@@ -58,6 +59,8 @@ def _drawing(manifest: Manifest) -> Draw:
         return lambda seed, number: film_case(seed, other=_is_other(number), name=accepts.name)
     if labels == {"Brain"}:
         return lambda seed, number: head_case(seed, other=_is_other(number), name=accepts.name)
+    if labels == {"Glioma", "Enhancing core"}:
+        return lambda seed, number: glioma_case(seed, other=_is_other(number), manifest=manifest)
     raise UsageError(f"there are no phantoms of what the package {manifest.name} looks for; give a data set or a folder of cases")
 
 
@@ -135,6 +138,30 @@ def head_case(seed: int, *, other: bool, name: str = "image") -> Case:
     volume = _volume(np.round(1000 * scanned), grid.affine, f"head {seed}", "MR")
     attributes = {"slice_thickness_mm": f"{thick:.2f}", "contrast": "no head" if other else contrast}
     return _structures(f"head {seed}", {name: volume}, truth, attributes)
+
+
+def glioma_case(seed: int, *, other: bool, manifest: Manifest) -> Case:
+    """A head on FLAIR and T1c in slices of 1.5 to 6 mm, with a glioma of 25 to 75 mm, or with `other` without one."""
+    rng = np.random.default_rng([seed, 83])
+    fine = Grid(origin_lps_mm=(-100.0, -126.0, -116.0), spacing_mm=(2.0, 2.0, 2.0), shape=(110, 125, 101))
+    thick = float(rng.uniform(1.5, 6.0))
+    grid = Grid(origin_lps_mm=(-96.0, -120.0, -100.0), spacing_mm=(thick, 1.5, 1.5), shape=(int(185 / thick), 160, 128))
+    shares, _ = render_head(head_scene(seed, glioma_mm=0.0 if other else float(rng.uniform(25, 75))), fine)
+    volumes = {}
+    for contrast in ("flair", "t1c"):
+        image = acquire(signal(shares, CONTRASTS[contrast]), fine, grid.affine, grid.shape, thickness_mm=thick)
+        voxels = np.round(1000 * receive(image, rng, noise=float(rng.uniform(0.01, 0.04))))
+        volumes[contrast] = replace(
+            _volume(voxels, grid.affine, f"glioma {seed}", "MR"), series_instance_uid=uid_from(f"glioma {seed}", contrast)
+        )  # fmt: skip
+    nothing = np.zeros(fine.shape, dtype=np.float32)
+    whole, rim = sum((shares.get(tissue, nothing) for tissue in GLIOMA), nothing), shares.get("rim", nothing)
+    truth = {
+        label: acquire(share, fine, grid.affine, grid.shape, thickness_mm=thick) > 0.5
+        for label, share in (("Glioma", whole), ("Enhancing core", rim))
+    }
+    attributes = {"slice_thickness_mm": f"{thick:.2f}", "glioma": "no" if other else "yes"}
+    return case_from_masks(f"head {seed}", volumes, truth, manifest, attributes=attributes)
 
 
 def _structures(name: str, volumes: dict[str, Volume], truth: dict[str, Mask], attributes: dict[str, str]) -> Case:

@@ -209,7 +209,10 @@ def test_what_fits_is_not_refused(inputs: str, headers: Callable[[], Headers]) -
         ("t2", {"AcquisitionContrast": "T2"}),
         ("flair", {"AcquisitionContrast": "FLUID_ATTENUATED"}),
         ("t1", {"SeriesDescription": "AX T1 SE"}),  # the parameters are silent
+        *[("t1c", {"SeriesDescription": said}) for said in ("T1c", "ax_t1_ce", "T1W-CE", "T1GD", "t1 +C")],
+        ("flair", {"SeriesDescription": "FLAIR"}),
         (None, {"SeriesDescription": "AX T1 T2"}),
+        (None, {"SeriesDescription": "T10 spine"}),
         (None, {}),
         (None, {"ScanningSequence": ["SE", "IR"], "RepetitionTime": 4000, "EchoTime": 60, "InversionTime": 150}),  # STIR
         (None, {"ScanningSequence": "GR", "SequenceVariant": "SS", "RepetitionTime": 5, "EchoTime": 2.3, "FlipAngle": 50}),

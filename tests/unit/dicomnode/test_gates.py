@@ -9,7 +9,7 @@ import pytest
 
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.frames import read_headers
-from dicomnode.analysis.head import head_region
+from dicomnode.analysis.head import brain_in_head, head_region, without_background
 from dicomnode.analysis.manifest import InputSection
 from dicomnode.analysis.package import load_package
 from dicomnode.analysis.radiograph import chest_radiograph_region, lung_field_region
@@ -17,9 +17,10 @@ from dicomnode.analysis.select import select
 from dicomnode.analysis.volume import read_volume
 from dicomnode.findings import Volume
 from dicomnode.phantoms.chest import chest_scene
+from dicomnode.phantoms.head import CONTRASTS, head_scene, receive, render_head, signal
 from dicomnode.phantoms.other_films import KINDS, film_of
 from dicomnode.phantoms.radiograph import Technique, expose, project_sideways
-from dicomnode.phantoms.shapes import Floats
+from dicomnode.phantoms.shapes import Floats, Grid
 from dicomnode.phantoms.studies import check_volume
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
@@ -136,3 +137,39 @@ def test_findings_may_lie_in_the_lung_fields_alone_where_a_package_says_so(chest
     assert float(chest[region].mean()) < float(chest[~region].mean())
     with pytest.raises(NotEligible):
         lung_field_region(-chest, SPACING)
+
+
+@pytest.fixture(scope="module")
+def head() -> tuple[Floats, Floats, Floats]:
+    """A head with a glioma on FLAIR, the shares of its brain, and those of its tumour; 3 mm."""
+    grid = Grid(origin_lps_mm=(-100.0, -126.0, -110.0), spacing_mm=(3.0, 3.0, 3.0), shape=(68, 84, 67))
+    shares, brain = render_head(head_scene(11, glioma_mm=55.0), grid)
+    image = receive(signal(shares, CONTRASTS["flair"]), np.random.default_rng(3), bias=0.1)
+    return image, brain, np.asarray(shares["oedema"] + shares["rim"] + shares["necrosis"], dtype=np.float32)
+
+
+def test_the_brain_itself_is_outlined_with_a_tumour_in_it(head: tuple[Floats, Floats, Floats]) -> None:
+    image, brain, tumour = head
+    region, _, organ = brain_in_head(image, (3.0, 3.0, 3.0))
+    assert not (organ & ~region).any()
+    assert organ[brain > 0.5].mean() > 0.95
+    assert organ[tumour > 0.5].mean() > 0.98
+    assert (organ & (brain <= 0.5)).sum() < 0.2 * (brain > 0.5).sum()
+
+
+@pytest.mark.parametrize("background", [0.0, -5.0, 40.0])
+def test_a_brain_without_its_skull_is_found_whatever_value_is_around_it(head: tuple[Floats, Floats, Floats], background: float) -> None:
+    """Normalised images have a background in the middle of the brain's own values, at their lower end, or anywhere."""
+    image, brain, _ = head
+    inside = brain > 0.5
+    scored = (image - image[inside].mean()) / image[inside].std()
+    stripped = np.where(inside, scored, np.float32(background))
+    region, _, organ = brain_in_head(stripped, (3.0, 3.0, 3.0))
+    assert organ[inside].mean() > 0.95
+    assert not organ[~inside].any()
+    assert region[inside].mean() > 0.95
+
+
+def test_an_image_with_noise_around_the_head_has_no_background_of_one_value(head: tuple[Floats, Floats, Floats]) -> None:
+    assert without_background(head[0]) is None
+    assert without_background(np.zeros((5, 6, 7), dtype=np.float32)) is None

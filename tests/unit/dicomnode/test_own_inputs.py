@@ -10,11 +10,11 @@ import torch
 from small_bundle import MANIFEST, affine_of, spheres, volume_of, write_package
 
 from dicomnode.analysis.inference import load_model
-from dicomnode.analysis.manifest import PreprocessingSection
+from dicomnode.analysis.manifest import PreprocessingSection, parse_manifest
 from dicomnode.analysis.package import digest_of
 from dicomnode.analysis.preparation import normalised
-from dicomnode.errors import AnalysisFailed
-from dicomnode.findings import Findings, Volume
+from dicomnode.errors import AnalysisFailed, PackageError
+from dicomnode.findings import Finding, Findings, Volume
 
 AXIAL = np.array([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]])
 OUTPUT = MANIFEST[MANIFEST.index("[[outputs]]") :]
@@ -195,3 +195,90 @@ def test_an_output_may_be_one_finding_however_many_parts_it_has(tmp_path: Path) 
     assert found.segment.voxel_count == sum(f.segment.voxel_count for f in each.findings)
     assert found.volume_ml == pytest.approx(sum(f.volume_ml for f in each.findings))
     assert min(f.probability for f in each.findings) <= found.probability <= max(f.probability for f in each.findings)
+
+
+def test_an_output_that_needs_an_absent_input_is_not_given_and_the_result_says_so(tmp_path: Path) -> None:
+    second = OUTPUT.replace("channel = 0", 'channel = 1\nneeds = ["second"]').replace("Bright thing", "Core")
+    both = conv(2, 2, 3, torch.tensor([[40.0, 0.0], [40.0, 0.0]]))  # both outputs say what the first series shows
+    alone = run(tmp_path / "p", {"first": ball()}, manifest=HEAD + TWO + OUTPUT + second, **both)
+    assert [finding.label for finding in alone.findings] == ["Bright thing"]
+    assert [note for note in alone.notes if "Core" in note] == ["Nothing is said of Core: it needs second."]
+    other = replace(ball(), series_instance_uid="1.9")
+    given = load_model(tmp_path / "p", digest=digest_of(tmp_path / "p"), device="cpu")({"first": ball(), "second": other})
+    assert {finding.label for finding in given.findings} == {"Bright thing", "Core"}
+    assert given.notes == ()
+
+
+def test_a_mirrored_image_is_looked_at_too_and_both_answers_are_averaged(tmp_path: Path) -> None:
+    """A network that sees only what has something bright at its left: with its mirror it sees half as surely what has it at its right."""
+    kernel = torch.zeros(1, 1, 1, 1, 3)
+    kernel[..., 0] = 40.0
+    config = {
+        "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 1, "kernel_size": [1, 1, 3], "padding": [0, 0, 1]}
+    }
+    weights = {"weight": kernel, "bias": torch.full((1,), -20.0)}
+    affine = affine_of((2.0, 1.5, 1.5), (0, 0, 0), AXIAL)
+    voxels = np.full((16, 32, 32), -1000, dtype=np.int16)
+    voxels[4:12, 8:24, 16] = 400  # a sheet: to one side of it the network says yes, to the other its mirror does
+    volume = volume_of(voxels, affine)
+    plain = run(tmp_path / "plain", {"image": volume}, config=config, weights=weights)
+    text = MANIFEST.replace("batch = 2", "batch = 2\nmirror = true").replace("minimum_score = 0.5", "minimum_score = 0.4")
+    text = text.replace('label = "Bright thing"', 'label = "Bright thing"\nthreshold = 0.4')
+    mirrored = run(tmp_path / "mirrored", {"image": volume}, manifest=text, config=config, weights=weights)
+    assert [columns_of(f) for f in plain.findings] == [(17, 18)]
+    assert sorted(columns_of(f) for f in mirrored.findings) == [(15, 16), (17, 18)]
+    assert all(finding.probability == pytest.approx(0.5, abs=0.01) for finding in mirrored.findings)
+
+
+def columns_of(finding: Finding) -> tuple[int, int]:
+    first = finding.segment.origin[2]
+    return first, first + finding.segment.mask.shape[2]
+
+
+def test_intensities_of_an_organ_are_its_quartiles_whatever_the_scale_and_what_is_around_it() -> None:
+    settings = PreprocessingSection(spacing_mm=(1.0, 1.0, 1.0), intensity="organ-z-score")
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.normal(50, 5, (20, 20, 20)).astype(np.float32))
+    organ = torch.zeros(image.shape, dtype=torch.bool)
+    organ[4:16, 4:16, 4:16] = True
+    image[~organ] = 3000.0
+    image[4:8, 4:8, 4:16] = 200.0  # a bright lesion moves them little
+    scored = normalised(image, settings, organ)
+    assert float(scored[~organ].abs().max()) == 0
+    assert float(scored[organ].median()) == pytest.approx(0, abs=0.01)
+    assert float(scored[8:16, 8:16, 4:16].std()) == pytest.approx(1, abs=0.2)
+    assert float(scored[4:8, 4:8, 4:16].min()) == 8.0
+    torch.testing.assert_close(normalised(7 * image - 90, settings, organ), scored, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('[[outputs]]\nchannel = 0', '[[outputs]]\nneeds = ["third"]\nchannel = 0', "an output needs third, which is no input"),
+        ("window = [-1000.0, 400.0]\n[inf", 'intensity = "organ-z-score"\n[inf', "needs the region head"),
+        ("[16, 32, 32]\n", "[16, 32, 32]\nmirror = true\n", "mirror doesn't go with an output of one side"),
+    ],
+)  # fmt: skip
+def test_what_doesnt_go_together_in_a_manifest_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (HEAD + TWO + OUTPUT).replace(old, new)
+    if "mirror" in new:
+        text = text.replace('label = "Bright thing"', 'label = "Bright thing"\nside = "left"')
+    with pytest.raises(PackageError, match=message):
+        parse_manifest(text.encode(), tmp_path)
+
+
+def test_the_bright_part_of_another_output_is_found_by_the_intensity_of_an_input(tmp_path: Path) -> None:
+    second = OUTPUT.replace(
+        "channel = 0", 'channel = 0\nneeds = ["second"]\nbright = { within = "Bright thing", input = "second", above = 0.6 }'
+    )
+    second = second.replace('label = "Bright thing"', 'label = "Core"')
+    text = HEAD + TWO + OUTPUT + second
+    first = ball()
+    shapes = spheres((24, 40, 40), first.affine, [((30.0, 30.0, 24.0), 7.0), ((12.0, 12.0, 10.0), 6.0)])  # the second one lies outside
+    other = replace(first, voxels=shapes, series_instance_uid="1.9")
+    findings = run(tmp_path / "p", {"first": first, "second": other}, manifest=text, **conv(2, 1, 3, torch.tensor([40.0, 0.0])))
+    thing, core = sorted(findings.findings, key=lambda finding: -finding.volume_ml)
+    assert (thing.label, core.label) == ("Bright thing", "Core")
+    assert core.volume_ml == pytest.approx(4 / 3 * np.pi * 0.7**3, rel=0.15)
+    with pytest.raises(PackageError, match="bright of Core names"):
+        parse_manifest(text.replace('within = "Bright thing"', 'within = "Nothing"').encode(), tmp_path)
