@@ -243,9 +243,6 @@ class Manifest(_Section):
             del entries["input"]
         return entries
 
-    def _labels_by_network(self) -> set[str]:
-        return {output.label for output in self.outputs if output.bright is None}
-
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.bundle is None and (self.preprocessing is None or self.inference is None):
@@ -259,17 +256,6 @@ class Manifest(_Section):
         names = [accepts.name for accepts in self.inputs]
         if len(set(names)) < len(names):
             raise ValueError(f"two inputs have one name: {', '.join(names)}")
-        for output in self.outputs:
-            if output.bright is not None and (output.bright.input not in names or output.bright.within not in self._labels_by_network()):
-                raise ValueError(f"bright of {output.label} names an input or an output that isn't there")
-        if self.inference is not None and self.inference.mirror and any(output.side for output in self.outputs):
-            raise ValueError("mirror doesn't go with an output of one side")
-        if any(output.needs or output.bright for output in self.outputs) and (self.bundle is not None or self.kind != "segmentation"):
-            raise ValueError("needs and bright are for segmentations without a bundle of their own")
-        if wrong := sorted({name for output in self.outputs for name in output.needs} - set(names)):
-            raise ValueError(f"an output needs {wrong[0]}, which is no input")
-        if self.preprocessing is not None and self.preprocessing.intensity == "organ-z-score" and self.inputs[0].region != "head":
-            raise ValueError("the intensity organ-z-score needs the region head of the first input")
         if len({accepts.dimensions for accepts in self.inputs}) > 1:
             raise ValueError("series and projections don't go together")
         for output in self.outputs:
@@ -278,6 +264,23 @@ class Manifest(_Section):
                     raise ValueError("image_score goes with a segmentation of projections that brings no bundle of its own")
                 if output.image_score.above < output.threshold:
                     raise ValueError("image_score.above is below the output's threshold: a positive image could be without a finding")
+        return self
+
+    @model_validator(mode="after")
+    def _names_what_is_there(self) -> Self:
+        names = {accepts.name for accepts in self.inputs}
+        by_network = {output.label for output in self.outputs if output.bright is None}
+        for output in self.outputs:
+            if output.bright is not None and (output.bright.input not in names or output.bright.within not in by_network):
+                raise ValueError(f"bright of {output.label} names an input or an output that isn't there")
+        if self.inference is not None and self.inference.mirror and any(output.side for output in self.outputs):
+            raise ValueError("mirror doesn't go with an output of one side")
+        if any(output.needs or output.bright for output in self.outputs) and (self.bundle is not None or self.kind != "segmentation"):
+            raise ValueError("needs and bright are for segmentations without a bundle of their own")
+        if wrong := sorted({name for output in self.outputs for name in output.needs} - names):
+            raise ValueError(f"an output needs {wrong[0]}, which is no input")
+        if self.preprocessing is not None and self.preprocessing.intensity == "organ-z-score" and self.inputs[0].region != "head":
+            raise ValueError("the intensity organ-z-score needs the region head of the first input")
         return self
 
 
