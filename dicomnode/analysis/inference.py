@@ -389,14 +389,14 @@ def _activated(output: OutputSection, logits: torch.Tensor, soft: torch.Tensor) 
 
 
 def _brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tensor) -> None:
-    """Put in the place of outputs that are bright parts of another one its probability, no higher than their intensity makes it."""
+    """Give outputs that are bright parts of another one the probability of their intensity, within what that one marks."""
     labels, inputs = [output.label for output in manifest.outputs], [accepts.name for accepts in manifest.inputs]
     for number, output in enumerate(manifest.outputs):
         if output.bright is not None:
-            chance = (image[inputs.index(output.bright.input)] - output.bright.above + 1) / 2
-            probabilities[number] = torch.minimum(
-                probabilities[labels.index(output.bright.within)], chance.clamp(0, 1).to(probabilities.device)
-            )
+            other = labels.index(output.bright.within)
+            chance = ((image[inputs.index(output.bright.input)] - output.bright.above + 1) / 2).clamp(0, 1).to(probabilities.device)
+            marked = probabilities[other] > manifest.outputs[other].threshold
+            probabilities[number] = torch.where(marked, chance, torch.minimum(probabilities[other], chance))
 
 
 def _box_above(values: torch.Tensor, threshold: float) -> tuple[slice, slice, slice] | None:

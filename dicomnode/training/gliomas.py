@@ -100,7 +100,7 @@ def patient_of(case: LabelledCase, labels: Sequence[str]) -> Patient:
         UsageError: no tumour is labelled.
     """
     volume = case.volumes[CHANNELS[0]]
-    grid = grid_over(volume.voxels.shape, volume.affine, (STEP_MM,) * 3)  # type: ignore[arg-type]  # three axes
+    grid = grid_over(volume.voxels.shape, volume.affine, (STEP_MM,) * 3)
     host = torch.device("cpu")
     flair = resample(volume.voxels, grid, host)
     _, _, brain = brain_in_head(flair.numpy(), grid.spacing_mm)
@@ -193,10 +193,12 @@ def rendered(hosts: Sequence[Patient], donors: Sequence[Patient], data: Gliomas,
     host = hosts[int(rng.integers(len(hosts)))]
     places = _places(host, data, rng)
     if rng.random() < data.own:
-        image, outline, truth = _sampled(host.own, places).split((2, 1, 2))
+        drawn = _sampled(host.own, places)
+        image, outline, truth = drawn[:2], drawn[2:3], drawn[3:]
         known = torch.ones_like(outline)
     else:
-        image, outline, left = _sampled(host.healed, places).split((2, 1, 1))
+        drawn = _sampled(host.healed, places)
+        image, outline, left = drawn[:2], drawn[2:3], drawn[3:]
         truth, known = torch.zeros_like(image), (left < 0.2).float()
         for _ in range(int(rng.choice((0, 1, 2), p=data.transplants))):
             _transplant(image, truth, outline > 0.5, donors[int(rng.integers(len(donors)))], data, rng)
@@ -269,7 +271,8 @@ def _transplant(
     box = tuple(slice(int(first), int(last)) for first, last in zip(low, high, strict=True))
     middle = (np.array(donor.tumour.shape[1:]) - 1) / 2 + matrix @ ((low + high - 1) / 2 - target)
     shape = (int(high[0] - low[0]), int(high[1] - low[1]), int(high[2] - low[2]))
-    theirs, masks = _sampled(donor.tumour, _grid(shape, matrix, middle, rng, bend=float(rng.uniform(0, 3.0)) / donor.step_mm)).split((2, 2))
+    drawn = _sampled(donor.tumour, _grid(shape, matrix, middle, rng, bend=float(rng.uniform(0, 3.0)) / donor.step_mm))
+    theirs, masks = drawn[:2], drawn[2:]
     share = functional.avg_pool3d(masks[:1], 3, stride=1, padding=1).mul_(1.4).clamp_(0, 1) * brain[(slice(None), *box)]
     here = (slice(None), *box)
     image[here] = torch.lerp(image[here], theirs, share)
