@@ -27,7 +27,7 @@ from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
 DRESSES_PER_VIEW = 5
-FILMS_PER_DRESS = 12
+FILMS_PER_DRESS = 16
 PIXEL_MM, STEP_MM = 1.8, (2.5, 6.0, 2.5)
 OLDER = 0.1  # of the films are exposed by any technique, the others as today
 MIRRORED = 0.3

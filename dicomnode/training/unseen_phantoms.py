@@ -1,12 +1,14 @@
 """Phantoms of which the truth is known, drawn from seeds that training never uses: chests in CT, chest films, heads in MR, gliomas.
 
-Each third case holds nothing to find, or is nothing of the kind; of films with opacities each second one is clear.
+Each third case holds nothing to find, or is nothing of the kind; of films with opacities each second one is
+clear, of the same chest as the one before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ from dicomnode.phantoms.shapes import Floats, Grid
 from dicomnode.phantoms.studies import chest_grid, volume_of
 from dicomnode.training.cases import Case, Mask, case_from_masks, known_lesion
 from dicomnode.training.films import framed
-from dicomnode.training.opacities import any_technique, standing, upright
+from dicomnode.training.opacities import Standing, any_technique, standing, upright
 
 VALIDATION_SEED, TEST_SEED = 3_000_000_000, 3_100_000_000  # training draws its phantoms below 2**31
 SIZES_MM = ((5.0, 7.0), (7.0, 10.0), (10.0, 15.0), (15.0, 25.0), (25.0, 40.0), (40.0, 60.0))  # nodules are spread over these
@@ -54,7 +56,7 @@ def _drawing(manifest: Manifest) -> Draw:
         label, name = manifest.outputs[0].label, accepts.name
         return lambda seed, number: chest_case(seed, nodules=0 if _is_other(number) else NODULES_PER_SCAN, label=label, name=name)
     if labels == {"Lung opacity"} and accepts.dimensions == 2:
-        return lambda seed, number: opacity_case(seed, clear=number % 2 == 1, name=accepts.name)
+        return lambda seed, number: opacity_case(seed - number % 2, clear=number % 2 == 1, name=accepts.name)
     if labels >= LUNG_FIELDS and accepts.dimensions == 2:
         return lambda seed, number: film_case(seed, other=_is_other(number), name=accepts.name)
     if labels == {"Brain"}:
@@ -102,21 +104,30 @@ def film_case(seed: int, *, other: bool, name: str = "image") -> Case:
 
 
 def opacity_case(seed: int, *, clear: bool, name: str = "image") -> Case:
-    """A film of a random chest with one to eight opacities in the lung fields, or a `clear` one; drawn as films of training are."""
-    rng = np.random.default_rng([seed, 83])
-    shadow = framed(upright(standing(seed, rng), rng), rng)
+    """A film of a random chest with one to eight opacities in the lung fields, or a `clear` one; drawn as films of training are.
+
+    Both films of a seed are of one chest from one side, with other ribs, arms, framing and technique.
+    """
+    rng = np.random.default_rng([seed, 83, int(clear)])
+    shadow = framed(upright(_chest_before_the_detector(seed), rng), rng)
     opacities = () if clear else scatter_opacities(shadow, rng)
     film = np.round(4095 * expose(with_opacities(shadow, opacities), any_technique(rng), rng))
     affine = np.diag([1.0, shadow.plane.pixel_mm, shadow.plane.pixel_mm, 1.0])[[2, 1, 0, 3]]
-    volume = _volume(film[None], affine, f"film {seed}", "DX")
+    volume = _volume(film[None], affine, f"film {seed} {clear}", "DX")
     segments = [Segment(mask=o.body[None], origin=(0, o.box[0].start, o.box[1].start)) for o in opacities]
     known = tuple(
         known_lesion(segment, volume, "Lung opacity", opacity.diameter_mm) for segment, opacity in zip(segments, opacities, strict=True)
     )
     several = "none" if clear else "one or two" if len(opacities) < 3 else "three to eight"
     return Case(
-        name=f"film {seed}", volumes={name: volume}, known=known, positive={"Lung opacity": bool(known)}, attributes={"opacities": several}
-    )
+        name=f"film {seed}{' clear' if clear else ''}", volumes={name: volume}, known=known, positive={"Lung opacity": bool(known)},
+        attributes={"opacities": several}, patient=f"chest {seed}",
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _chest_before_the_detector(seed: int) -> Standing:
+    return standing(seed, np.random.default_rng([seed, 84]))
 
 
 def head_case(seed: int, *, other: bool, name: str = "image") -> Case:
