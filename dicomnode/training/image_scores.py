@@ -70,10 +70,8 @@ def fitted(shares: Floats, positive: NDArray[np.bool_]) -> ImageScoreSection:
         intercept, slope = parameters
         return float(np.logaddexp(0, -sign * (intercept + slope * logarithm)).mean() + RIDGE * slope**2)
 
-    intercept, slope = optimize.minimize(loss, np.array([0.0, 1.0])).x
+    intercept, slope = (round(float(value), 3) for value in optimize.minimize(loss, np.array([0.0, 1.0])).x)
     clear = np.sort(1 / (1 + np.exp(-(intercept + slope * logarithm[~positive]))))
     allowed = int(FALSE_SHARE * len(clear))
     threshold = np.ceil(100 * clear[len(clear) - 1 - allowed]) / 100
-    return ImageScoreSection(
-        above=ABOVE[best], floor=FLOOR, intercept=round(float(intercept), 3), slope=round(float(slope), 3), threshold=float(threshold)
-    )
+    return ImageScoreSection(above=ABOVE[best], floor=FLOOR, intercept=intercept, slope=slope, threshold=float(threshold))
