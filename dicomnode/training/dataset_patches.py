@@ -123,7 +123,12 @@ class LabelledPatches(Dataset[Patch]):
         data = self._data
         read = read_case(self._dataset, row)
         names = {accepts.name: channel for accepts, channel in zip(data.inputs, data.channels, strict=True) if channel in read.volumes}
-        known_of_it: dict[str, Any] = {"name": self._dataset.name, "inputs": data.inputs, "preprocessing": data.preprocessing}
+        known_of_it: dict[str, Any] = {
+            "name": self._dataset.name,
+            "inputs": data.inputs,
+            "preprocessing": data.preprocessing,
+            "outputs": (),
+        }
         package = Manifest.model_construct(**known_of_it)  # as far as preparing goes: what the recipe's section holds of it
         try:
             prepared = prepare(package, {name: read.volumes[channel] for name, channel in names.items()}, CPU)

@@ -39,7 +39,10 @@ def typed(page: Path) -> list[str]:
 def with_values(word: str) -> str:
     """A placeholder of the text as something that its type accepts."""
     trained = "dicomnode/packages/lung-nodule-ct/0.1.0"
-    return {"PORT": "104", "HOST": "localhost", "training-out/package": trained}.get(word, word)
+    recipe = "dicomnode/training/recipes/lung-nodule-ct.toml"
+    folders = dict.fromkeys(("FOLDER", "DATASET", "mydata"), "dicomnode/packages")  # of a command that only parses them, any folder will do
+    values = {"PORT": "104", "HOST": "localhost", "training-out/package": trained, "my-recipe.toml": recipe, "CONFIG": recipe}
+    return (values | folders).get(word, word)
 
 
 @pytest.mark.parametrize("line", sorted({line for page in PAGES for line in typed(page)}))
@@ -85,7 +88,15 @@ def test_the_order_of_imports_is_the_one_that_the_linter_checks() -> None:
 @pytest.mark.parametrize("page", [README, ARCHITECTURE], ids=name)
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     spans = re.findall(r"`([\w./-]+(?:/|\.(?:py|md|toml|txt|png)))`", page.read_text(encoding="utf-8"))
-    made_later = {"dicomnode.toml", "mynode/dicomnode.toml", "manifest.toml", "bundle/", "demo-out/pacs/", "demo-out/preview/"}
+    made_later = {
+        "MODEL_CARD.md",
+        "dicomnode.toml",
+        "mynode/dicomnode.toml",
+        "manifest.toml",
+        "bundle/",
+        "demo-out/pacs/",
+        "demo-out/preview/",
+    }
     missing = [span for span in spans if span not in made_later and not (page.parent / span).exists()]
     assert missing == []
 
