@@ -161,6 +161,7 @@ def spoilt(patch: Patch) -> Patch:
     return torch.full_like(patch[0], float("nan")), patch[1], patch[2]
 
 
+@pytest.mark.long  # it signals the tests' own process, and once that ended a worker of a parallel run: it runs apart
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_a_checkpoint_and_a_sentence(
     number: signal.Signals, recipe: Path, tmp_path: Path, change: Changing, capsys: pytest.CaptureFixture[str]
