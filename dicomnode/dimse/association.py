@@ -189,6 +189,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
                     pass
         except Aborted as aborted:
             self._refuse(aborted.why)
+            self._leave()
             send_abort(wire, aborted.reason)
         except (ConnectionLost, DeadlineMissed):
             reason = self._connection.gave_way
@@ -200,7 +201,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             return
         finally:
             self._end()
-        self._listener.guard.lingers(self._connection)
+        self._leave()
         wire.linger(time.monotonic() + self._settings.association_seconds)
 
     def _negotiate(self, request: bytes) -> bool:
@@ -282,6 +283,10 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         self._abort_asked = True
         self.is_established = False
 
+    def _leave(self) -> None:
+        """Take no slot any more: before the peer hears of the end, so that it can come back at once."""
+        self._listener.guard.lingers(self._connection)
+
     def _end(self) -> None:
         """Forget a message that will not be whole, and report the end of an association that was let in."""
         if self._store is not None and self._store.sink is not None:
@@ -322,6 +327,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             return True
         if kind == _RELEASE_RQ and length == 4 and not in_message:
             self._wire.take(4, deadline)
+            self._leave()
             self.acse.send_release(is_response=True)
             self.is_released, self.is_established = True, False
             return False
