@@ -1,7 +1,6 @@
 """The trainer: the same bits after a kill, the best step exported, steps that are not finite skipped, and losses as MONAI has them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -127,25 +126,37 @@ def assert_same(first: Path, second: Path) -> None:
     assert (first / "package" / "training.json").read_bytes() == (second / "package" / "training.json").read_bytes()
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path, heads: None) -> None:
-    file = recipe_file(tmp_path, training={"steps": 10})
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    child = subprocess.Popen(
-        [sys.executable, "-m", "dicomnode", "train", str(file), "--out", str(killed), "--device", "cpu"], stdout=subprocess.DEVNULL
-    )
-    try:
-        while not checkpoints(killed):
-            assert child.poll() is None
-            time.sleep(0.05)
-    finally:
-        child.kill()
-        child.wait()
-    assert child.returncode == -signal.SIGKILL
-    assert 2 <= state_of(killed)["step"] < 10
-    (killed / "checkpoints" / "000009.partial").write_bytes(b"cut off while it was written")
-    assert train(file, killed, device="cpu", quiet=True).finished
-    assert train(file, straight, device="cpu", quiet=True).finished
-    assert_same(killed, straight)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of ten steps of the recipe's own patches that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert train(recipe_file(folder, training={"steps": 10}), folder / "run", device="cpu", quiet=True).finished
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_a_training_that_was_ended_goes_on_to_the_same_bits(number: signal.Signals, straight: Path, tmp_path: Path, heads: None) -> None:
+    file, ended = straight / "recipe.toml", tmp_path / "run"
+    arguments = [sys.executable, "-m", "dicomnode", "train", str(file), "--out", str(ended), "--device", "cpu"]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            while not checkpoints(ended):
+                assert child.poll() is None
+                time.sleep(0.02)
+            child.send_signal(number)
+            said = child.communicate(timeout=60)[1]
+        finally:
+            child.kill()
+    step = state_of(ended)["step"]
+    assert 2 <= step < 10
+    if number == signal.SIGKILL:
+        assert child.returncode == -number
+        (ended / "checkpoints" / "000009.partial").write_bytes(b"cut off while it was written")
+    else:
+        assert child.returncode == 1
+        assert f"stopped by {number.name} after step {step}" in said
+    assert train(file, ended, device="cpu", quiet=True).finished
+    assert_same(ended, straight / "run")
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe: Path, tmp_path: Path) -> None:
@@ -159,29 +170,6 @@ def test_a_damaged_checkpoint_is_passed_over(recipe: Path, tmp_path: Path) -> No
 
 def spoilt(patch: Patch) -> Patch:
     return torch.full_like(patch[0], float("nan")), patch[1], patch[2]
-
-
-@pytest.mark.long  # it signals the tests' own process, and once that ended a worker of a parallel run: it runs apart
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_a_checkpoint_and_a_sentence(
-    number: signal.Signals, recipe: Path, tmp_path: Path, change: Changing, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(recipe, tmp_path / "straight", device="cpu", quiet=True)
-
-    def send(index: int, patch: Patch) -> Patch:
-        if index == 2 * 4:  # of the fifth step
-            os.kill(os.getpid(), number)
-        return patch
-
-    change(send)
-    before = signal.getsignal(number)
-    assert command(["train", str(recipe), "--out", str(tmp_path / "stopped"), "--device", "cpu"]) == 1
-    assert signal.getsignal(number) is before
-    change(lambda _, patch: patch)
-    assert f"stopped by {number.name} after step 5" in capsys.readouterr().err
-    assert checkpoints(tmp_path / "stopped")[-1].name == "000005.pt"
-    train(recipe, tmp_path / "stopped", device="cpu", quiet=True)
-    assert_same(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_told(
