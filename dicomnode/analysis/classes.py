@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dicomnode.analysis.components import EDGES, MILLIMETRE, PIXEL, centre_of
+from dicomnode.analysis.components import edges_of, placed
 from dicomnode.analysis.manifest import Manifest, OutputSection
-from dicomnode.findings import Finding, Measurement, Score, Segment, Shape, Volume
+from dicomnode.findings import Finding, Score, Segment, Volume
 
 HALF = 0.5  # of the map's maximum: what is above it is shown as the place
 
@@ -42,7 +42,7 @@ def classified(
     positive = [(o, s.probability) for o, s in zip(manifest.outputs, scores, strict=True) if s.positive and o.finding]
     positive.sort(key=lambda entry: -entry[1])
     kept = positive[: manifest.maximum_findings]
-    found = [_placed(output, score, _warm(map_of(output.channel)), "heat map", volume) for output, score in kept]
+    found = [placed(output, _warm(map_of(output.channel)), score, None, volume, shape="heat map") for output, score in kept]
     return scores, tuple(replace(f, number=number) for number, f in enumerate(found, start=1)), len(positive) - len(kept)
 
 
@@ -62,8 +62,9 @@ def detected(manifest: Manifest, boxes: Sequence[Box], volume: Volume) -> tuple[
             omitted += 1
             continue
         counts[output.channel] += 1
-        finding = _placed(output, float(np.clip(box.score, 0, 1)), segment, "box", volume)
-        found.append(replace(finding, number=len(found) + 1, measurements=_edges(box, volume)))
+        edges = edges_of(np.subtract(box.high, box.low).tolist(), volume)  # as the detector gave them, not rounded to voxels
+        finding = placed(output, segment, float(np.clip(box.score, 0, 1)), None, volume, shape="box", measurements=edges)
+        found.append(replace(finding, number=len(found) + 1))
     return tuple(found), omitted
 
 
@@ -100,30 +101,3 @@ def _filled(box: Box, shape: tuple[int, ...]) -> Segment | None:
         starts.append(first)
         lengths.append(last - first + 1)
     return Segment(mask=np.ones(lengths, dtype=np.bool_), origin=(starts[0], starts[1], starts[2]))
-
-
-def _edges(box: Box, volume: Volume) -> tuple[Measurement, ...]:
-    """The lengths of the box's edges as the detector gave them, not rounded to voxels."""
-    unit = PIXEL if volume.is_projection and volume.calibration == "none" else MILLIMETRE
-    lengths = [(high - low) * spacing for low, high, spacing in zip(box.low, box.high, volume.spacing_mm, strict=True)]
-    across, down, along = lengths
-    edges = (along, down) if volume.is_projection else (along, down, across)
-    return tuple(Measurement(name=name, value=float(value), unit=unit) for name, value in zip(EDGES, edges, strict=False))
-
-
-def _placed(output: OutputSection, score: float, segment: Segment, shape: Shape, volume: Volume) -> Finding:
-    return Finding(
-        number=1,
-        label=output.label,
-        probability=score,
-        category=output.category.code(),
-        type=output.type.code(),
-        site=output.site.code() if output.site else None,
-        side=output.side,
-        centre_lps_mm=centre_of(segment, volume),
-        segment=segment,
-        shape=shape,
-        long_axis=None,
-        measurements=(),
-        colour_cielab=output.colour_cielab,
-    )

@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 
 from dicomnode.analysis.grid import Grid, Triple
 from dicomnode.analysis.manifest import OutputSection
-from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Volume
+from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Shape, Volume
 
 VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")
 AREA = Code(value="42798000", scheme="SCT", meaning="Area")
@@ -112,7 +112,7 @@ def centre_of(segment: Segment, volume: Volume) -> tuple[float, float, float] | 
 def measured(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
     """Return the finding of an outline, with its volume (of a projection: its area) and its long axis.
 
-    Without a known spacing a projection is measured in pixels. The caller numbers the findings of all outputs together.
+    Without a known spacing a projection is measured in pixels.
     """
     axis = long_axis_of(segment, volume)
     in_pixels = volume.is_projection and volume.calibration == "none"
@@ -121,6 +121,36 @@ def measured(output: OutputSection, segment: Segment, score: float, side: Latera
         extent = Measurement(name=AREA, value=area, unit=PIXEL if in_pixels else SQUARE_MILLIMETRE)
     else:
         extent = Measurement(name=VOLUME, value=segment.voxel_count * volume.voxel_ml, unit=MILLILITRE)
+    measurements = (extent, Measurement(name=LONG_AXIS, value=axis.length_mm, unit=PIXEL if in_pixels else MILLIMETRE))
+    return placed(output, segment, score, side, volume, long_axis=axis, measurements=measurements)
+
+
+def boxed(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
+    """Return the finding of the box around a segment, with the lengths of its edges: of an outline it says nothing."""
+    whole = Segment(mask=np.ones_like(segment.mask), origin=segment.origin)
+    return placed(output, whole, score, side, volume, shape="box", measurements=edges_of(segment.mask.shape, volume))
+
+
+def edges_of(voxels: Sequence[float], volume: Volume) -> tuple[Measurement, ...]:
+    """Return the lengths of a box's edges, given in voxels (k, r, c); without a known spacing a projection is measured in pixels."""
+    unit = PIXEL if volume.is_projection and volume.calibration == "none" else MILLIMETRE
+    across, down, along = (count * spacing for count, spacing in zip(voxels, volume.spacing_mm, strict=True))
+    edges = (along, down) if volume.is_projection else (along, down, across)
+    return tuple(Measurement(name=name, value=float(value), unit=unit) for name, value in zip(EDGES, edges, strict=False))
+
+
+def placed(
+    output: OutputSection,
+    segment: Segment,
+    score: float,
+    side: Laterality | None,
+    volume: Volume,
+    *,
+    shape: Shape = "outline",
+    long_axis: LongAxis | None = None,
+    measurements: tuple[Measurement, ...] = (),
+) -> Finding:
+    """Return the finding of an output at this place. The caller numbers the findings of all outputs together."""
     return Finding(
         number=1,
         label=output.label,
@@ -131,31 +161,9 @@ def measured(output: OutputSection, segment: Segment, score: float, side: Latera
         side=side or output.side,
         centre_lps_mm=centre_of(segment, volume),
         segment=segment,
-        long_axis=axis,
-        measurements=(extent, Measurement(name=LONG_AXIS, value=axis.length_mm, unit=PIXEL if in_pixels else MILLIMETRE)),
-        colour_cielab=output.colour_cielab,
-    )
-
-
-def boxed(output: OutputSection, segment: Segment, score: float, side: Laterality | None, volume: Volume) -> Finding:
-    """Return the finding of the box around a segment, with the lengths of its edges: of an outline it says nothing."""
-    whole = Segment(mask=np.ones_like(segment.mask), origin=segment.origin)
-    across, down, along = (n * spacing for n, spacing in zip(segment.mask.shape, volume.spacing_mm, strict=True))
-    unit = PIXEL if volume.is_projection and volume.calibration == "none" else MILLIMETRE
-    edges = (along, down) if volume.is_projection else (along, down, across)
-    return Finding(
-        number=1,
-        label=output.label,
-        probability=score,
-        category=output.category.code(),
-        type=output.type.code(),
-        site=output.site.code() if output.site else None,
-        side=side or output.side,
-        centre_lps_mm=centre_of(whole, volume),
-        segment=whole,
-        shape="box",
-        long_axis=None,
-        measurements=tuple(Measurement(name=name, value=float(value), unit=unit) for name, value in zip(EDGES, edges, strict=False)),
+        shape=shape,
+        long_axis=long_axis,
+        measurements=measurements,
         colour_cielab=output.colour_cielab,
     )
 
