@@ -42,7 +42,7 @@ def train(
             f"dicomnode: stopped by {done.stopped_by} after step {done.steps}{skipped}; the same command goes on from there", err=True
         )
         raise typer.Exit(1)
-    typer.echo(f"{done.steps} steps on {done.computing} in {done.seconds:.0f} s{skipped}")
+    typer.echo(f"{done.steps} steps on {done.computing} in {done.seconds:.0f} s ({done.cpu_seconds:.0f} s of CPU){skipped}")
     if done.metric is not None:
         typer.echo(f"step {done.exported_step} was best (validation {done.metric[0]} {done.metric[1]:.3f}): {done.folder / 'package'}")
     for name, row in figures.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -48,6 +49,7 @@ class Training:
     steps: int
     skipped_steps: int
     seconds: float  # of this call
+    cpu_seconds: float  # of this call and of its workers: what is left of a measurement on a busy machine
     finished: bool
     exported_step: int | None = None  # of the best validation; None: not finished
     metric: tuple[str, float] | None = None  # name and value at that step
@@ -76,7 +78,7 @@ def train(
         UsageError: `out_folder` holds a run of another recipe, or device or data set are not as they must be.
         TrainingFailed: too many steps gave no finite numbers.
     """
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), sum(os.times()[:4])
     recipe = _asked(load_recipe(config_path), seed=seed, long=long)
     section = recipe.training
     run = _run_of(recipe, dataset)
@@ -112,7 +114,8 @@ def train(
         write_package(recipe, averages, out_folder / "package", record=_record(recipe, trainer, run))
     return Training(
         folder=out_folder, last_checkpoint=checkpoints(out_folder)[-1], steps=trainer.step, skipped_steps=trainer.skipped,
-        seconds=time.monotonic() - started, finished=finished, exported_step=best[0] if best else None,
+        seconds=time.monotonic() - started, cpu_seconds=sum(os.times()[:4]) - cpu_before, finished=finished,
+        exported_step=best[0] if best else None,
         metric=(metric_name(recipe), best[1]) if best else None, stopped_by="".join(received[:1]),
         computing=trainer.computing.name,
     )  # fmt: skip
