@@ -1,4 +1,4 @@
-"""The analyse workflow, straight-line: files of a revision → series → volume → findings → SEG and SR → proof → jobs to deliver.
+"""The analyse workflow, straight-line: files of a revision → series → volume → findings → result objects → proof → jobs to deliver.
 
 The page to read first. Runs in the analyser, idempotent by the job's row: everything it leaves behind is committed in one
 transaction at its end, and UIDs and dates derive from the job, so being killed anywhere costs time and nothing else.
@@ -32,8 +32,11 @@ from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity, Vol
 from dicomnode.logs import get_logger
 from dicomnode.pace import Pace
 from dicomnode.prefetch import Prefetched, Prefetcher
+from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_uid
+from dicomnode.results.profile import OWN, Profile
 from dicomnode.results.proof import prove
+from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
 from storage import Storage
@@ -52,7 +55,7 @@ class Outcome:
     state: JobState
     reason_code: str | None
     reason: str | None
-    objects: tuple[ResultObject, ...]
+    objects: Mapping[str, tuple[ResultObject, ...]]  # by kind of object (results/profile.py)
     detail: dict[str, Any]
 
 
@@ -94,8 +97,9 @@ class Analyser:
             return None
         instances = self._storage.index.instances(job.study_instance_uid, job.revision)
         try:
-            outcome = self._outcome(job, instances)
-            self._keep(job, outcome)
+            profiles = self._profiles(job)  # asked once: what is made is what is given
+            outcome = self._outcome(job, instances, frozenset(OWN).union(*profiles.values()))
+            self._keep(job, outcome, profiles)
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
             self._storage.jobs.postpone(key, str(error))
@@ -103,7 +107,7 @@ class Analyser:
         log.info("analysed", job=key, outcome=outcome.state, reason_code=outcome.reason_code)
         return None
 
-    def _outcome(self, job: Job, instances: Sequence[Instance]) -> Outcome:
+    def _outcome(self, job: Job, instances: Sequence[Instance], wanted: frozenset[str]) -> Outcome:
         headers: list[tuple[Path, Dataset]] = []
         prefetched = self._prefetcher.take(job.study_instance_uid, instances) if self._prefetcher else None
         try:
@@ -111,18 +115,19 @@ class Analyser:
                 headers = read_headers([self._storage.objects.path(instance.stored.object_id) for instance in instances])
                 prefetched = Prefetched(content=frozenset(), headers=headers)
             headers = prefetched.headers
-            return self._analyse(job, prefetched)
+            return self._analyse(job, prefetched, wanted)
         except NotEligible as refusal:
-            refused = self._without_result(job, headers, "refused", refusal.code, refusal.reason, report=job.report_refusals)
+            headers = headers if job.report_refusals else []
+            refused = self._without_result(job, headers, wanted, "refused", refusal.code, refusal.reason)
             return replace(refused, detail={"considered": list(refusal.considered)})
         except PackageError as error:
-            return self._without_result(job, headers, "failed", "package", str(error), report=True)
+            return self._without_result(job, headers, wanted, "failed", "package", str(error))
         except AnalysisFailed as error:
-            return self._without_result(job, headers, "failed", "analysis-failed", str(error), report=True)
+            return self._without_result(job, headers, wanted, "failed", "analysis-failed", str(error))
         except ProofFailed as error:
-            return self._without_result(job, headers, "failed", "result-withheld", f"result withheld: {error}", report=True)
+            return self._without_result(job, headers, wanted, "failed", "result-withheld", f"result withheld: {error}")
 
-    def _analyse(self, job: Job, prefetched: Prefetched) -> Outcome:
+    def _analyse(self, job: Job, prefetched: Prefetched, wanted: frozenset[str]) -> Outcome:
         clock = _Clock()
         folder = self._storage.registry.package_folder(job.package, job.version)
         package = load_package(folder)
@@ -145,8 +150,11 @@ class Analyser:
         headers_of_all = [header for series in selection.series for header in series.headers]
         report = encode_report(findings, volume, headers_of_all, identity, segmentation)
         prove(segmentation, report, findings, volume, others=tuple(volumes.values())[1:])
+        objects: dict[str, tuple[ResultObject, ...]] = {"seg": () if segmentation is None else (segmentation,), "sr": (report,)}
+        if "key-image" in wanted:
+            objects["key-image"] = encode_captures(findings, volume, selected.headers, identity)
+            prove_captures(objects["key-image"], findings, volume)
         clock.lap("results")
-        objects = (report,) if segmentation is None else (segmentation, report)
         return Outcome(
             state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
         )
@@ -159,13 +167,22 @@ class Analyser:
         return volume
 
     def _without_result(
-        self, job: Job, headers: Sequence[tuple[Path, Dataset]], state: JobState, code: str, reason: str, *, report: bool
+        self, job: Job, headers: Sequence[tuple[Path, Dataset]], wanted: frozenset[str], state: JobState, code: str, reason: str
     ) -> Outcome:
+        """A job's end without findings, said in a report and, where wanted, in a picture; without headers nowhere but in its row."""
         log.warning("not analysed", job=job.key, outcome=state, reason_code=code)
-        objects: tuple[ResultObject, ...] = ()
-        if report and headers:
-            objects = (encode_refusal(code, reason, [header for _, header in headers], _identity(job), **self._made_by(job)),)
+        objects: dict[str, tuple[ResultObject, ...]] = {}
+        if headers:
+            images, identity, made_by = [header for _, header in headers], _identity(job), self._made_by(job)
+            objects["sr"] = (encode_refusal(code, reason, images, identity, **made_by),)
+            if "key-image" in wanted:
+                objects["key-image"] = encode_reason(code, reason, images, identity, **made_by)
         return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})
+
+    def _profiles(self, job: Job) -> dict[str, Profile]:
+        """Which kinds of objects each peer is given, by its display profile now; one that is gone gets nothing sent anyway."""
+        known = {peer.ae_title: peer.objects for peer in self._storage.registry.peers()}
+        return {peer: known.get(peer, OWN) for peer in job.to_ae_titles}
 
     def _made_by(self, job: Job) -> dict[str, str]:
         """Who signs a report without findings: the package as its manifest says, or by its name if the manifest can't be read."""
@@ -205,9 +222,10 @@ class Analyser:
         finally:
             self._passing = False
 
-    def _keep(self, job: Job, outcome: Outcome) -> None:
+    def _keep(self, job: Job, outcome: Outcome, profiles: Mapping[str, Profile]) -> None:
         """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
-        results = [_result(job, made, self._storage) for made in outcome.objects]
+        results = [_result(job, made, self._storage) for objects in outcome.objects.values() for made in objects]
+        given = {peer: [made for kind in profile for made in outcome.objects.get(kind, ())] for peer, profile in profiles.items()}
         with self._storage.database.writing() as transaction:
             ended = self._storage.jobs.finish(
                 job.key,
@@ -221,8 +239,9 @@ class Analyser:
                 log.info("discarded", job=job.key, reason="the job has ended meanwhile, e.g. it was cancelled")
                 return
             self._storage.jobs.add_results(transaction, results)
-            for peer in job.to_ae_titles if results else ():
-                self._create_delivery(transaction, job, peer, [result.sop_instance_uid for result in results])
+            for peer, objects in given.items():
+                if objects:
+                    self._create_delivery(transaction, job, peer, [made.sop_instance_uid for made in objects])
 
     def _create_delivery(self, transaction: Any, job: Job, peer: str, sop_instance_uids: Sequence[str]) -> None:
         key = f"deliver/{job.key.removeprefix('analyse/')}/{peer}"

@@ -15,6 +15,7 @@ JobState = Literal["queued", "running", "done", "refused", "failed", "cancelled"
 PackageState = Literal["added", "checked", "enabled"]
 DeliveryState = Literal["waiting", "sent", "failed"]
 ObjectKind = Literal["image", "other"]  # only images make revisions
+STANDARD_OBJECTS = ("seg", "sr")  # what a peer is given of which nothing else is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,7 @@ class Peer:
     networks: tuple[str, ...] = ()  # where it may connect from, in CIDR notation; empty: the addresses of `host`
     user: str | None = None  # the user name it must give (PS3.7 D.3.3.7); None: none is asked for
     passcode_hash: str | None = None
+    objects: tuple[str, ...] = STANDARD_OBJECTS  # its display profile: the kinds of result objects that it is given
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ class Registry:
             "networks": list(peer.networks),
             "user": peer.user,
             "passcode_hash": peer.passcode_hash,
+            "objects": list(peer.objects),
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -200,6 +201,7 @@ def _peer(row: Row[Any]) -> Peer:
         networks=tuple(row.networks),
         user=row.user,
         passcode_hash=row.passcode_hash,
+        objects=tuple(row.objects),
     )
 
 

@@ -178,6 +178,7 @@ PEER = Table(
     Column("networks", JSON, nullable=False, server_default="[]"),
     Column("user", Text),
     Column("passcode_hash", Text),
+    Column("objects", JSON, nullable=False, server_default='["seg", "sr"]'),
 )
 
 ROUTE = Table(

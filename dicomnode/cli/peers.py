@@ -44,11 +44,20 @@ def peer_add(
     passcode_file: Annotated[
         str | None, typer.Option("--passcode-file", metavar="FILE|prompt", help="its passcode: the first line of a file, or asked for")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="NAME", help="what its viewer shows: standard (SEG and SR) or plain (images alone)"),
+    ] = None,
+    objects: Annotated[
+        list[str] | None,
+        typer.Option("--object", metavar="KIND", help="a kind of result object that it is given, several times; instead of --profile"),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
     from dicomnode.admission import check_user_name, hash_passcode, network
     from dicomnode.dimse.tls import fingerprint, read_certificate
+    from dicomnode.results.profile import chosen
 
     if not (sends or receives):
         raise UsageError("a peer needs --sends, --receives or both")
@@ -58,9 +67,12 @@ def peer_add(
         raise UsageError("--client-cert needs --tls")
     if passcode_file is not None and user is None:
         raise UsageError("--passcode-file needs --user")
+    if (profile is not None or objects) and not receives:
+        raise UsageError("--profile and --object need --receives")
     try:
         allowed = tuple(str(network(text)) for text in networks or ())
         user = check_user_name(user) if user is not None else None
+        given = chosen(profile, objects or ())
     except ValueError as error:
         raise UsageError(str(error)) from error
     added = Peer(
@@ -74,6 +86,7 @@ def peer_add(
         networks=allowed,
         user=user,
         passcode_hash=hash_passcode(_passcode(passcode_file)) if passcode_file is not None else None,
+        objects=given,
     )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
@@ -86,7 +99,7 @@ def peer_add(
 def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
     """List the peers."""
     with opened(config) as (_, storage):
-        columns = ["ae_title", "host", "port", "sends", "receives", "networks", "tls", "client_cert", "user", "passcode"]
+        columns = ["ae_title", "host", "port", "sends", "receives", "objects", "networks", "tls", "client_cert", "user", "passcode"]
         show([_shown(known, whole=json) for known in storage.registry.peers()], columns, as_json=json)
 
 

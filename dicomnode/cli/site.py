@@ -17,8 +17,9 @@ from dicomnode.admission import check_passcode_hash, check_user_name, network
 from dicomnode.cli.terminal import ConfigOption, opened
 from dicomnode.config import check_ae_title, toml_value
 from dicomnode.errors import UsageError
+from dicomnode.results.profile import check_objects
 from storage import Storage
-from storage.records import Peer, Route
+from storage.records import STANDARD_OBJECTS, Peer, Route
 
 registry = typer.Typer(no_args_is_help=True, help="Peers and routes as a file.")
 
@@ -45,6 +46,7 @@ class PeerEntry(_Entry):
     client_cert: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$")] = None
     user: str | None = None
     passcode_hash: str | None = None
+    objects: tuple[str, ...] = STANDARD_OBJECTS
 
     @field_validator("ae_title")
     @classmethod
@@ -65,6 +67,11 @@ class PeerEntry(_Entry):
     @classmethod
     def _passcode_hash(cls, value: str | None) -> str | None:
         return None if value is None else check_passcode_hash(value)
+
+    @field_validator("objects")
+    @classmethod
+    def _objects(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_objects(value)
 
     @model_validator(mode="after")
     def _in_full(self) -> PeerEntry:

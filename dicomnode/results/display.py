@@ -43,17 +43,27 @@ def grey_values(file: Path, *, frame: int = 1, lung: bool = False) -> NDArray[np
         slope, intercept = _rescale(header, frame)
         valid = _valid(header, stored)
         values = values * slope + intercept
-        low, high = _range(header, values[valid] if valid is not None and valid.any() else values, lung=lung)
-        grey: NDArray[np.uint8] = np.clip((values - low) * (255.0 / (high - low)), 0, 255).astype(np.uint8)
+        grey = _windowed(values, _range(header, values[valid] if valid is not None and valid.any() else values, lung=lung))
     except UNREADABLE:
         return None
     return np.asarray(255 - grey, dtype=np.uint8) if header.get("PhotometricInterpretation") == "MONOCHROME1" else grey
+
+
+def grey_slice(values: NDArray[np.generic], header: Dataset, *, lung: bool = False) -> NDArray[np.uint8]:
+    """Return (rows, columns) of 0..255 for a slice in the modality's units (dense is bright), windowed as by `grey_values`."""
+    plain = values.astype(np.float32)
+    return _windowed(plain, _range(header, plain, lung=lung))
 
 
 def frame_count(header: Dataset) -> int:
     """Return how many frames an image has, as its header says; 1 where it says nothing or nonsense."""
     number = _number(header.get("NumberOfFrames"))
     return int(number) if number is not None and number >= 1 else 1
+
+
+def _windowed(values: NDArray[np.float32], bounds: tuple[float, float]) -> NDArray[np.uint8]:
+    low, high = bounds
+    return np.asarray(np.clip((values - low) * (255.0 / (high - low)), 0, 255), dtype=np.float32).astype(np.uint8)
 
 
 def _range(header: Dataset, values: NDArray[np.float32], *, lung: bool) -> tuple[float, float]:

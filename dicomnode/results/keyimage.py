@@ -18,8 +18,8 @@ from pydicom import Dataset
 
 from dicomnode.results.decoding import frame_pixels
 from dicomnode.results.display import LUNG_WINDOW, UNREADABLE, frame_count, grey_values
+from dicomnode.results.drawing import LONG_SIDE, RESEARCH, Colour, Outlines, broken, trace
 
-RESEARCH = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
 MOST = 20  # pictures of one SEG; the caption of the last says how many segments aren't drawn
 UNDECODED = "the image cannot be decoded here"
 
@@ -27,9 +27,7 @@ _COLOURS = {"": (255, 210, 0), "box": (0, 200, 255), "heat map": (255, 140, 0)} 
 _OUTLINE = _COLOURS[""]
 _REFERENCE = (0, 220, 160)
 _TEXT = (235, 235, 235)
-_Outlines = Sequence[tuple[NDArray[np.bool_], tuple[int, int, int]]]  # masks and their colours, the later over the earlier
 _SHORT_SIDE = 768  # an image is enlarged by a whole factor to at least this many pixels, so that outline and text are readable
-_LONG_SIDE = 1024  # a larger one is reduced to this
 _BAND = 26  # height of a line of text
 _LINES = 5  # of a caption
 _LUNG = "39607008"
@@ -134,20 +132,20 @@ def _picture(
     caption: str,
     *,
     inset: bool = False,
-    colour: tuple[int, int, int] = _OUTLINE,
+    colour: Colour = _OUTLINE,
     reference: NDArray[np.bool_] | None = None,
 ) -> bytes:
     outlines = [(mask, colour)] if reference is None else [(reference, _REFERENCE), (mask, colour)]
     whole = grey
     grey = _reduced(whole, mask)[0]
     outlines = [(_reduced(whole, outline)[1], its_colour) for outline, its_colour in outlines]
-    factor = max(1, min(-(-_SHORT_SIDE // min(grey.shape)), _LONG_SIDE // max(grey.shape)))
+    factor = max(1, min(-(-_SHORT_SIDE // min(grey.shape)), LONG_SIDE // max(grey.shape)))
     canvas = _outlined(grey, outlines, factor)
     if inset and any(outline.any() for outline, _ in outlines):
         _paste_inset(canvas, grey, outlines)
     font = ImageFont.load_default(size=_BAND * 0.6)
     width = max(canvas.shape[1], _SHORT_SIDE)  # a narrow image leaves room for its caption
-    lines = _broken(caption, font, width - 16)
+    lines = broken(caption, font, width - 16, most=_LINES)
     picture = Image.new("RGB", (width, canvas.shape[0] + (len(lines) + 1) * _BAND))
     picture.paste(Image.fromarray(canvas), (0, 0))
     draw = ImageDraw.Draw(picture)
@@ -159,45 +157,25 @@ def _picture(
     return buffer.getvalue()
 
 
-def _broken(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """A caption as lines that fit; what is too much ends in dots."""
-    lines = [""]
-    for word in "".join(c if c.isprintable() else " " for c in caption).split(" "):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines if len(lines) <= _LINES else [*lines[: _LINES - 1], lines[_LINES - 1] + " ..."]
-
-
 def _reduced(grey: NDArray[np.uint8], mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """A large image made smaller; a pixel that holds any part of the mask belongs to it."""
-    if max(grey.shape) <= _LONG_SIDE:
+    if max(grey.shape) <= LONG_SIDE:
         return grey, mask
-    scale = _LONG_SIDE / max(grey.shape)
+    scale = LONG_SIDE / max(grey.shape)
     size = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
     small = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX))
     return small, np.asarray(Image.fromarray(mask.astype(np.float32), mode="F").resize(size, Image.Resampling.BOX)) > 0
 
 
-def _outlined(grey: NDArray[np.uint8], outlines: _Outlines, factor: int, *, thickness: int = 2) -> NDArray[np.uint8]:
-    """Enlarge by a whole factor and colour the pixels just outside of each mask: what is marked stays visible."""
-    canvas = np.repeat(np.asarray(_enlarged(grey, factor))[..., None], 3, axis=2)
-    for mask, colour in outlines:
-        large = mask.repeat(factor, axis=0).repeat(factor, axis=1)
-        grown = np.pad(large, thickness)
-        for _ in range(thickness):
-            grown = grown | np.roll(grown, 1, 0) | np.roll(grown, -1, 0) | np.roll(grown, 1, 1) | np.roll(grown, -1, 1)
-        canvas[grown[thickness:-thickness, thickness:-thickness] & ~large] = colour
+def _outlined(grey: NDArray[np.uint8], outlines: Outlines, factor: int) -> NDArray[np.uint8]:
+    """Enlarge by a whole factor, and trace the masks."""
+    large = Image.fromarray(grey).resize((grey.shape[1] * factor, grey.shape[0] * factor), Image.Resampling.BICUBIC)
+    canvas = np.repeat(np.asarray(large)[..., None], 3, axis=2)
+    trace(canvas, [(mask.repeat(factor, axis=0).repeat(factor, axis=1), colour) for mask, colour in outlines])
     return canvas
 
 
-def _enlarged(grey: NDArray[np.uint8], factor: int) -> Image.Image:
-    return Image.fromarray(grey).resize((grey.shape[1] * factor, grey.shape[0] * factor), Image.Resampling.BICUBIC)
-
-
-def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], outlines: _Outlines) -> None:
+def _paste_inset(canvas: NDArray[np.uint8], grey: NDArray[np.uint8], outlines: Outlines) -> None:
     """Draw the masks' surroundings, about a third of the picture wide, into the corner of `canvas` opposite to them.
 
     A finding that would not be larger there than in the picture itself gets none.

@@ -55,7 +55,7 @@ def encode_report(
     evaluation = codes.WITH_FINDINGS if findings.findings else codes.WITHOUT_FINDINGS
     groups.append(_summary_group(evaluation, findings.algorithm_name, identity))
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
-    content = _measurement_report(origin, identity, groups, _said(findings, volume), **made_by)
+    content = _measurement_report(origin, identity, groups, said(findings, volume), **made_by)
     content[0].ContentSequence.insert(-2, image_library(images, [series for series in others if series], volume))  # TID 1500 row 5
     return _document(content, evidence, origin, identity, **made_by)
 
@@ -173,8 +173,8 @@ def _summary_group(evaluation: Code, algorithm_name: str, identity: RunIdentity)
     )
 
 
-def _said(findings: Findings, volume: Volume) -> list[str]:
-    """What the reader is told in words: the warning, the package's notes, what numbers mean, and what was left out."""
+def said(findings: Findings, volume: Volume) -> list[str]:
+    """Return what the reader is told in words: the warning, the package's notes, what numbers mean, and what was left out."""
     comments = [provenance.RESEARCH, *findings.notes]
     for score in findings.scores:
         verdict = "positive" if score.positive else "negative"

@@ -22,6 +22,7 @@ from pydicom import Dataset
 from pydicom.uid import MRImageStorage
 
 from dicomnode.findings import Calibration, Finding, ResultObject, Segment
+from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
@@ -177,6 +178,25 @@ def test_validators_find_nothing_wrong_with_a_refusal(case: Case, tmp_path: Path
         "too-few-slices", "2 slices — 8 are needed", case.headers, case.identity, manufacturer="dicomnode", algorithm_name="U-Net"
     )
     (file,) = written(tmp_path, refusal)
+    assert complaints(file, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [synthetic(), enhanced("MR"), *(projection(modality, frame=3 if modality == "XA" else None) for modality in ("CR", "DX", "MG", "XA"))],
+    ids=["CT", "frames", "CR", "DX", "MG", "XA"],
+)
+def test_validators_find_nothing_wrong_with_a_picture(case: Case, tmp_path: Path) -> None:
+    findings = case.findings(finding_of(case, Segment(mask=np.ones((1, 6, 6), dtype=np.bool_), origin=(0, 10, 20))))
+    for found in (findings, case.findings()):
+        (file,) = written(tmp_path, *encode_captures(found, case.volume, case.headers, case.identity))
+        assert complaints(file, tmp_path) == []
+
+
+def test_validators_find_nothing_wrong_with_a_reason_in_a_picture(tmp_path: Path) -> None:
+    case = synthetic(shape=(2, 20, 20))
+    reason = encode_reason("too-few-slices", "2 slices", case.headers, case.identity, manufacturer="dicomnode", algorithm_name="U-Net")
+    (file,) = written(tmp_path, *reason)
     assert complaints(file, tmp_path) == []
 
 

@@ -1,0 +1,53 @@
+"""Display profiles: which kinds of result objects a peer is given, by what its viewers show. Edited like a peer's other fields.
+
+Must never import an encoder: the command line reads this page too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+Profile = tuple[str, ...]  # kinds, in the order of the table
+
+KINDS = {
+    "seg": "Segmentation, BINARY",
+    "sr": "Comprehensive 3D SR, TID 1500",
+    "key-image": "Secondary Capture with the outlines burned in",
+}
+PROFILES: dict[str, Profile] = {
+    "standard": ("seg", "sr"),
+    "plain": ("key-image",),  # a PACS that takes images only
+}
+OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, whoever is given it
+_SPEAKING = {"sr", "key-image"}  # these can say that nothing was found, or why nothing was analysed
+
+
+def chosen(name: str | None, kinds: Iterable[str]) -> Profile:
+    """Return the profile of this name, or of these kinds; without either the standard one.
+
+    Raises:
+        ValueError: one sentence, why it cannot be.
+    """
+    kinds = tuple(kinds)
+    if name is not None and kinds:
+        raise ValueError("a profile has a name or a list of objects, not both")
+    if name is not None and name not in PROFILES:
+        raise ValueError(f"{name!r} is no display profile: {', '.join(PROFILES)}")
+    return check_objects(kinds) if kinds else PROFILES[name or "standard"]
+
+
+def check_objects(kinds: Iterable[str]) -> Profile:
+    """Return the kinds, each once, in the order of the table.
+
+    Raises:
+        ValueError: one sentence, what is no kind, or what doesn't go together.
+    """
+    wanted = set(kinds)
+    unknown = sorted(wanted - set(KINDS))
+    if unknown:
+        raise ValueError(f"{', '.join(map(repr, unknown))} is no kind of result object: {', '.join(KINDS)}")
+    if not wanted & _SPEAKING:
+        raise ValueError(f"a peer needs one of {', '.join(k for k in KINDS if k in _SPEAKING)}: no finding must be said, too")
+    if "sr" in wanted and "seg" not in wanted:
+        raise ValueError("sr needs seg: a report refers to the segments of its findings")
+    return tuple(kind for kind in KINDS if kind in wanted)

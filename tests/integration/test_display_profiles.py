@@ -1,0 +1,121 @@
+"""Each peer gets the objects of its display profile and no others, of findings as of reasons, and a retry makes the same bytes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from dicomnode.cli import run
+from dicomnode.completion import close_complete_studies
+from dicomnode.config import Settings
+from dicomnode.engine import EngineClient
+from dicomnode.phantoms.studies import write_check_study
+from dicomnode.pipeline import Analyser
+from storage.records import Peer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_prefetch import Desk
+
+SEGMENTATION, REPORT, CAPTURE = (
+    f"1.2.840.10008.5.1.4.1.1.{ending}" for ending in ("66.4", "88.34", "7")
+)  # Segmentation, Comprehensive 3D SR, Secondary Capture Image Storage
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    write_check_study(folder, "profiles")
+    return folder
+
+
+class Site(Desk):
+    """A desk whose route has a destination for each profile."""
+
+    def __init__(self, folder: Path, studies: Path, **profiles: tuple[str, ...]) -> None:
+        super().__init__(folder, studies)
+        self.client = EngineClient(self.url)
+        for name, objects in profiles.items():
+            peer = Peer(ae_title=name, host="127.0.0.1", port=104, sends=False, receives=True, tls=False, client_cert=None)
+            self.storage.registry.add_peer(replace(peer, objects=objects))
+        (route,) = self.storage.registry.routes()
+        self.storage.registry.add_route(replace(route, to_ae_titles=tuple(profiles), report_refusals=True))
+
+    def analyse(self, files: list[Path]) -> str:
+        """Receive and analyse; return how the job ended."""
+        self.receive(files)
+        now = datetime.now(UTC)
+        close_complete_studies(self.storage, self.client, now + timedelta(hours=1), up_since=now)
+        (job,) = self.storage.jobs.jobs(study_instance_uid=self.study, kind="analyse")
+        Analyser(Settings.model_validate({"analysis": {"device": "cpu"}}), self.storage, self.client).analyse(job.key, 0)
+        ended = self.storage.jobs.job(job.key)
+        assert ended is not None
+        return ended.state
+
+    def given(self) -> dict[str, list[str]]:
+        """The SOP classes on their way to each peer."""
+        classes = {result.sop_instance_uid: result.sop_class_uid for result in self.storage.jobs.results(study_instance_uid=self.study)}
+        rows = self.storage.jobs.deliveries(study_instance_uid=self.study)
+        return {peer: sorted({classes[row.sop_instance_uid] for row in rows if row.peer == peer}) for peer in {row.peer for row in rows}}
+
+
+@pytest.fixture
+def site(tmp_path: Path, study: Path) -> Iterator[Site]:
+    site = Site(tmp_path, study, VIEWER=("seg", "sr"), PLAIN=("key-image",), BOTH=("seg", "sr", "key-image"))
+    yield site
+    site.client.close()
+    site.storage.database.close()
+
+
+def test_each_peer_is_given_the_objects_of_its_profile(site: Site) -> None:
+    assert site.analyse(site.files) == "done"
+    assert site.given() == {
+        "VIEWER": sorted([SEGMENTATION, REPORT]),
+        "PLAIN": [CAPTURE],
+        "BOTH": sorted([SEGMENTATION, REPORT, CAPTURE]),
+    }
+
+
+def test_a_reason_is_told_in_the_words_that_a_peer_can_show(site: Site) -> None:
+    assert site.analyse(site.files[:3]) == "refused"
+    assert site.given() == {"VIEWER": [REPORT], "PLAIN": [CAPTURE], "BOTH": sorted([REPORT, CAPTURE])}
+
+
+def test_pictures_are_made_only_where_somebody_is_given_them(tmp_path: Path, study: Path) -> None:
+    site = Site(tmp_path, study, VIEWER=("seg", "sr"))
+    assert site.analyse(site.files) == "done"
+    assert {result.sop_class_uid for result in site.storage.jobs.results()} == {SEGMENTATION, REPORT}
+    site.client.close()
+    site.storage.database.close()
+
+
+def test_a_profile_is_a_field_of_the_peer_for_the_administrator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["init", str(tmp_path / "node")]) == 0
+    config = ["--config", str(tmp_path / "node" / "dicomnode.toml")]
+    add = ["peer", "add", "PACS", "pacs.example", "104", *config]
+    for options, said in (
+        (["--sends", "--profile", "plain"], "need --receives"),
+        (["--receives", "--profile", "fancy"], "'fancy' is no display profile: standard, plain"),
+        (["--receives", "--object", "sr"], "sr needs seg"),
+        (["--receives", "--object", "gif"], "'gif' is no kind of result object"),
+    ):
+        assert run([*add, *options]) == 2
+        assert said in capsys.readouterr().err
+    site = tmp_path / "site.toml"
+    for number, (options, objects) in enumerate(
+        (([], '"seg", "sr"'), (["--profile", "plain"], '"key-image"'), (["--object", "key-image", "--object", "seg"], '"seg", "key-image"'))
+    ):
+        assert run([*add, "--receives", *options]) == 0
+        file = site.with_stem(f"site{number}")
+        assert run(["registry", "export", str(file), *config]) == 0
+        assert f"objects = [{objects}]" in file.read_text(encoding="utf-8")
+        assert run(["registry", "import", str(file), *config]) == 0
+    assert run(["peer", "list", *config]) == 0
+    assert "seg, key-image" in capsys.readouterr().out
+    file.write_text(file.read_text(encoding="utf-8").replace('"seg", "key-image"', '"seg"'), encoding="utf-8")
+    assert run(["registry", "import", str(file), *config]) == 2
+    assert "no finding must be said" in capsys.readouterr().err

@@ -1,0 +1,35 @@
+"""A display profile holds together: each peer hears of no finding, and no report speaks of a segmentation that isn't sent."""
+
+from __future__ import annotations
+
+import pytest
+
+from dicomnode.results.profile import PROFILES, check_objects, chosen
+from storage.records import STANDARD_OBJECTS
+
+
+def test_named_profiles_are_sound_and_the_standard_one_is_the_default() -> None:
+    for profile in PROFILES.values():
+        assert check_objects(profile) == profile
+    assert chosen(None, ()) == chosen("standard", ()) == STANDARD_OBJECTS
+    assert chosen("plain", ()) == ("key-image",)
+
+
+def test_kinds_are_put_in_order_each_once() -> None:
+    assert check_objects(["key-image", "sr", "seg", "sr"]) == ("seg", "sr", "key-image")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "why"),
+    [(["seg", "gif"], "'gif' is no kind"), (["seg"], "no finding must be said"), (["sr"], "sr needs seg"), ([], "no finding must be said")],
+)
+def test_what_does_not_go_together_is_refused(kinds: list[str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_objects(kinds)
+
+
+def test_a_name_and_a_list_are_not_both_given() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        chosen("plain", ["seg", "sr"])
+    with pytest.raises(ValueError, match="'ohif' is no display profile"):
+        chosen("ohif", ())
