@@ -38,7 +38,7 @@ class BundleModules:
         sys.dont_write_bytecode = True
         importlib.invalidate_caches()
         try:
-            with _stand_ins(), warnings.catch_warnings():
+            with stand_ins(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -95,8 +95,12 @@ def _label(mask: Any, connectivity: int | None = None, return_num: bool = False,
     return (labels, count) if return_num else labels
 
 
+class _Matcher:
+    """In the place of torchvision's: MONAI's training asks whether its own is one."""
+
+
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
+def stand_ins() -> Iterator[None]:
     """Give MONAI the small things that it takes from torchvision and scikit-image, where those aren't installed.
 
     Its detection networks want a mapping of layers and a rule of three lines, its largest component wants connected components.
@@ -107,6 +111,7 @@ def _stand_ins() -> Iterator[None]:
         replaced.append((importlib.import_module("monai.networks.blocks.backbone_fpn_utils"), "torchvision_models", models))
         retina = importlib.import_module("monai.apps.detection.networks.retinanet_network")
         replaced.append((retina, "_validate_trainable_layers", _trainable_layers))
+        replaced.append((importlib.import_module("monai.apps.detection.networks.retinanet_detector"), "Matcher", _Matcher))
     if importlib.util.find_spec("skimage") is None:
         transforms = importlib.import_module("monai.transforms.utils")
         replaced += [(transforms, "measure", types.SimpleNamespace(label=_label)), (transforms, "has_measure", True)]

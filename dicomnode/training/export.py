@@ -1,6 +1,6 @@
 """Write a trained network as a model package: a MONAI Bundle, the manifest and the card.
 
-Must never put code into a bundle: the network is a MONAI class by name with plain arguments.
+Must never put a script into a bundle: its network is a MONAI class by name with plain arguments.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from dicomnode.analysis.package import Package, load_package
 from dicomnode.errors import UsageError
 from dicomnode.training.card import write_model_card
+from dicomnode.training.detection import bundle_config, manifest_of
 from dicomnode.training.recipe import Recipe
 from dicomnode.training.streams import KINDS
 
@@ -36,10 +37,14 @@ def write_package(recipe: Recipe, weights: Mapping[str, torch.Tensor], folder: P
         raise UsageError(f"{folder} holds something that is no model package; take an empty folder")
     (folder / "bundle" / "configs").mkdir(parents=True, exist_ok=True)
     (folder / "bundle" / "models").mkdir(parents=True, exist_ok=True)
-    entries = recipe.package.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if recipe.package.kind == "detection":
+        manifest, config = manifest_of(recipe), bundle_config(recipe)
+    else:
+        network = {"_target_": f"monai.networks.nets.{recipe.network.name}", **recipe.network.arguments}
+        manifest, config = recipe.package, {"network_def": network}
+    entries = manifest.model_dump(mode="json", by_alias=True, exclude_none=True)
     (folder / "manifest.toml").write_text(toml_of(entries), encoding="utf-8")
-    network = {"_target_": f"monai.networks.nets.{recipe.network.name}", **recipe.network.arguments}
-    _write_json(folder / "bundle" / "configs" / "inference.json", {"network_def": network})
+    _write_json(folder / "bundle" / "configs" / "inference.json", config)
     _write_json(folder / "bundle" / "configs" / "metadata.json", _metadata(recipe))
     # half precision: a few MB; copies, because MONAI's DynUNet names each of its tensors twice and training lays them out channels last
     halved = {
@@ -83,6 +88,7 @@ def _toml_value(value: object) -> str:
 _ANSWERS = {  # type and format in metadata.json
     "segmentation": {"type": "image", "format": "segmentation"},
     "classification": {"type": "probabilities", "format": "classes"},
+    "detection": {"type": "object", "format": "dict"},
 }
 
 

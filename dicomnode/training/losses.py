@@ -28,13 +28,7 @@ class Meaning:
 
 
 def meaning_of(recipe: Recipe) -> Meaning:
-    """What the manifest in a recipe says of its network's channels.
-
-    Raises:
-        ConfigError: it is of a detection, which isn't trained here.
-    """
-    if recipe.package.kind == "detection":
-        raise ConfigError("package.kind: segmentations and classifications are trained, and a detection is not")
+    """What the manifest in a recipe says of its network's channels."""
     outputs = recipe.package.outputs
     return Meaning(
         channels=tuple(output.channel for output in outputs),

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dicomnode.errors import UsageError
 from dicomnode.training.dataset import DATASET, load_dataset
+from dicomnode.training.detection import average_precision, detector_of
 from dicomnode.training.export import write_package
 from dicomnode.training.journal import Journal
 from dicomnode.training.leakage import check_dataset
@@ -34,7 +35,7 @@ from dicomnode.training.losses import meaning_of
 from dicomnode.training.recipe import Recipe, load_recipe
 from dicomnode.training.streams import KINDS, Patch as Batch, stream_of
 from dicomnode.training.trainer import Trainer, random_state_kept
-from dicomnode.training.validation import Measured, best_of, is_exhausted, validate
+from dicomnode.training.validation import Measured, best_of, is_exhausted, of_classes, validate
 
 KEPT_CHECKPOINTS = 3  # the newest ones, and the best one
 VALIDATION_SEEDS = 2**40  # added to a recipe's seed: patches of validation are of other seeds than those of any training
@@ -123,7 +124,7 @@ def train(
 
 def metric_name(recipe: Recipe) -> str:
     """What a recipe's validation measures."""
-    return "auc" if recipe.package.kind == "classification" else "dice"
+    return {"segmentation": "dice", "classification": "auc", "detection": "average_precision"}[recipe.package.kind]
 
 
 def _asked(recipe: Recipe, *, seed: int | None, long: bool) -> Recipe:
@@ -231,6 +232,10 @@ class _ValidationPatches:
                 # one worker would make the training wait as long as it makes them itself
                 workers = section.workers if section.workers > 1 else 0
                 self._batches = list(_loader(patches, section.batch, workers=workers, seed=section.seed, pinned=False))
+            if self._recipe.package.kind == "detection":
+                detector = detector_of(self._recipe, trainer.average)
+                labels = [output.label for output in self._recipe.package.outputs]
+                return of_classes(average_precision(detector, self._batches, trainer.computing.device, labels), "average_precision")
             return validate(trainer.average, self._batches, meaning_of(self._recipe), trainer.computing)
 
 

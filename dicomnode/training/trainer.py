@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dicomnode.errors import ConfigError, TrainingFailed, UsageError
+from dicomnode.training.detection import build_retinanet, detection_losses, detector_of
 from dicomnode.training.losses import loss_parts, meaning_of
 from dicomnode.training.recipe import NetworkSection, Recipe
 from dicomnode.training.streams import Patch as Batch
@@ -43,6 +44,15 @@ def build_network(section: NetworkSection) -> torch.nn.Module:
         return network_class(**section.arguments)
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise ConfigError(f"network.arguments: {section.name} doesn't take these arguments: {error}") from error
+
+
+def network_of(recipe: Recipe) -> torch.nn.Module:
+    """A new network as a recipe says.
+
+    Raises:
+        ConfigError: it can't be built.
+    """
+    return build_retinanet(recipe) if recipe.package.kind == "detection" else build_network(recipe.network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +115,9 @@ class Trainer:
         self._meaning = meaning_of(recipe)
         self.computing = computing_on(device)
         seed_everything(recipe.training.seed)
-        self.network = self.computing.placed(build_network(recipe.network))
-        self.average = self.computing.placed(build_network(recipe.network)).eval()
+        self.network = self.computing.placed(network_of(recipe))
+        self.average = self.computing.placed(network_of(recipe)).eval()
+        self._detector = detector_of(recipe, self.network) if recipe.package.kind == "detection" else None
         self.average.load_state_dict(self.network.state_dict())
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=recipe.training.learning_rate, weight_decay=recipe.training.weight_decay, fused=True
@@ -140,11 +151,7 @@ class Trainer:
         buffers = list(self.network.buffers())
         statistics = [buffer.clone() for buffer in buffers]  # what batch normalisation keeps changes in the forward pass
         self.optimizer.zero_grad(set_to_none=True)
-        with self.computing.autocast():
-            logits = self.network(image)
-        if not isinstance(logits, torch.Tensor):
-            raise ConfigError(f"network.name: {type(self.network).__name__} gives more than one tensor, as here, and can't be trained so")
-        parts = loss_parts(logits.float(), truth, region, self._section, self._meaning)
+        parts = self._losses(image, truth, region)
         loss = torch.stack(list(parts.values())).sum()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._scaler.unscale_(self.optimizer)
@@ -158,6 +165,16 @@ class Trainer:
         self.skipped_in_a_row = 0
         self._follow()
         return dict(zip(("loss", "gradient_norm", *parts), values, strict=True))
+
+    def _losses(self, image: torch.Tensor, truth: torch.Tensor, region: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._detector is not None:
+            with self.computing.autocast():
+                return detection_losses(self._detector, image, truth, self._section)
+        with self.computing.autocast():
+            logits = self.network(image)
+        if not isinstance(logits, torch.Tensor):
+            raise ConfigError(f"network.name: {type(self.network).__name__} gives more than one tensor, as here, and can't be trained so")
+        return loss_parts(logits.float(), truth, region, self._section, self._meaning)
 
     def _skip(self, buffers: Sequence[torch.Tensor], statistics: Sequence[torch.Tensor]) -> None:
         if self._scaler.is_enabled():

@@ -24,7 +24,7 @@ class Measured:
     """What one validation gave."""
 
     metric: float
-    name: str  # dice, auc
+    name: str  # dice, auc, average_precision
     of_outputs: tuple[float, ...]  # not a number where the patches don't show an output
     picture: torch.Tensor | None  # (3, rows, columns) 0..1: a patch, the truth in green, the prediction in red
 
@@ -81,7 +81,12 @@ def _areas(chances: torch.Tensor, truths: torch.Tensor) -> Measured:
         known = ~chance.isnan()
         both = 0 < float(truth[known].sum()) < int(known.sum())
         areas.append(float(compute_roc_auc(chance[known, None], truth[known, None])) if both else float("nan"))
-    return Measured(metric=_mean(areas), name="auc", of_outputs=tuple(areas), picture=None)
+    return of_classes(areas, "auc")
+
+
+def of_classes(values: Sequence[float], name: str) -> Measured:
+    """A metric of each class; the whole is the mean of those that the patches show."""
+    return Measured(metric=_mean(values), name=name, of_outputs=tuple(values), picture=None)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from monai.losses import DiceCELoss, DiceLoss, FocalLoss
 from safetensors.torch import load_file
+from small_bundle import volume_of
 from torch.utils.data import Dataset
 
 from dicomnode.analysis.inference import load_model
@@ -236,8 +237,6 @@ def test_what_cannot_be_used_is_one_sentence(recipe: Path, tmp_path: Path) -> No
         train(recipe, tmp_path / "run", device="tpu", quiet=True)
     with pytest.raises(ConfigError, match="must not be 0"):
         load_recipe(recipe_file(tmp_path, training={"bce_weight": 0, "worst_weight": 0, "dice_weight": 0}))
-    with pytest.raises(ConfigError, match="a detection is not"):
-        train(retold(recipe_file(tmp_path), "detection", {"name": "UNet", "arguments": {}}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -336,6 +335,68 @@ def test_a_classification_learns_what_an_image_shows(tmp_path: Path, change: Cha
     package = load_package(run.folder / "package")
     model = load_model(package.folder, digest=package.digest, device="cpu")
     assert isinstance(model, WholeImageModel)
+
+
+def with_a_ball(number: int) -> Patch:
+    """Noise with a ball brighter than it, but for every fourth."""
+    rng = np.random.default_rng([7, number])
+    image = rng.normal(0.3, 0.1, (1, 16, 32, 32)).astype(np.float32)
+    centre = rng.uniform((4, 6, 6), (11, 25, 25)).reshape(3, 1, 1, 1)
+    ball = ((np.indices(image.shape[1:]) - centre) ** 2).sum(0) < rng.uniform(2.5, 4.5) ** 2 if number % 4 else np.zeros(image.shape[1:])
+    truth = ball[None].astype(np.float32)
+    return torch.from_numpy(image + truth / 2), torch.from_numpy(truth), torch.ones(truth.shape)
+
+
+def detection_recipe(folder: Path, **training: Any) -> Path:
+    network = {"anchors": [[6.0, 6.0, 6.0], [9.0, 9.0, 9.0]], "widths": [8, 16], "pyramid": 16}
+    settings = {"steps": 40, "batch": 4, "learning_rate": 3e-3, "warm_up_steps": 5, "worst_weight": 0, "checkpoint_every": 20}
+    file = recipe_file(folder, training=settings | training, validation={"every": 40, "patches": 8})
+    file.write_text(
+        file.read_text(encoding="utf-8")
+        .replace('intensity = "percentiles"', 'intensity = "window"\nwindow = [0.0, 1.0]')
+        .replace("window = [48, 64, 48]", "window = [16, 32, 32]"),
+        encoding="utf-8",
+    )
+    return retold(file, "detection", {"name": "RetinaNet", "arguments": network})
+
+
+def test_a_detection_learns_where_something_is(tmp_path: Path, change: Changing) -> None:
+    change(lambda number, _: with_a_ball(number), everywhere=True)
+    run = train(detection_recipe(tmp_path), tmp_path / "run", device="cpu", quiet=True)
+    assert run.metric is not None
+    assert run.metric[0] == "average_precision"
+    assert run.metric[1] > 0.8
+    package = load_package(run.folder / "package")
+    model = load_model(package.folder, digest=package.digest, device="cpu")
+    image, truth, _ = with_a_ball(1001)
+    affine = np.array([[0.0, 0, 4, -60], [0, 4, 0, -50], [4, 0, 0, 7], [0, 0, 0, 1]])  # (slice, row, column) to LPS
+    volume = volume_of(image[0].numpy(), affine)
+    found = model({package.manifest.inputs[0].name: volume}).findings
+    assert [finding.shape for finding in found] == ["box"]
+    centre = np.linalg.solve(affine, [*(found[0].centre_lps_mm or ()), 1.0])[:3]
+    assert truth[0][tuple(centre.round().astype(int))] == 1
+    assert found[0].segment.mask.shape == pytest.approx(np.ptp(np.argwhere(truth[0].numpy()), axis=0) + 1, abs=3)
+
+
+def test_a_detection_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, change: Changing) -> None:
+    change(lambda number, _: with_a_ball(number), everywhere=True)
+    file = detection_recipe(tmp_path, steps=6, checkpoint_every=2)
+    train(file, tmp_path / "straight", device="cpu", quiet=True)
+    train(file, tmp_path / "stopped", device="cpu", stop_after=3, quiet=True)
+    train(file, tmp_path / "stopped", device="cpu", quiet=True)
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_detection_s_recipe_with_mistakes_is_one_sentence(tmp_path: Path) -> None:
+    file = detection_recipe(tmp_path)
+    text = file.read_text(encoding="utf-8")
+    for old, new, said in (
+        ('name = "RetinaNet"', 'name = "UNet"', "trained as RetinaNet"),
+        ("pyramid = 16", "pyramids = 16", "network.arguments.pyramids"),
+    ):
+        file.write_text(text.replace(old, new), encoding="utf-8")
+        with pytest.raises(ConfigError, match=said):
+            train(file, tmp_path / "run", device="cpu", quiet=True)
 
 
 class Answer(torch.nn.Module):
