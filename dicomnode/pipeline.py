@@ -34,7 +34,7 @@ from dicomnode.pace import Pace
 from dicomnode.prefetch import Prefetched, Prefetcher
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_uid
-from dicomnode.results.profile import OWN, Profile
+from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, Profile, parts
 from dicomnode.results.proof import prove
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.report import encode_refusal, encode_report
@@ -55,7 +55,7 @@ class Outcome:
     state: JobState
     reason_code: str | None
     reason: str | None
-    objects: Mapping[str, tuple[ResultObject, ...]]  # by kind of object (results/profile.py)
+    objects: Mapping[Part, tuple[ResultObject, ...]]  # none of a part: there is nothing to say by it
     detail: dict[str, Any]
 
 
@@ -98,7 +98,7 @@ class Analyser:
         instances = self._storage.index.instances(job.study_instance_uid, job.revision)
         try:
             profiles = self._profiles(job)  # asked once: what is made is what is given
-            outcome = self._outcome(job, instances, frozenset(OWN).union(*profiles.values()))
+            outcome = self._outcome(job, instances, frozenset(parts(OWN)).union(*map(parts, profiles.values())))
             self._keep(job, outcome, profiles)
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
@@ -107,7 +107,7 @@ class Analyser:
         log.info("analysed", job=key, outcome=outcome.state, reason_code=outcome.reason_code)
         return None
 
-    def _outcome(self, job: Job, instances: Sequence[Instance], wanted: frozenset[str]) -> Outcome:
+    def _outcome(self, job: Job, instances: Sequence[Instance], wanted: frozenset[Part]) -> Outcome:
         headers: list[tuple[Path, Dataset]] = []
         prefetched = self._prefetcher.take(job.study_instance_uid, instances) if self._prefetcher else None
         try:
@@ -127,14 +127,13 @@ class Analyser:
         except ProofFailed as error:
             return self._without_result(job, headers, wanted, "failed", "result-withheld", f"result withheld: {error}")
 
-    def _analyse(self, job: Job, prefetched: Prefetched, wanted: frozenset[str]) -> Outcome:
+    def _analyse(self, job: Job, prefetched: Prefetched, wanted: frozenset[Part]) -> Outcome:
         clock = _Clock()
         folder = self._storage.registry.package_folder(job.package, job.version)
         package = load_package(folder)
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
         selection = prefetched.selection(package.manifest)
-        selected = selection.series[0]
         try:
             volumes = {series.input_name: self._volume(package.manifest, series, prefetched) for series in selection.series}
             clock.lap("volume")
@@ -143,17 +142,10 @@ class Analyser:
                 findings = model(volumes, self._pace(job))
         except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
             raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
-        volume = volumes[selected.input_name]
         clock.lap("inference")
         identity = _identity(job)
-        segmentation = encode_segmentation(findings, volume, selected.headers, identity)
         headers_of_all = [header for series in selection.series for header in series.headers]
-        report = encode_report(findings, volume, headers_of_all, identity, segmentation)
-        prove(segmentation, report, findings, volume, others=tuple(volumes.values())[1:])
-        objects: dict[str, tuple[ResultObject, ...]] = {"seg": () if segmentation is None else (segmentation,), "sr": (report,)}
-        if "key-image" in wanted:
-            objects["key-image"] = encode_captures(findings, volume, selected.headers, identity)
-            prove_captures(objects["key-image"], findings, volume)
+        objects = _encoded(findings, tuple(volumes.values()), headers_of_all, identity, wanted)
         clock.lap("results")
         return Outcome(
             state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
@@ -167,16 +159,17 @@ class Analyser:
         return volume
 
     def _without_result(
-        self, job: Job, headers: Sequence[tuple[Path, Dataset]], wanted: frozenset[str], state: JobState, code: str, reason: str
+        self, job: Job, headers: Sequence[tuple[Path, Dataset]], wanted: frozenset[Part], state: JobState, code: str, reason: str
     ) -> Outcome:
         """A job's end without findings, said in a report and, where wanted, in a picture; without headers nowhere but in its row."""
         log.warning("not analysed", job=job.key, outcome=state, reason_code=code)
-        objects: dict[str, tuple[ResultObject, ...]] = {}
-        if headers:
-            images, identity, made_by = [header for _, header in headers], _identity(job), self._made_by(job)
-            objects["sr"] = (encode_refusal(code, reason, images, identity, **made_by),)
-            if "key-image" in wanted:
-                objects["key-image"] = encode_reason(code, reason, images, identity, **made_by)
+        objects: dict[Part, tuple[ResultObject, ...]] = {}
+        images, identity, made_by = [header for _, header in headers], _identity(job), self._made_by(job)
+        for kind, segmentation in sorted(wanted, key=str) if headers else ():
+            if kind in REPORTS:
+                objects[kind, segmentation] = (encode_refusal(code, reason, images, identity, kind=kind, **made_by),)
+            if kind == "key-image":
+                objects[kind, None] = encode_reason(code, reason, images, identity, **made_by)
         return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})
 
     def _profiles(self, job: Job) -> dict[str, Profile]:
@@ -224,8 +217,9 @@ class Analyser:
 
     def _keep(self, job: Job, outcome: Outcome, profiles: Mapping[str, Profile]) -> None:
         """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
-        results = [_result(job, made, self._storage) for objects in outcome.objects.values() for made in objects]
-        given = {peer: [made for kind in profile for made in outcome.objects.get(kind, ())] for peer, profile in profiles.items()}
+        each = {made.sop_instance_uid: made for objects in outcome.objects.values() for made in objects}
+        results = [_result(job, made, self._storage) for made in each.values()]
+        given = {peer: [made for part in parts(profile) for made in outcome.objects.get(part, ())] for peer, profile in profiles.items()}
         with self._storage.database.writing() as transaction:
             ended = self._storage.jobs.finish(
                 job.key,
@@ -251,6 +245,27 @@ class Analyser:
         )  # fmt: skip
         self._storage.jobs.add_deliveries(transaction, key, peer, sop_instance_uids)
         self._client.enqueue(transaction, key, "deliver", job.priority)
+
+
+def _encoded(
+    findings: Findings, volumes: Sequence[Volume], headers: Sequence[Dataset], identity: RunIdentity, wanted: frozenset[Part]
+) -> dict[Part, tuple[ResultObject, ...]]:
+    """The wanted objects, each proved. The first volume's grid is that of the findings."""
+    volume, objects = volumes[0], dict[Part, tuple[ResultObject, ...]]()
+    for kind in SEGMENTATIONS:
+        reports = [report for report in REPORTS if (report, kind) in wanted]
+        if not reports and (kind, None) not in wanted:
+            continue
+        segmentation = encode_segmentation(findings, volume, headers, identity)
+        objects[kind, None] = () if segmentation is None else (segmentation,)
+        for report in reports or REPORTS[:1]:  # a segmentation is proved together with a report
+            made = encode_report(findings, volume, headers, identity, segmentation, kind=report)
+            prove(segmentation, made, findings, volume, others=volumes[1:])
+            objects[report, kind] = (made,)
+    if ("key-image", None) in wanted:
+        objects["key-image", None] = encode_captures(findings, volume, headers, identity)
+        prove_captures(objects["key-image", None], findings, volume)
+    return {part: made for part, made in objects.items() if part in wanted}
 
 
 class _Clock:

@@ -42,8 +42,8 @@ PIXELMED_NOISE = re.compile(
 )
 
 
-def complaints(file: Path, folder: Path) -> list[str]:
-    """Return what the validators find wrong with a SEG or SR, known noise left out; `folder` is for what dcmqi writes."""
+def complaints(file: Path, folder: Path, *, templates: bool = True) -> list[str]:
+    """Return what the validators find wrong with a result object, known noise left out; `folder` is for what dcmqi writes."""
     header = dcmread(file, stop_before_pixels=True)
     sop_class = header.SOPClassUID
     found = [f"dciodvfy: {line}" for line in _dciodvfy(file)]
@@ -53,7 +53,7 @@ def complaints(file: Path, folder: Path) -> list[str]:
         )
     if sop_class in STRUCTURED_REPORTS:
         found += _reads(file, program("dsrdump", "dcmtk"), "-q", file)
-        found += [f"PixelMed: {line}" for line in _pixelmed(file)]
+        found += [f"PixelMed: {line}" for line in _pixelmed(file)] if templates else []
         found += _reads(file, "tid1500reader", "--inputDICOM", file, "--outputMetadata", folder / "sr.json")
     return found
 

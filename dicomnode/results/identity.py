@@ -39,7 +39,7 @@ def object_uid(identity: RunIdentity, sop_class_uid: str, transfer_syntax_uid: s
 
 
 def series_uid(identity: RunIdentity, modality: str) -> str:
-    """Return the Series Instance UID of the run's objects of one modality ("SEG" or "SR")."""
+    """Return the Series Instance UID of the run's objects of one modality, of a variant of it that has a series of its own by its name."""
     return derive_uid(identity, "series", modality)
 
 

@@ -12,6 +12,7 @@ Profile = tuple[str, ...]  # kinds, in the order of the table
 KINDS = {
     "seg": "Segmentation, BINARY",
     "sr": "Comprehensive 3D SR, TID 1500",
+    "sr-comprehensive": "Comprehensive SR, the same content",
     "key-image": "Secondary Capture with the outlines burned in",
 }
 PROFILES: dict[str, Profile] = {
@@ -19,7 +20,10 @@ PROFILES: dict[str, Profile] = {
     "plain": ("key-image",),  # a PACS that takes images only
 }
 OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, whoever is given it
-_SPEAKING = {"sr", "key-image"}  # these can say that nothing was found, or why nothing was analysed
+SEGMENTATIONS = ("seg",)
+REPORTS = ("sr", "sr-comprehensive")
+_SPEAKING = {*REPORTS, "key-image"}  # these can say that nothing was found, or why nothing was analysed
+Part = tuple[str, str | None]  # an object to make: its kind, and of a report the kind of segmentation that it refers to
 
 
 def chosen(name: str | None, kinds: Iterable[str]) -> Profile:
@@ -48,6 +52,15 @@ def check_objects(kinds: Iterable[str]) -> Profile:
         raise ValueError(f"{', '.join(map(repr, unknown))} is no kind of result object: {', '.join(KINDS)}")
     if not wanted & _SPEAKING:
         raise ValueError(f"a peer needs one of {', '.join(k for k in KINDS if k in _SPEAKING)}: no finding must be said, too")
-    if "sr" in wanted and "seg" not in wanted:
+    for one_of in (REPORTS, SEGMENTATIONS):
+        if len(wanted.intersection(one_of)) > 1:
+            raise ValueError(f"{' and '.join(kind for kind in one_of if kind in wanted)} say the same: one of them is enough")
+    if wanted.intersection(REPORTS) and not wanted.intersection(SEGMENTATIONS):
         raise ValueError("sr needs seg: a report refers to the segments of its findings")
     return tuple(kind for kind in KINDS if kind in wanted)
+
+
+def parts(profile: Profile) -> tuple[Part, ...]:
+    """Return what is made for a profile."""
+    segmentation = next((kind for kind in profile if kind in SEGMENTATIONS), None)
+    return tuple((kind, segmentation if kind in REPORTS else None) for kind in profile)

@@ -1,4 +1,4 @@
-"""Findings, their absence, or the reason why there is no analysis become a TID 1500 report (PS3.16), Comprehensive 3D SR.
+"""Findings, their absence, or the reason why there is no analysis become a TID 1500 report (PS3.16), Comprehensive (3D) SR.
 
 Must never decide what is a finding, read a clock or draw a random number: the same findings give the same bytes.
 """
@@ -12,16 +12,26 @@ import numpy as np
 from highdicom import sr
 from pydicom import Dataset
 from pydicom.sr.codedict import codes as dicom_codes
-from pydicom.uid import Comprehensive3DSRStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, Comprehensive3DSRStorage, ComprehensiveSRStorage, ExplicitVRLittleEndian, SegmentationStorage
 
 from dicomnode.findings import Code, Finding, Findings, Measurement, ResultObject, RunIdentity, Score, Volume
 from dicomnode.results import codes, identity as uids, provenance
 from dicomnode.results.library import image_library
 from dicomnode.results.segmentation import coded
 
+# Both have the same content: all graphics are in pixels of an image (SCOORD), which either may hold (PS3.3 A.35.3, A.35.13).
+CLASSES = {"sr": Comprehensive3DSRStorage, "sr-comprehensive": ComprehensiveSRStorage}
+_DOCUMENTS = {Comprehensive3DSRStorage: sr.Comprehensive3DSR, ComprehensiveSRStorage: sr.ComprehensiveSR}
+
 
 def encode_report(
-    findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity, segmentation: ResultObject | None
+    findings: Findings,
+    volume: Volume,
+    headers: Sequence[Dataset],
+    identity: RunIdentity,
+    segmentation: ResultObject | None,
+    *,
+    kind: str = "sr",
 ) -> ResultObject:
     """Return the report of a finished analysis; "no finding" is a report too.
 
@@ -36,6 +46,7 @@ def encode_report(
         headers: the images' headers, in any order: the volume's, and those of `findings.other_series`; more are ignored.
         identity: everything UIDs and dates derive from.
         segmentation: the SEG of the same findings; None where there are none.
+        kind: a key of CLASSES.
     """
     if (segmentation is None) != (not findings.findings):
         raise ValueError("a report refers to the segmentation of its findings, and to none without findings")
@@ -57,11 +68,19 @@ def encode_report(
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     content = _measurement_report(origin, identity, groups, said(findings, volume), **made_by)
     content[0].ContentSequence.insert(-2, image_library(images, [series for series in others if series], volume))  # TID 1500 row 5
-    return _document(content, evidence, origin, identity, **made_by)
+    ordinal = 1 if segmentation is None or segmentation.sop_class_uid == SegmentationStorage else 2  # each SEG has a report of its own
+    return _document(content, evidence, origin, identity, CLASSES[kind], ordinal, **made_by)
 
 
 def encode_refusal(
-    code: str, reason: str, headers: Sequence[Dataset], identity: RunIdentity, *, manufacturer: str, algorithm_name: str
+    code: str,
+    reason: str,
+    headers: Sequence[Dataset],
+    identity: RunIdentity,
+    *,
+    manufacturer: str,
+    algorithm_name: str,
+    kind: str = "sr",
 ) -> ResultObject:
     """Return the report of a study that was not analysed, or whose analysis failed, with the reason in words.
 
@@ -72,6 +91,7 @@ def encode_refusal(
         identity: everything UIDs and dates derive from.
         manufacturer: of the package that would have run.
         algorithm_name: of the package that would have run.
+        kind: a key of CLASSES.
     """
     if not headers:
         raise ValueError("a report needs at least one image of its study")
@@ -80,7 +100,7 @@ def encode_refusal(
     group = _summary_group(codes.NO_ALGORITHM_SUCCEEDED, algorithm_name, identity)
     made_by = {"manufacturer": manufacturer, "model": algorithm_name}
     content = _measurement_report(headers[0], identity, [group], comments, **made_by)
-    return _document(content, images, headers[0], identity, **made_by)
+    return _document(content, images, headers[0], identity, CLASSES[kind], 1, **made_by)
 
 
 def _segment_group(
@@ -234,17 +254,20 @@ def _document(
     evidence: Sequence[Dataset],
     header: Dataset,
     identity: RunIdentity,
+    sop_class: UID,
+    ordinal: int,
     *,
     manufacturer: str,
     model: str,
 ) -> ResultObject:
     """The SR document: complete as the machine's word, preliminary and unverified as no person has looked (PS3.3 C.17.2)."""
     arguments = provenance.common_arguments(header, identity, "SR", manufacturer=manufacturer, model=model)
-    arguments["series_instance_uid"] = uids.series_uid(identity, "SR")
-    document = sr.Comprehensive3DSR(
+    variant = "SR" if (sop_class, ordinal) == (Comprehensive3DSRStorage, 1) else f"SR {sop_class} {ordinal}"
+    arguments["series_instance_uid"] = uids.series_uid(identity, variant)
+    document = _DOCUMENTS[sop_class](
         evidence=evidence,
         content=content[0],
-        sop_instance_uid=uids.object_uid(identity, Comprehensive3DSRStorage, ExplicitVRLittleEndian),
+        sop_instance_uid=uids.object_uid(identity, sop_class, ExplicitVRLittleEndian, ordinal),
         is_complete=True,
         is_final=False,
         is_verified=False,

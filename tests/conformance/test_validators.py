@@ -162,6 +162,16 @@ def test_validators_find_nothing_wrong_with_a_report(made: Callable[[], Made], t
     assert complaints(file, tmp_path) == []
 
 
+@pytest.mark.parametrize("made", [axial_pair, dx_at_the_detector])
+def test_programs_find_nothing_wrong_with_a_comprehensive_report(made: Callable[[], Made], tmp_path: Path) -> None:
+    """The content is that of the report above, so the slow checker of templates has seen it."""
+    this = made()
+    findings = this.case.findings(*this.found)
+    report = encode_report(findings, this.case.volume, this.case.headers, this.case.identity, this.segmentation, kind="sr-comprehensive")
+    (file,) = written(tmp_path, report)
+    assert complaints(file, tmp_path, templates=False) == []
+
+
 def test_validators_find_nothing_wrong_with_no_finding(tmp_path: Path) -> None:
     case = synthetic()
     (file,) = written(tmp_path, encode_report(case.findings(), case.volume, case.headers, case.identity, None))

@@ -21,9 +21,9 @@ from storage.records import Peer
 sys.path.insert(0, str(Path(__file__).parent))
 from test_prefetch import Desk
 
-SEGMENTATION, REPORT, CAPTURE = (
-    f"1.2.840.10008.5.1.4.1.1.{ending}" for ending in ("66.4", "88.34", "7")
-)  # Segmentation, Comprehensive 3D SR, Secondary Capture Image Storage
+SEGMENTATION, REPORT, PLAIN_REPORT, CAPTURE = (
+    f"1.2.840.10008.5.1.4.1.1.{ending}" for ending in ("66.4", "88.34", "88.33", "7")
+)  # Segmentation, Comprehensive 3D SR, Comprehensive SR, Secondary Capture Image Storage
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ class Site(Desk):
 
 @pytest.fixture
 def site(tmp_path: Path, study: Path) -> Iterator[Site]:
-    site = Site(tmp_path, study, VIEWER=("seg", "sr"), PLAIN=("key-image",), BOTH=("seg", "sr", "key-image"))
+    site = Site(tmp_path, study, VIEWER=("seg", "sr"), PLAIN=("key-image",), BOTH=("seg", "sr-comprehensive", "key-image"))
     yield site
     site.client.close()
     site.storage.database.close()
@@ -76,13 +76,13 @@ def test_each_peer_is_given_the_objects_of_its_profile(site: Site) -> None:
     assert site.given() == {
         "VIEWER": sorted([SEGMENTATION, REPORT]),
         "PLAIN": [CAPTURE],
-        "BOTH": sorted([SEGMENTATION, REPORT, CAPTURE]),
+        "BOTH": sorted([SEGMENTATION, PLAIN_REPORT, CAPTURE]),
     }
 
 
 def test_a_reason_is_told_in_the_words_that_a_peer_can_show(site: Site) -> None:
     assert site.analyse(site.files[:3]) == "refused"
-    assert site.given() == {"VIEWER": [REPORT], "PLAIN": [CAPTURE], "BOTH": sorted([REPORT, CAPTURE])}
+    assert site.given() == {"VIEWER": [REPORT], "PLAIN": [CAPTURE], "BOTH": sorted([PLAIN_REPORT, CAPTURE])}
 
 
 def test_pictures_are_made_only_where_somebody_is_given_them(tmp_path: Path, study: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dicomnode.results.profile import PROFILES, check_objects, chosen
+from dicomnode.results.profile import PROFILES, check_objects, chosen, parts
 from storage.records import STANDARD_OBJECTS
 
 
@@ -21,11 +21,21 @@ def test_kinds_are_put_in_order_each_once() -> None:
 
 @pytest.mark.parametrize(
     ("kinds", "why"),
-    [(["seg", "gif"], "'gif' is no kind"), (["seg"], "no finding must be said"), (["sr"], "sr needs seg"), ([], "no finding must be said")],
+    [
+        (["seg", "gif"], "'gif' is no kind"),
+        (["seg"], "no finding must be said"),
+        (["sr"], "sr needs seg"),
+        (["seg", "sr", "sr-comprehensive"], "sr and sr-comprehensive say the same"),
+        ([], "no finding must be said"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(kinds: list[str], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         check_objects(kinds)
+
+
+def test_a_report_refers_to_the_segmentation_of_its_own_profile() -> None:
+    assert parts(("seg", "sr-comprehensive", "key-image")) == (("seg", None), ("sr-comprehensive", "seg"), ("key-image", None))
 
 
 def test_a_name_and_a_list_are_not_both_given() -> None:

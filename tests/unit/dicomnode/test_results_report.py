@@ -9,6 +9,7 @@ import pytest
 from pydicom import Dataset
 
 from dicomnode.findings import Code, Findings, Measurement, ResultObject
+from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
 from results_cases import DIGEST, Case, sphere, synthetic
@@ -52,6 +53,17 @@ def coded(items: list[Dataset]) -> list[str]:
 @pytest.fixture(scope="module")
 def case() -> Case:
     return synthetic()
+
+
+def test_a_comprehensive_report_says_the_same_without_a_third_dimension(case: Case) -> None:
+    findings = case.findings(sphere(case, (0, -10, 110), 9), omitted=1)
+    seg = encode_segmentation(findings, case.volume, case.headers, case.identity)
+    three, two = (encode_report(findings, case.volume, case.headers, case.identity, seg, kind=kind) for kind in ("sr", "sr-comprehensive"))
+    prove(seg, two, findings, case.volume)
+    assert (three.sop_class_uid, two.sop_class_uid) == ("1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.33")
+    assert three.sop_instance_uid != two.sop_instance_uid
+    assert three.series_instance_uid != two.series_instance_uid
+    assert read(three).ContentSequence == read(two).ContentSequence
 
 
 @pytest.fixture(scope="module")
