@@ -256,7 +256,7 @@ def _encoded(
         reports = [report for report in REPORTS if (report, kind) in wanted]
         if not reports and (kind, None) not in wanted:
             continue
-        segmentation = encode_segmentation(findings, volume, headers, identity)
+        segmentation = encode_segmentation(findings, volume, headers, identity, kind=kind)
         objects[kind, None] = () if segmentation is None else (segmentation,)
         for report in reports or REPORTS[:1]:  # a segmentation is proved together with a report
             made = encode_report(findings, volume, headers, identity, segmentation, kind=report)

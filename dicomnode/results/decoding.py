@@ -14,11 +14,13 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset
+from pydicom.pixels.utils import iter_pixels
 
 from dicomnode.errors import ProofFailed
 from dicomnode.findings import Volume
 
 _LATERALITY = {"7771000": "left", "24028007": "right"}
+_BACKGROUND = 0  # a label map's voxels that belong to nothing
 _HALF = 0.5  # voxel: how far a frame may lie from the place of the image it names
 
 Number = tuple[str, float, str, str]  # concept, value, unit, scheme of the unit
@@ -36,6 +38,7 @@ class DecodedFrame:
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     bounds: tuple[int, int, int, int]  # first and last row, first and last column
+    mask: NDArray[np.bool_]  # the pixels within these bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,31 +97,39 @@ class DecodedGroup:
 
 
 def decode_segmentation(seg: Dataset, volume: Volume) -> list[DecodedSegment]:
-    """Read a BINARY SEG alone; the volume says only which image and plane a frame must lie on.
+    """Read a BINARY or LABELMAP SEG alone; the volume says only which image and plane a frame must lie on.
 
     Raises:
         ProofFailed: a frame lies elsewhere than the image it names, names none of the volume's, or the frame of reference differs.
     """
-    expect(str(seg.get("SegmentationType")) == "BINARY", "the SEG isn't BINARY")
+    kind = str(seg.get("SegmentationType"))
+    expect(kind in ("BINARY", "LABELMAP"), "the SEG is neither BINARY nor LABELMAP")
     expect(str(seg.get("ContentQualification")) == "RESEARCH", "the SEG's Content Qualification isn't RESEARCH")
     said = seg.get("FrameOfReferenceUID")
     expect(said == volume.frame_of_reference_uid, f"the SEG's Frame of Reference is {said}, the volume's {volume.frame_of_reference_uid}")
     expect(seg.StudyInstanceUID == volume.study_instance_uid, "the SEG belongs to another study than the volume")
     slices = slices_of(volume)
     to_index = None if volume.is_projection else np.asarray(np.linalg.inv(volume.affine), dtype=np.float64)
-    found: dict[int, dict[int, DecodedFrame]] = {int(s.SegmentNumber): {} for s in seg.SegmentSequence}
+    described = [item for item in seg.SegmentSequence if kind == "BINARY" or int(item.SegmentNumber) != _BACKGROUND]
+    found: dict[int, dict[int, DecodedFrame]] = {int(item.SegmentNumber): {} for item in described}
     shared = seg.SharedFunctionalGroupsSequence[0]
     expect(len(seg.PerFrameFunctionalGroupsSequence) == int(seg.NumberOfFrames), "the SEG's number of frames isn't that of its items")
+    labels = iter_pixels(seg) if kind == "LABELMAP" else None
     for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence, start=1):
         name = f"frame {number} of the SEG"
-        segment = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-        expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
         sources = [_plane(s) for d in frame.DerivationImageSequence for s in d.SourceImageSequence]
         expect(len(sources) == 1 and sources[0] in slices, f"{name} names {sources} as its source, no image of the volume")
         k = slices[sources[0]]
-        expect(k not in found[segment], f"{name} is the second of segment {segment} on one image")
-        found[segment][k] = _frame(seg, number, k, shared, to_index)
-    return [_segment(item, tuple(found[int(item.SegmentNumber)].values()), shared) for item in seg.SegmentSequence]
+        if labels is not None:
+            masks = _masks_of(next(labels))
+        else:
+            masks = {int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber): frame_pixels(seg, number - 1)}
+        expect(bool(masks), f"{name} is empty")
+        for segment, mask in masks.items():
+            expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
+            expect(k not in found[segment], f"{name} is the second of segment {segment} on one image")
+            found[segment][k] = _frame(seg, number, mask, k, to_index)
+    return [_segment(item, tuple(found[int(item.SegmentNumber)].values()), shared) for item in described]
 
 
 def decode_report(document: Dataset) -> Iterator[DecodedGroup]:
@@ -163,6 +174,12 @@ def frame_pixels(seg: Dataset, frame: int) -> NDArray[np.bool_]:
     return bits.reshape(int(seg.Rows), int(seg.Columns)).view(np.bool_)
 
 
+def _masks_of(labels: NDArray[np.uint8]) -> dict[int, NDArray[np.bool_]]:
+    """Each segment of a frame of labels."""
+    present = np.flatnonzero(np.bincount(labels.ravel()))
+    return {int(number): labels == number for number in present if number != _BACKGROUND}
+
+
 def slices_of(volume: Volume) -> dict[Plane, int]:
     """Return the slice that each image, or each frame of one, is."""
     numbers: Sequence[int | None] = volume.frame_numbers or [None] * len(volume.sop_instance_uids)
@@ -188,11 +205,10 @@ def expect(true: bool, otherwise: str) -> None:
         raise ProofFailed(f"{otherwise[0].upper()}{otherwise[1:]}.")
 
 
-def _frame(seg: Dataset, number: int, k: int, shared: Dataset, to_index: NDArray[np.float64] | None) -> DecodedFrame:
+def _frame(seg: Dataset, number: int, mask: NDArray[np.bool_], k: int, to_index: NDArray[np.float64] | None) -> DecodedFrame:
     """Where the frame's pixels are. Its first and last pixel of each row are enough for extent and place, as positions are linear."""
     name = f"frame {number} of the SEG"
-    frame = seg.PerFrameFunctionalGroupsSequence[number - 1]
-    mask = frame_pixels(seg, number - 1)
+    frame, shared = seg.PerFrameFunctionalGroupsSequence[number - 1], seg.SharedFunctionalGroupsSequence[0]
     rows = np.flatnonzero(mask.any(axis=1))
     expect(len(rows) > 0, f"{name} is empty")
     part = mask[rows]
@@ -217,6 +233,7 @@ def _frame(seg: Dataset, number: int, k: int, shared: Dataset, to_index: NDArray
         low=points.min(axis=0),
         high=points.max(axis=0),
         bounds=(int(rows[0]), int(rows[-1]), int(left.min()), int(right.max())),
+        mask=mask[rows[0] : rows[-1] + 1, left.min() : right.max() + 1].copy(),
     )
 
 

@@ -11,6 +11,7 @@ Profile = tuple[str, ...]  # kinds, in the order of the table
 
 KINDS = {
     "seg": "Segmentation, BINARY",
+    "seg-labelmap": "Label Map Segmentation in RLE Lossless; BINARY where findings overlap",
     "sr": "Comprehensive 3D SR, TID 1500",
     "sr-comprehensive": "Comprehensive SR, the same content",
     "key-image": "Secondary Capture with the outlines burned in",
@@ -20,7 +21,7 @@ PROFILES: dict[str, Profile] = {
     "plain": ("key-image",),  # a PACS that takes images only
 }
 OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, whoever is given it
-SEGMENTATIONS = ("seg",)
+SEGMENTATIONS = ("seg", "seg-labelmap")
 REPORTS = ("sr", "sr-comprehensive")
 _SPEAKING = {*REPORTS, "key-image"}  # these can say that nothing was found, or why nothing was analysed
 Part = tuple[str, str | None]  # an object to make: its kind, and of a report the kind of segmentation that it refers to
@@ -56,7 +57,7 @@ def check_objects(kinds: Iterable[str]) -> Profile:
         if len(wanted.intersection(one_of)) > 1:
             raise ValueError(f"{' and '.join(kind for kind in one_of if kind in wanted)} say the same: one of them is enough")
     if wanted.intersection(REPORTS) and not wanted.intersection(SEGMENTATIONS):
-        raise ValueError("sr needs seg: a report refers to the segments of its findings")
+        raise ValueError("sr needs seg or seg-labelmap: a report refers to the segments of its findings")
     return tuple(kind for kind in KINDS if kind in wanted)
 
 

@@ -21,7 +21,6 @@ from dicomnode.results.decoding import (
     decode_report,
     decode_segmentation,
     expect,
-    frame_pixels,
     items_below,
     read,
     slices_of,
@@ -63,7 +62,7 @@ def prove(
         wanted = {f.number for f in findings.findings}
         expect(set(segments) == wanted, f"the SEG has the segments {sorted(segments)}, the findings are {sorted(wanted)}")
         for finding in findings.findings:
-            _compare_segment(segments[finding.number], finding, volume, seg)
+            _compare_segment(segments[finding.number], finding, volume)
     document = _read(report, volume)
     groups = list(decode_report(document))
     for finding in findings.findings:
@@ -84,7 +83,7 @@ def _read(report: ResultObject, volume: Volume) -> Dataset:
     return document
 
 
-def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume, seg: Dataset) -> None:
+def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
     """What it is called, volume, centre, bounds, side, and at last each voxel."""
     name = f"segment {segment.number}"
     for shape in ("box", "heat map"):
@@ -112,7 +111,7 @@ def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume, 
         expect(near, f"{name} {verb} at {_point(decoded)} {unit}, its finding at {_point(wanted)}")
     coded_side = finding.side if finding.site is not None else None
     expect(segment.side == coded_side, f"{name} is coded as {segment.side or 'neither'} side, its finding is {coded_side or 'neither'}")
-    _compare_voxels(segment, finding, seg)
+    _compare_voxels(segment, finding)
 
 
 def _compare_measures(segment: DecodedSegment, volume: Volume) -> None:
@@ -136,15 +135,17 @@ def _extent(segment: Segment) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     return middle + origin, ends + origin
 
 
-def _compare_voxels(segment: DecodedSegment, finding: Finding, seg: Dataset) -> None:
+def _compare_voxels(segment: DecodedSegment, finding: Finding) -> None:
     first, row, column = finding.segment.origin
     rows, columns = finding.segment.mask.shape[1:]
     for frame in segment.frames:
         k = frame.slice_index - first
         same = 0 <= k < len(finding.segment.mask)
         if same:
-            pixels, mask = frame_pixels(seg, frame.number - 1), finding.segment.mask[k]
-            same = frame.count == np.count_nonzero(mask) and np.array_equal(pixels[row : row + rows, column : column + columns], mask)
+            mask, (top, bottom, left, right) = finding.segment.mask[k], frame.bounds
+            inside = row <= top <= bottom < row + rows and column <= left <= right < column + columns
+            there = mask[top - row : bottom + 1 - row, left - column : right + 1 - column]
+            same = inside and frame.count == np.count_nonzero(mask) and np.array_equal(frame.mask, there)
         expect(bool(same), f"segment {segment.number} has other voxels than its finding")
 
 

@@ -1,4 +1,4 @@
-"""Findings become one Segmentation object (PS3.3 A.51): BINARY, a segment per finding, empty frames left out.
+"""Findings become one Segmentation object (PS3.3 A.51): BINARY or LABELMAP, a segment per finding, empty frames left out.
 
 Must never decide what is a finding, read a clock or draw a random number: the same findings give the same bytes.
 """
@@ -14,10 +14,10 @@ from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, Segmentation
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 from pydicom import DataElement, Dataset
-from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, ExplicitVRLittleEndian, RLELossless, SegmentationStorage
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentity, Volume
-from dicomnode.results import codes, identity as uids, provenance
+from dicomnode.results import codes, identity as uids, label_map, provenance
 
 _ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
 _EXPLANATIONS = {
@@ -26,34 +26,40 @@ _EXPLANATIONS = {
 }
 
 
-def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity) -> ResultObject | None:
+def encode_segmentation(
+    findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity, *, kind: str = "seg"
+) -> ResultObject | None:
     """Return the SEG of all findings, or None where there are none: a study without a finding gets no SEG.
 
-    A segment has a frame for each slice in which it has a voxel, and a box or a heat map is called so in its label: neither may pass
-    for an outline. Of a projection the SEG has neither frame of reference nor plane positions nor pixel measures (PS3.3 A.51.5.1).
+    A segment has a frame for each slice in which it has a voxel, a label map one for each slice with a finding. A box or a heat map is
+    called so in its label: neither may pass for an outline. Of a projection the SEG has neither frame of reference nor plane positions
+    nor pixel measures (PS3.3 A.51.5.1), and is always BINARY; so it is where findings overlap or are more than a byte can number.
 
     Args:
         findings: what to encode; `finding.number` counts from 1 without a gap and becomes the segment number.
         volume: the voxels' geometry; its pixels aren't looked at.
         headers: the source images' headers, in any order; more than the volume's are ignored.
         identity: everything UIDs and dates derive from.
+        kind: "seg" for BINARY, "seg-labelmap" for LABELMAP in RLE Lossless.
 
     Segments may overlap. Memory is that of the object's packed bits, held twice while they are written.
     """
     if not findings.findings:
         return None
+    as_labels = kind == "seg-labelmap" and fits_label_map(findings, volume)
+    sop_class, syntax = (label_map.SOP_CLASS, RLELossless) if as_labels else (SegmentationStorage, ExplicitVRLittleEndian)
     images = provenance.source_images(volume, headers)
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     arguments = provenance.common_arguments(origin, identity, "SEG", **made_by)
-    arguments["series_instance_uid"] = uids.series_uid(identity, "SEG")
+    arguments["series_instance_uid"] = uids.series_uid(identity, "SEG LABELMAP" if as_labels else "SEG")
     result = Segmentation(
         source_images=[_plain(images[findings.findings[0].segment.origin[0]], volume)],
         pixel_array=_one_pixel(volume.voxels.shape[1:]),
-        segmentation_type=SegmentationTypeValues.BINARY,
+        segmentation_type=SegmentationTypeValues.LABELMAP if as_labels else SegmentationTypeValues.BINARY,
         segment_descriptions=[_describe(finding, findings, identity) for finding in findings.findings],
-        sop_instance_uid=uids.object_uid(identity, SegmentationStorage, ExplicitVRLittleEndian),
-        transfer_syntax_uid=ExplicitVRLittleEndian,
+        sop_instance_uid=uids.object_uid(identity, sop_class, syntax),
+        transfer_syntax_uid=syntax,
         omit_empty_frames=True,
         content_label=_content_label(identity.package),
         content_description=provenance.long_string(findings.algorithm_name, ending=provenance.RESEARCH),
@@ -61,13 +67,21 @@ def encode_segmentation(findings: Findings, volume: Volume, headers: Sequence[Da
     )
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
     result.ContentCreatorName = ""  # type 2: no person made this
-    _write_frames(result, findings.findings, images, volume)
+    if as_labels:
+        _write_label_frames(result, findings.findings, images, volume)
+    else:
+        _write_frames(result, findings.findings, images, volume)
     if volume.is_projection:  # type 2C (PS3.3 C.7.6.1): without a place in space an image says which way its rows and columns run
         result.PatientOrientation = images[0].get("PatientOrientation", "")
     _reference_whole_series(result, images)
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
     return provenance.encode(result)
+
+
+def fits_label_map(findings: Findings, volume: Volume) -> bool:
+    """Return whether the findings can be one label map: none overlaps another, and a byte numbers them."""
+    return not volume.is_projection and len(findings.findings) <= label_map.MOST and not _overlap(findings.findings)
 
 
 def coded(code: Code) -> CodedConcept:
@@ -115,6 +129,23 @@ def _write_frames(result: Dataset, findings: Sequence[Finding], images: Sequence
     result.NumberOfFrames = len(frames)
     result.PixelData = _packed(frames, volume.voxels.shape[1:])
     result.SegmentsOverlap = "YES" if _overlap(findings) else "NO"
+
+
+def _write_label_frames(result: Dataset, findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> None:
+    """Write each slice with a finding as a frame of labels."""
+    planes = sorted({k for finding in findings for k in _slices(finding)})
+    groups = []
+    for rank, k in enumerate(planes, start=1):
+        item, content = Dataset(), Dataset()
+        content.DimensionIndexValues = [rank]
+        item.FrameContentSequence = [content]
+        for element in _place(images[k], provenance.frame_number(volume, k)):
+            item.add(element)
+        groups.append(item)
+    result.PerFrameFunctionalGroupsSequence = groups
+    result.NumberOfFrames = len(planes)
+    rows, columns = volume.voxels.shape[1:]
+    result.PixelData = label_map.label_frames(findings, planes, (rows, columns))
 
 
 def _place(image: Dataset, number: int | None) -> list[DataElement]:

@@ -146,6 +146,17 @@ def test_validators_find_nothing_wrong_with_a_segmentation(made: Callable[[], Ma
     assert complaints(file, tmp_path) == []
 
 
+@pytest.mark.parametrize("made", [axial_pair, coronal, frames_of_a_set_of_four])
+def test_validators_find_nothing_wrong_with_a_label_map(made: Callable[[], Made], tmp_path: Path) -> None:
+    this = made()
+    findings = this.case.findings(*this.found)
+    labels = encode_segmentation(findings, this.case.volume, this.case.headers, this.case.identity, kind="seg-labelmap")
+    assert labels is not None
+    assert labels.sop_class_uid == "1.2.840.10008.5.1.4.1.1.66.7"
+    (file,) = written(tmp_path, labels)
+    assert complaints(file, tmp_path) == []
+
+
 # PixelMed takes 5 to 15 s a file: one report for each way to place a finding in each run, the others in the long one.
 @pytest.mark.parametrize(
     "made",

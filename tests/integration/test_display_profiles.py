@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pydicom
 import pytest
 
 from dicomnode.cli import run
@@ -21,6 +22,7 @@ from storage.records import Peer
 sys.path.insert(0, str(Path(__file__).parent))
 from test_prefetch import Desk
 
+LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 SEGMENTATION, REPORT, PLAIN_REPORT, CAPTURE = (
     f"1.2.840.10008.5.1.4.1.1.{ending}" for ending in ("66.4", "88.34", "88.33", "7")
 )  # Segmentation, Comprehensive 3D SR, Comprehensive SR, Secondary Capture Image Storage
@@ -31,6 +33,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     write_check_study(folder, "profiles")
     return folder
+
+
+def modality(image: pydicom.Dataset) -> str:
+    return str(image.Modality)
 
 
 class Site(Desk):
@@ -65,7 +71,14 @@ class Site(Desk):
 
 @pytest.fixture
 def site(tmp_path: Path, study: Path) -> Iterator[Site]:
-    site = Site(tmp_path, study, VIEWER=("seg", "sr"), PLAIN=("key-image",), BOTH=("seg", "sr-comprehensive", "key-image"))
+    site = Site(
+        tmp_path,
+        study,
+        VIEWER=("seg", "sr"),
+        PLAIN=("key-image",),
+        BOTH=("seg", "sr-comprehensive", "key-image"),
+        LABELS=("seg-labelmap", "sr"),
+    )
     yield site
     site.client.close()
     site.storage.database.close()
@@ -77,12 +90,18 @@ def test_each_peer_is_given_the_objects_of_its_profile(site: Site) -> None:
         "VIEWER": sorted([SEGMENTATION, REPORT]),
         "PLAIN": [CAPTURE],
         "BOTH": sorted([SEGMENTATION, PLAIN_REPORT, CAPTURE]),
+        "LABELS": sorted([LABEL_MAP, REPORT]),
     }
+    rows = site.storage.jobs.deliveries(study_instance_uid=site.study)
+    files = {result.sop_instance_uid: site.storage.objects.path(result.stored.object_id) for result in site.storage.jobs.results()}
+    for peer in ("VIEWER", "LABELS"):  # each report refers to the segmentation that goes with it
+        segmentation, report = sorted((pydicom.dcmread(files[row.sop_instance_uid]) for row in rows if row.peer == peer), key=modality)
+        assert str(segmentation.SOPInstanceUID) in report.to_json()
 
 
 def test_a_reason_is_told_in_the_words_that_a_peer_can_show(site: Site) -> None:
     assert site.analyse(site.files[:3]) == "refused"
-    assert site.given() == {"VIEWER": [REPORT], "PLAIN": [CAPTURE], "BOTH": sorted([PLAIN_REPORT, CAPTURE])}
+    assert site.given() == {"VIEWER": [REPORT], "PLAIN": [CAPTURE], "BOTH": sorted([PLAIN_REPORT, CAPTURE]), "LABELS": [REPORT]}
 
 
 def test_pictures_are_made_only_where_somebody_is_given_them(tmp_path: Path, study: Path) -> None:

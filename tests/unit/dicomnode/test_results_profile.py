@@ -24,7 +24,8 @@ def test_kinds_are_put_in_order_each_once() -> None:
     [
         (["seg", "gif"], "'gif' is no kind"),
         (["seg"], "no finding must be said"),
-        (["sr"], "sr needs seg"),
+        (["sr"], "sr needs seg or seg-labelmap"),
+        (["seg", "seg-labelmap", "sr"], "seg and seg-labelmap say the same"),
         (["seg", "sr", "sr-comprehensive"], "sr and sr-comprehensive say the same"),
         ([], "no finding must be said"),
     ],
