@@ -1,5 +1,8 @@
 """Where the lungs are in a chest CT, by threshold and shape. Limits where findings may lie and says on which side they are.
 
+A mass as dense as the wall leaves a dent in the airy lung, so each lung's convex outline in a slice belongs to the region, heart
+and hilum in its concave side too: what lies there is for the network to tell.
+
 Works on a part of a chest too: nothing is expected of the first and last slice. Must never import torch.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError
 
 from dicomnode.analysis.eligibility import NotEligible
 
@@ -18,6 +22,8 @@ _GAS_HU = -975.0  # a cavity this empty at its median is gas, not lung
 _TISSUE_HU = -200.0
 _SMALLEST_ML = 8.0
 _CLOSING_MM = 15.0  # bridges vessels, and nodules at the pleura
+_DENT_MM = 32.0  # of a lung's convex outline, what is at most this far from the airy lung: the middle of a mass of 60 mm
+_LOOKED_AT_MM = 1.8  # pixels: finer ones are averaged, since distances over the whole chest cost seconds there
 _NECK_MM = 9.0  # half the widest bridge between both lungs that is cut
 
 Mask = NDArray[np.bool_]
@@ -34,6 +40,12 @@ def lung_region(hu: NDArray[np.float32], spacing_mm: Spacing) -> tuple[Mask, NDA
     Raises:
         NotEligible: "no-lung", if no air-filled space of lung's density and size lies inside the body.
     """
+    merged = tuple(max(1, round(_LOOKED_AT_MM / step)) for step in spacing_mm[1:])
+    if max(merged) > 1:
+        rows, columns = merged
+        region, side = lung_region(_averaged(hu, rows, columns), (spacing_mm[0], spacing_mm[1] * rows, spacing_mm[2] * columns))
+        box = slice(None), slice(hu.shape[1]), slice(hu.shape[2])
+        return region.repeat(rows, axis=1).repeat(columns, axis=2)[box], side.repeat(rows, axis=1).repeat(columns, axis=2)[box]
     pieces = _airy_pieces(hu, spacing_mm)
     if not pieces.any():
         raise NotEligible("no-lung", "No lung was found in the images.")
@@ -121,14 +133,38 @@ def _parted(piece: Mask, middle: float, spacing_mm: Spacing) -> NDArray[np.int8]
     return np.broadcast_to(by_middle, piece.shape)
 
 
+def _averaged(hu: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
+    """Merge `rows` x `columns` pixels into one; the last ones are repeated where they don't divide."""
+    padded = np.pad(hu, ((0, 0), (0, -hu.shape[1] % rows), (0, -hu.shape[2] % columns)), mode="edge")
+    slices, height, width = padded.shape
+    mean: NDArray[np.float32] = padded.reshape(slices, height // rows, rows, width // columns, columns).mean(axis=(2, 4), dtype=np.float32)
+    return mean
+
+
 def _filled(lung: Mask, spacing_mm: Spacing) -> tuple[Mask, Box]:
-    """One lung closed in its slices and without holes, in a box of the volume."""
+    """One lung in a box of the volume: closed in its slices, without holes, and with what dents its convex outline."""
     tight = ndimage.find_objects(lung.astype(np.int8))[0]
     margin = tuple(int(np.ceil(_CLOSING_MM / step)) + 1 for step in spacing_mm[1:])
     padded = np.pad(lung[tight], ((0, 0), (margin[0],) * 2, (margin[1],) * 2))
     for k in range(len(padded)):
         if padded[k].any():
-            near = ndimage.distance_transform_edt(~padded[k], sampling=spacing_mm[1:]) <= _CLOSING_MM
-            closed = ndimage.distance_transform_edt(near, sampling=spacing_mm[1:]) > _CLOSING_MM
-            padded[k] = ndimage.binary_fill_holes(closed | padded[k])
+            away = ndimage.distance_transform_edt(~padded[k], sampling=spacing_mm[1:])
+            closed = ndimage.distance_transform_edt(away <= _CLOSING_MM, sampling=spacing_mm[1:]) > _CLOSING_MM
+            dents = _convex(padded[k]) & (away <= _DENT_MM)
+            padded[k] = ndimage.binary_fill_holes(closed | padded[k] | dents)
     return padded[:, margin[0] : -margin[0], margin[1] : -margin[1]], tight
+
+
+def _convex(outline: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the convex hull of a slice's pixels, as pixels; of pixels in one line, themselves."""
+    rows = np.flatnonzero(outline.any(axis=1))
+    first, last = outline[rows].argmax(axis=1), outline.shape[1] - 1 - outline[rows, ::-1].argmax(axis=1)
+    try:
+        hull = ConvexHull(np.column_stack([np.concatenate([rows, rows]), np.concatenate([first, last])]))
+    except QhullError:
+        return outline
+    row, column = np.ogrid[: outline.shape[0], : outline.shape[1]]
+    inside = np.ones(outline.shape, dtype=np.bool_)
+    for by_row, by_column, offset in hull.equations:
+        inside &= by_row * row + by_column * column + offset <= 1e-6
+    return inside

@@ -23,6 +23,7 @@ class NodulePatches(_Section):
     spacing_mm: tuple[float, float, float]
     window_hu: tuple[float, float] = Field(description="clipped to it and scaled to 0..1")
     patch: tuple[int, int, int]
+    scales: tuple[float, ...] = Field((1.0,), min_length=1, description="times spacing_mm: patches for the passes of package.inference")
     region_margin_mm: float = Field(description="the loss counts voxels in the lung and this far around it")
     nodules_per_scene: int = Field(ge=0)
     diameters_mm: tuple[float, float, float] = Field(description="log-uniform from the first to the second; a few up to the third")

@@ -17,16 +17,15 @@ from dicomnode.training.trainer import Trainer, build_network
 
 RECIPE = Path(__file__).parents[3] / "dicomnode" / "training" / "recipes" / "lung-nodule-ct.toml"
 SMALL = {
-    "patch = [16, 64, 64]": "patch = [4, 16, 16]",
-    "nodules_per_scene = 8": "nodules_per_scene = 2",
-    "filters = [8, 16, 32, 64, 96]": "filters = [4, 4, 4]",
-    "kernel_size = [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]": "kernel_size = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]",
-    "strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]",
-    "upsample_kernel_size = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "upsample_kernel_size = [[1, 2, 2], [2, 2, 2]]",
+    "patch = [24, 64, 64]": "patch = [8, 16, 16]",
+    "nodules_per_scene = 14": "nodules_per_scene = 2",
+    "channels = [16, 32, 48, 64, 96]": "channels = [4, 4, 4]",
+    "strides = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "strides = [[1, 2, 2], [2, 2, 2]]",
     "batch = 4": "batch = 2",
-    "checkpoint_every = 250": "checkpoint_every = 2",
+    "checkpoint_every = 100": "checkpoint_every = 2",
     "workers = 1": "workers = 0",
-    "[package]": "[validation]\npatches = 2\n\n[package]",
+    "every = 350": "every = 250",
+    "patches = 48": "patches = 2",
 }
 
 
@@ -79,7 +78,7 @@ def test_a_folder_of_another_recipe_is_refused(small: Path, tmp_path: Path) -> N
 def test_a_step_without_finite_gradients_is_skipped_and_counted(small: Path) -> None:
     trainer = Trainer(recipe_of(small), "cpu")
     before = {name: value.clone() for name, value in trainer.network.named_parameters()}
-    truth = torch.zeros(2, 1, 4, 16, 16)
+    truth = torch.zeros(2, 1, 8, 16, 16)
     assert trainer.learn((torch.full_like(truth, float("nan")), truth, torch.ones_like(truth))) is None
     assert (trainer.step, trainer.skipped) == (1, 1)
     assert all(torch.equal(before[name], value) for name, value in trainer.network.named_parameters())
@@ -87,7 +86,7 @@ def test_a_step_without_finite_gradients_is_skipped_and_counted(small: Path) -> 
 
 def test_after_a_skipped_step_training_goes_on_with_finite_numbers(small: Path) -> None:
     trainer = Trainer(recipe_of(small), "cpu")
-    truth = torch.zeros(2, 1, 4, 16, 16)
+    truth = torch.zeros(2, 1, 8, 16, 16)
     trainer.learn((torch.full_like(truth, float("inf")), truth, torch.ones_like(truth)))
     loss = trainer.learn((torch.rand(truth.shape), truth, torch.ones_like(truth)))
     assert loss is not None
@@ -96,7 +95,7 @@ def test_after_a_skipped_step_training_goes_on_with_finite_numbers(small: Path) 
 
 def test_a_checkpoint_brings_everything_back(small: Path, tmp_path: Path) -> None:
     trainer = Trainer(recipe_of(small), "cpu")
-    truth = torch.zeros(2, 1, 4, 16, 16)
+    truth = torch.zeros(2, 1, 8, 16, 16)
     trainer.learn((torch.rand(truth.shape), truth, torch.ones_like(truth)))
     trainer.save(tmp_path / "000001.pt")
     other = Trainer(recipe_of(small), "cpu")
@@ -127,16 +126,27 @@ def test_a_patch_is_the_same_whenever_it_is_asked_for(small: Path) -> None:
     for got, expected in zip(first[2], wanted, strict=True):
         assert torch.equal(got, expected)
     image, truth, region = first[2]
-    assert image.shape == truth.shape == region.shape == (1, 4, 16, 16)
+    assert image.shape == truth.shape == region.shape == (1, 8, 16, 16)
     assert 0 <= float(image.min()) <= float(image.max()) <= 1
     assert set(torch.unique(truth).tolist()) <= {0.0, 1.0}
-    assert bool((region[truth > 0] == 1).all())
+    assert bool((region[truth > 0] >= 1).all())
 
 
 def test_most_patches_show_a_nodule(small: Path) -> None:
     data = recipe_of(small).data.model_copy(update={"patch": (8, 48, 48), "nodules_per_scene": 3})
     patches = PhantomPatches(data, seed=4, count=16)
     assert sum(bool(patches[i][1].any()) for i in range(16)) >= 8
+
+
+def test_a_small_nodule_counts_more_and_what_a_scale_cannot_see_not_at_all(small: Path) -> None:
+    data = recipe_of(small).data.model_copy(update={"patch": (16, 48, 48), "nodules_per_scene": 8, "diameters_mm": (5.0, 6.0, 60.0)})
+    patches = PhantomPatches(data.model_copy(update={"large_share": 0.0}), seed=4, count=48)
+    shown = [patches[i] for i in range(4)]
+    weights = torch.cat([weight[truth > 0] for _, truth, weight in shown])
+    assert float(weights.min()) > 2  # nothing here is larger than half of what counts once
+    assert {float(w) for _, truth, weight in shown for w in torch.unique(weight[truth == 0])} <= {0.0, 1.0}
+    coarse = PhantomPatches(data.model_copy(update={"large_share": 0.0, "scales": (4.0,)}), seed=4, count=48)
+    assert not any(bool(coarse[i][1].any()) for i in (2, 5, 8, 15))  # 6 mm are too small for voxels of 6 x 4 x 4 mm
 
 
 def test_every_mistake_of_a_recipe_is_named(small: Path, tmp_path: Path) -> None:
