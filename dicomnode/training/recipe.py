@@ -134,6 +134,10 @@ class TrainingSection(_Section):
     checkpoint_every: int = Field(ge=1)
     workers: int = Field(1, ge=0, description="processes that render patches; 0: in the training process")
     threads: int = Field(1, ge=1, description="CPU threads of the training process")
+    start: str = Field(
+        "", pattern=r"^([a-z0-9._-]+/[a-z0-9._-]+)?$",
+        description="NAME/VERSION of a package that comes with the node, with whose weights training begins; empty: with random ones",
+    )  # fmt: skip
     long_factor: int = Field(4, ge=1, description="how many times the steps a long training has")
 
     @model_validator(mode="after")

@@ -17,13 +17,16 @@ from typing import Any
 import monai.networks.nets
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
+from dicomnode.analysis.package import WEIGHTS
 from dicomnode.errors import ConfigError, TrainingFailed, UsageError
 from dicomnode.training.detection import build_retinanet, detection_losses, detector_of
 from dicomnode.training.losses import loss_parts, meaning_of
 from dicomnode.training.recipe import NetworkSection, Recipe
 from dicomnode.training.streams import Patch as Batch
 
+PACKAGES = Path(__file__).parents[1] / "packages"
 SKIPPED_IN_A_ROW = 20  # as many, or more than this share of all steps, end a training
 SKIPPED_SHARE = 0.05
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by a tensor's dimensions
@@ -53,6 +56,16 @@ def network_of(recipe: Recipe) -> torch.nn.Module:
         ConfigError: it can't be built.
     """
     return build_retinanet(recipe) if recipe.package.kind == "detection" else build_network(recipe.network)
+
+
+def _load_weights(network: torch.nn.Module, start: str) -> None:
+    file = PACKAGES / start / WEIGHTS[0]
+    if not file.is_file():
+        raise ConfigError(f"training.start: no package {start} with its weights comes with the node")
+    try:
+        network.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        raise ConfigError(f"training.start: the weights of {start} are of another network than the recipe's") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,8 @@ class Trainer:
         self.computing = computing_on(device)
         seed_everything(recipe.training.seed)
         self.network = self.computing.placed(network_of(recipe))
+        if recipe.training.start:
+            _load_weights(self.network, recipe.training.start)
         self.average = self.computing.placed(network_of(recipe)).eval()
         self._detector = detector_of(recipe, self.network) if recipe.package.kind == "detection" else None
         self.average.load_state_dict(self.network.state_dict())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dicomnode.analysis.inference import load_model
 from dicomnode.analysis.package import load_package
@@ -19,13 +20,16 @@ RECIPE = Path(__file__).parents[3] / "dicomnode" / "training" / "recipes" / "lun
 SMALL = {
     "patch = [24, 64, 64]": "patch = [8, 16, 16]",
     "nodules_per_scene = 14": "nodules_per_scene = 2",
-    "channels = [16, 32, 48, 64, 96]": "channels = [4, 4, 4]",
-    "strides = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "strides = [[1, 2, 2], [2, 2, 2]]",
+    "filters = [8, 16, 32, 64, 96]": "filters = [4, 4, 4]",
+    "kernel_size = [[1, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3], [3, 3, 3]]": "kernel_size = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]",
+    "strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]",
+    "upsample_kernel_size = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "upsample_kernel_size = [[1, 2, 2], [2, 2, 2]]",
+    'start = "lung-nodule-ct/0.1.0"': 'start = ""',
     "batch = 4": "batch = 2",
-    "checkpoint_every = 100": "checkpoint_every = 2",
+    "checkpoint_every = 40": "checkpoint_every = 2",
     "workers = 1": "workers = 0",
-    "every = 350": "every = 250",
-    "patches = 48": "patches = 2",
+    "every = 120": "every = 250",
+    "patches = 32": "patches = 2",
 }
 
 
@@ -147,6 +151,19 @@ def test_a_small_nodule_counts_more_and_what_a_scale_cannot_see_not_at_all(small
     assert {float(w) for _, truth, weight in shown for w in torch.unique(weight[truth == 0])} <= {0.0, 1.0}
     coarse = PhantomPatches(data.model_copy(update={"large_share": 0.0, "scales": (4.0,)}), seed=4, count=48)
     assert not any(bool(coarse[i][1].any()) for i in (2, 5, 8, 15))  # 6 mm are too small for voxels of 6 x 4 x 4 mm
+
+
+def test_a_training_can_begin_with_the_weights_of_a_package(small: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    start = load_file(RECIPE.parents[2] / "packages" / recipe.training.start / "bundle" / "models" / "model.safetensors")
+    begun = Trainer(recipe, "cpu")
+    for network in (begun.network, begun.average):
+        state = network.state_dict()
+        assert all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in start.items())
+    section = recipe_of(small).training
+    for name, words in (("lung-nodule-ct/9.9.9", "no package"), ("brain-mr/0.1.0", "another network")):
+        with pytest.raises(ConfigError, match=words):
+            Trainer(recipe_of(small).model_copy(update={"training": section.model_copy(update={"start": name})}), "cpu")
 
 
 def test_every_mistake_of_a_recipe_is_named(small: Path, tmp_path: Path) -> None:
