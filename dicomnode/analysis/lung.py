@@ -1,7 +1,7 @@
 """Where the lungs are in a chest CT, by threshold and shape. Limits where findings may lie and says on which side they are.
 
-A mass as dense as the wall leaves a dent in the airy lung, so each lung's convex outline in a slice belongs to the region, heart
-and hilum in its concave side too: what lies there is for the network to tell.
+A mass as dense as the wall leaves a dent in the airy lung, so dents up to the width of a large mass belong to the region, a part of
+hilum and mediastinum too: what lies there is for the network to tell.
 
 Works on a part of a chest too: nothing is expected of the first and last slice. Must never import torch.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import ConvexHull, QhullError
 
 from dicomnode.analysis.eligibility import NotEligible
 
@@ -21,8 +20,7 @@ _AIRY_HU = -400.0  # below: lung or air
 _GAS_HU = -975.0  # a cavity this empty at its median is gas, not lung
 _TISSUE_HU = -200.0
 _SMALLEST_ML = 8.0
-_CLOSING_MM = 15.0  # bridges vessels, and nodules at the pleura
-_DENT_MM = 32.0  # of a lung's convex outline, what is at most this far from the airy lung: the middle of a mass of 60 mm
+_CLOSING_MM = 30.0  # bridges the dent of a mass of 60 mm, and not the one of the heart, which is wider
 _LOOKED_AT_MM = 1.8  # pixels: finer ones are averaged, since distances over the whole chest cost seconds there
 _NECK_MM = 9.0  # half the widest bridge between both lungs that is cut
 
@@ -142,29 +140,13 @@ def _averaged(hu: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.fl
 
 
 def _filled(lung: Mask, spacing_mm: Spacing) -> tuple[Mask, Box]:
-    """One lung in a box of the volume: closed in its slices, without holes, and with what dents its convex outline."""
+    """One lung closed in its slices and without holes, in a box of the volume."""
     tight = ndimage.find_objects(lung.astype(np.int8))[0]
     margin = tuple(int(np.ceil(_CLOSING_MM / step)) + 1 for step in spacing_mm[1:])
     padded = np.pad(lung[tight], ((0, 0), (margin[0],) * 2, (margin[1],) * 2))
     for k in range(len(padded)):
         if padded[k].any():
-            away = ndimage.distance_transform_edt(~padded[k], sampling=spacing_mm[1:])
-            closed = ndimage.distance_transform_edt(away <= _CLOSING_MM, sampling=spacing_mm[1:]) > _CLOSING_MM
-            dents = _convex(padded[k]) & (away <= _DENT_MM)
-            padded[k] = ndimage.binary_fill_holes(closed | padded[k] | dents)
+            near = ndimage.distance_transform_edt(~padded[k], sampling=spacing_mm[1:]) <= _CLOSING_MM
+            closed = ndimage.distance_transform_edt(near, sampling=spacing_mm[1:]) > _CLOSING_MM
+            padded[k] = ndimage.binary_fill_holes(closed | padded[k])
     return padded[:, margin[0] : -margin[0], margin[1] : -margin[1]], tight
-
-
-def _convex(outline: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return the convex hull of a slice's pixels, as pixels; of pixels in one line, themselves."""
-    rows = np.flatnonzero(outline.any(axis=1))
-    first, last = outline[rows].argmax(axis=1), outline.shape[1] - 1 - outline[rows, ::-1].argmax(axis=1)
-    try:
-        hull = ConvexHull(np.column_stack([np.concatenate([rows, rows]), np.concatenate([first, last])]))
-    except QhullError:
-        return outline
-    row, column = np.ogrid[: outline.shape[0], : outline.shape[1]]
-    inside = np.ones(outline.shape, dtype=np.bool_)
-    for by_row, by_column, offset in hull.equations:
-        inside &= by_row * row + by_column * column + offset <= 1e-6
-    return inside

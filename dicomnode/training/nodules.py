@@ -19,16 +19,18 @@ from torch.utils.data import Dataset
 from dicomnode.phantoms.acquisition import Protocol, apply_matrix, averaging, develop, interpolating, random_protocol
 from dicomnode.phantoms.anatomy import points_in_lung
 from dicomnode.phantoms.chest import ChestScene, chest_scene, render, scatter_nodules, true_mask
+from dicomnode.phantoms.nodules import Nodule
 from dicomnode.phantoms.shapes import Floats, Grid, Tubes
 from dicomnode.training.recipe import NodulePatches
 
 SCENES_AT_A_TIME = 4  # a batch of four shows four chests, and twelve batches in a row share them
-PLACES_PER_SCENE = 4  # two at nodules, one at a mass, one where mistakes are likely
+PLACES_PER_SCENE = 4  # one at a nodule, one at a nodule or where mistakes are likely, one at a mass, one where mistakes are likely
 SCANS_PER_PLACE = 3  # each rendered once and scanned with three protocols: rendering is what costs
 THIN_MM = 0.7  # radius of vessels that a coarse grid doesn't show
 LONGEST_MM = 5.0  # thickness and distance of slices
 WEIGHED_MM = 12.0  # a nodule smaller than this counts more for each voxel, up to MOST_WEIGHT times, or its few voxels went unheard
 MOST_WEIGHT = 5.0
+LARGEST_GROUND_GLASS_MM = 25.0
 TO_BE_FOUND_MM = (7.0, 36.0)  # at scale 1 anything up to the second; at a coarser one, times the scale, anything above the first
 
 Patch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -70,9 +72,10 @@ class PhantomPatches(Dataset[Patch]):
         rng = np.random.default_rng([self._seed, 13, number, turn])
         coarsest = max(self._data.scales)
         kind = (turn + number) % PLACES_PER_SCENE
-        scale = coarsest if kind == 2 or (kind == 3 and rng.random() < 0.4) else 1.0  # the third place and some of the fourth
-        shown = [nodule for nodule in scene.nodules if _is_to_be_found(nodule.diameter_mm, scale)]
-        if kind == 3 or not shown:
+        mistakes = rng.random() < (0.0, 0.4, 0.0, 1.0)[kind]
+        scale = coarsest if kind == 2 or (kind == 3 and rng.random() < 0.6) else 1.0
+        shown = [nodule for nodule in scene.nodules if _is_to_be_found(nodule, scale)]
+        if mistakes or not shown:
             return _rendered(scene, _likely_mistake(scene, rng), scale, self._data)
         nodule = shown[int(rng.integers(len(shown)))]
         reach = 0.33 * scale * np.multiply(self._data.patch, self._data.spacing_mm)[::-1]
@@ -96,15 +99,21 @@ def _kept(things: OrderedDict[Any, Thing], key: Any, make: Callable[[], Thing], 
     return things[key]
 
 
-def _is_to_be_found(diameter_mm: float, scale: float) -> bool:
+def _is_to_be_found(nodule: Nodule, scale: float) -> bool:
+    """Whether a scale shows a nodule well. A large one of ground glass alone looks like the areas that are none, and is never counted."""
     low, high = TO_BE_FOUND_MM
-    return diameter_mm <= high if scale == 1 else diameter_mm >= low * scale
+    if nodule.kind == "ground-glass" and nodule.diameter_mm > LARGEST_GROUND_GLASS_MM:
+        return False
+    return nodule.diameter_mm <= high if scale == 1 else nodule.diameter_mm >= low * scale
 
 
 def _likely_mistake(scene: ChestScene, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A place in or near the lung where nets see nodules: dome, heart border, hilum, first rib; or anywhere."""
+    """A place in or near the lung where nets see nodules: dome, heart border, hilum, first rib, ground glass, scars; or anywhere."""
     anatomy = scene.anatomy
     kind = rng.random()
+    soft = (*anatomy.hazes, *anatomy.bands)
+    if soft and rng.random() < 0.25:
+        return np.asarray(soft[int(rng.integers(len(soft)))].centre) + rng.uniform(-1, 1, 3) * 15
     if kind < 0.2:
         hilum = anatomy.mediastinum[-1 if rng.random() < 0.5 else -2]
         return np.asarray(hilum.centre) + rng.uniform(-1, 1, 3) * (25, 20, 18)
@@ -141,7 +150,7 @@ def _rendered(scene: ChestScene, centre: NDArray[np.float64], scale: float, data
     for nodule in scene.nodules:
         if (found := true_mask(scene, nodule, target)) is not None:
             mask, box = found
-            if _is_to_be_found(nodule.diameter_mm, scale):
+            if _is_to_be_found(nodule, scale):
                 truth[box] |= mask
                 weight[box][mask] = np.clip((WEIGHED_MM * scale / nodule.diameter_mm) ** 1.5, 1, MOST_WEIGHT)
             else:

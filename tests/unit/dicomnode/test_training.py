@@ -26,9 +26,9 @@ SMALL = {
     "upsample_kernel_size = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "upsample_kernel_size = [[1, 2, 2], [2, 2, 2]]",
     'start = "lung-nodule-ct/0.1.0"': 'start = ""',
     "batch = 4": "batch = 2",
-    "checkpoint_every = 40": "checkpoint_every = 2",
+    "checkpoint_every = 50": "checkpoint_every = 2",
     "workers = 1": "workers = 0",
-    "every = 120": "every = 250",
+    "every = 175": "every = 250",
     "patches = 32": "patches = 2",
 }
 
