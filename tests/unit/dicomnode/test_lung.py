@@ -61,7 +61,7 @@ def test_a_nodule_at_the_wall_is_in_the_region(found: Found) -> None:
 def test_a_mass_that_leaves_a_dent_in_the_lung_is_in_the_region() -> None:
     scene = chest_scene(12)
     _, y, _ = scene.anatomy.cage.centre
-    scene = scene.with_nodules((sphere((-scene.anatomy.cage.radii[0] + 20, y, 60.0), 55.0),))
+    scene = scene.with_nodules((sphere((-scene.anatomy.cage.radii[0] + 20, y, 60.0), 45.0),))
     truth = true_mask(scene, scene.nodules[0], GRID)
     assert truth is not None
     region, side = lung_region(scan(scene, GRID, Protocol(thickness_mm=4.0, noise_hu=25.0)), SPACING)
