@@ -192,9 +192,15 @@ class OwnModel:
 
 
 def _one_pass(prepared: Prepared, predict: Predict, how: Sliding, scale: int, between: Between) -> torch.Tensor:
-    """Return (outputs, k, r, c) on the image's grid, of windows in which `scale` voxels along each axis are averaged to one."""
+    """Return (outputs, k, r, c) on the image's grid, of windows in which `scale` voxels along each axis are averaged to one.
+
+    At scale 1 nothing outside the organ counts, where the region is wider: only what is large may lie there.
+    """
     if scale == 1:
-        return slide(prepared.image, predict, how, where=prepared.region, between=between)
+        if prepared.organ is None:
+            return slide(prepared.image, predict, how, where=prepared.region, between=between)
+        fine = slide(prepared.image, predict, how, where=prepared.organ, between=between)
+        return fine.mul_(torch.from_numpy(np.ascontiguousarray(prepared.organ)).to(fine.device))
     steps = tuple(1 if edge == 1 else scale for edge in how.window)
     image = functional.avg_pool3d(prepared.image, steps, ceil_mode=True, count_include_pad=False)
     where = None

@@ -1,7 +1,7 @@
 """Where the lungs are in a chest CT, by threshold and shape. Limits where findings may lie and says on which side they are.
 
-A mass as dense as the wall leaves a dent in the airy lung, so dents up to the width of a large mass belong to the region, a part of
-hilum and mediastinum too: what lies there is for the network to tell.
+A mass as dense as the wall leaves a dent in the airy lung. Dents up to the width of a large mass are told apart from the lung itself,
+because a part of hilum and mediastinum lies in them too: what is small there is no nodule.
 
 Works on a part of a chest too: nothing is expected of the first and last slice. Must never import torch.
 """
@@ -20,8 +20,9 @@ _AIRY_HU = -400.0  # below: lung or air
 _GAS_HU = -975.0  # a cavity this empty at its median is gas, not lung
 _TISSUE_HU = -200.0
 _SMALLEST_ML = 8.0
-_CLOSING_MM = 30.0  # bridges the dent of a mass of 60 mm, and not the one of the heart, which is wider
-_LOOKED_AT_MM = 1.8  # pixels: finer ones are averaged, since distances over the whole chest cost seconds there
+_CLOSING_MM = 15.0  # bridges vessels, and nodules at the pleura
+_DENT_MM = 30.0  # closes the dent of a mass of 60 mm, and not the one of the heart, which is wider
+_DENT_PIXEL_MM = 2.0  # finer pixels are left out, since distances of 30 mm over the whole chest cost seconds there
 _NECK_MM = 9.0  # half the widest bridge between both lungs that is cut
 
 Mask = NDArray[np.bool_]
@@ -38,12 +39,6 @@ def lung_region(hu: NDArray[np.float32], spacing_mm: Spacing) -> tuple[Mask, NDA
     Raises:
         NotEligible: "no-lung", if no air-filled space of lung's density and size lies inside the body.
     """
-    merged = tuple(max(1, round(_LOOKED_AT_MM / step)) for step in spacing_mm[1:])
-    if max(merged) > 1:
-        rows, columns = merged
-        region, side = lung_region(_averaged(hu, rows, columns), (spacing_mm[0], spacing_mm[1] * rows, spacing_mm[2] * columns))
-        box = slice(None), slice(hu.shape[1]), slice(hu.shape[2])
-        return region.repeat(rows, axis=1).repeat(columns, axis=2)[box], side.repeat(rows, axis=1).repeat(columns, axis=2)[box]
     pieces = _airy_pieces(hu, spacing_mm)
     if not pieces.any():
         raise NotEligible("no-lung", "No lung was found in the images.")
@@ -55,11 +50,31 @@ def lung_region(hu: NDArray[np.float32], spacing_mm: Spacing) -> tuple[Mask, NDA
         own = sides == label
         if not own.any():
             continue
-        filled, box = _filled(own, spacing_mm)
+        filled, box = _filled(own, spacing_mm, _CLOSING_MM)
         taken = filled & (side[box] == 0) & (sides[box] != (LEFT if label == RIGHT else RIGHT))
         side[box][taken] = label
         region[box] |= taken
     return region, side
+
+
+def lung_with_dents(hu: NDArray[np.float32], spacing_mm: Spacing) -> tuple[Mask, NDArray[np.int8], Mask]:
+    """Find the lungs with the dents in them, the side of each voxel of both, and the lungs alone as `lung_region` finds them.
+
+    Raises:
+        NotEligible: as `lung_region` does.
+    """
+    lung, side = lung_region(hu, spacing_mm)
+    rows, columns = (max(1, round(_DENT_PIXEL_MM / step)) for step in spacing_mm[1:])
+    with_dents = side.copy()
+    for label in (RIGHT, LEFT):
+        own = side[:, ::rows, ::columns] == label
+        if own.any():
+            filled, box = _filled(own, (spacing_mm[0], spacing_mm[1] * rows, spacing_mm[2] * columns), _DENT_MM)
+            closed = np.zeros(own.shape, dtype=np.bool_)
+            closed[box] = filled
+            fine = closed.repeat(rows, axis=1).repeat(columns, axis=2)[:, : hu.shape[1], : hu.shape[2]]
+            with_dents[fine & (with_dents == 0)] = label
+    return with_dents > 0, with_dents, lung
 
 
 def _airy_pieces(hu: NDArray[np.float32], spacing_mm: Spacing) -> Mask:
@@ -131,22 +146,14 @@ def _parted(piece: Mask, middle: float, spacing_mm: Spacing) -> NDArray[np.int8]
     return np.broadcast_to(by_middle, piece.shape)
 
 
-def _averaged(hu: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
-    """Merge `rows` x `columns` pixels into one; the last ones are repeated where they don't divide."""
-    padded = np.pad(hu, ((0, 0), (0, -hu.shape[1] % rows), (0, -hu.shape[2] % columns)), mode="edge")
-    slices, height, width = padded.shape
-    mean: NDArray[np.float32] = padded.reshape(slices, height // rows, rows, width // columns, columns).mean(axis=(2, 4), dtype=np.float32)
-    return mean
-
-
-def _filled(lung: Mask, spacing_mm: Spacing) -> tuple[Mask, Box]:
+def _filled(lung: Mask, spacing_mm: Spacing, closing_mm: float) -> tuple[Mask, Box]:
     """One lung closed in its slices and without holes, in a box of the volume."""
     tight = ndimage.find_objects(lung.astype(np.int8))[0]
-    margin = tuple(int(np.ceil(_CLOSING_MM / step)) + 1 for step in spacing_mm[1:])
+    margin = tuple(int(np.ceil(closing_mm / step)) + 1 for step in spacing_mm[1:])
     padded = np.pad(lung[tight], ((0, 0), (margin[0],) * 2, (margin[1],) * 2))
     for k in range(len(padded)):
         if padded[k].any():
-            near = ndimage.distance_transform_edt(~padded[k], sampling=spacing_mm[1:]) <= _CLOSING_MM
-            closed = ndimage.distance_transform_edt(near, sampling=spacing_mm[1:]) > _CLOSING_MM
+            near = ndimage.distance_transform_edt(~padded[k], sampling=spacing_mm[1:]) <= closing_mm
+            closed = ndimage.distance_transform_edt(near, sampling=spacing_mm[1:]) > closing_mm
             padded[k] = ndimage.binary_fill_holes(closed | padded[k])
     return padded[:, margin[0] : -margin[0], margin[1] : -margin[1]], tight

@@ -25,7 +25,10 @@ REGIONS = {  # what `input.region` of a manifest names: a function of (values, s
     "lung-fields": ("dicomnode.analysis.radiograph", "lung_field_region"),
     "head": ("dicomnode.analysis.head", "head_region"),
 }
-ORGANS = {"head": ("dicomnode.analysis.head", "brain_in_head")}  # the same with the mask of the organ itself as third
+ORGANS = {  # the same with the mask of the organ itself as third
+    "head": ("dicomnode.analysis.head", "brain_in_head"),
+    "lung": ("dicomnode.analysis.lung", "lung_with_dents"),
+}
 CONTEXT_MM = 24.0  # the network sees this much around the region: what decides at its border lies outside it
 FILM_CONTEXT = 1 / 16  # the same on a projection, which may not say what a millimetre is: of its longer side
 SLAB = 8  # slices resampled at a time: a slab of 512 x 512 stays in the cache and out of the memory's peak
@@ -42,13 +45,15 @@ class Prepared:
     """What the network is given: the part of the grid that begins at `origin`.
 
     `image` is float32 (inputs, k, r, c) on the device. `region` limits where findings may lie and `side` says 1 for the patient's
-    right and 2 for the left; both have the image's shape, or are None where the manifest names no region.
+    right and 2 for the left; both have the image's shape, or are None where the manifest names no region. `organ` is the part of the region
+    where what is small may lie, for a pass at scale 1 beside coarser ones; None: all of it.
     """
 
     grid: Grid
     origin: Triple
     image: torch.Tensor
     region: NDArray[np.bool_] | None
+    organ: NDArray[np.bool_] | None = None
     side: NDArray[np.int8] | None
     absent: tuple[str, ...]  # optional inputs in whose place are zeros
     notes: tuple[str, ...]
@@ -76,12 +81,15 @@ def prepare(
     grid = grid_of(volume, _coarsened(settings, coarser))
     image = resample(volume.voxels, grid, device)
     region = side = organ = None
-    if first.region and settings.intensity == "organ-z-score":
+    at_scales = manifest.inference is not None and max(manifest.inference.scales) > 1 and first.region in ORGANS
+    if first.region and (settings.intensity == "organ-z-score" or at_scales):
         region, side, organ = organ_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
     elif first.region:
         region, side = region_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
     box = _box_around(None if whole else region, grid, projection=volume.is_projection)
-    inside = None if organ is None else torch.from_numpy(np.ascontiguousarray(organ[box])).to(device)
+    inside = (
+        None if organ is None or settings.intensity != "organ-z-score" else torch.from_numpy(np.ascontiguousarray(organ[box])).to(device)
+    )
     channels, notes, absent = [normalised(image[box], settings, inside)], [], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:
@@ -97,8 +105,8 @@ def prepare(
     ]
     return Prepared(
         grid=grid, origin=(box[0].start, box[1].start, box[2].start), image=torch.stack(channels),
-        region=None if region is None else region[box], side=None if side is None else side[box], absent=tuple(absent),
-        notes=tuple(notes),
+        region=None if region is None else region[box], side=None if side is None else side[box],
+        organ=organ[box] if organ is not None and at_scales else None, absent=tuple(absent), notes=tuple(notes),
     )  # fmt: skip
 
 

@@ -15,8 +15,6 @@ from torch.nn import functional
 from dicomnode.errors import ConfigError
 from dicomnode.training.recipe import Recipe, TrainingSection
 
-_dice = DiceLoss(batch=True, smooth_nr=1.0, smooth_dr=1.0)  # over the batch, a mean over outputs
-
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
@@ -101,7 +99,9 @@ def loss_parts(
         parts["focal"] = section.focal_weight * focal.sum() / count
     if section.dice_weight and not meaning.whole:
         chance, counted_truth = probabilities(logits, meaning) * region, truth * region
-        parts["dice"] = section.dice_weight * _dice(chance[:, channels], counted_truth[:, channels])
+        # a mean over outputs, and over patches where each has its own
+        dice = DiceLoss(batch=section.dice_of == "batch", smooth_nr=section.dice_smooth, smooth_dr=section.dice_smooth)
+        parts["dice"] = section.dice_weight * dice(chance[:, channels], counted_truth[:, channels])
     return parts
 
 

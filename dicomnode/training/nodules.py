@@ -24,14 +24,15 @@ from dicomnode.phantoms.shapes import Floats, Grid, Tubes
 from dicomnode.training.recipe import NodulePatches
 
 SCENES_AT_A_TIME = 4  # a batch of four shows four chests, and twelve batches in a row share them
-PLACES_PER_SCENE = 4  # one at a nodule, one at a nodule or where mistakes are likely, one at a mass, one where mistakes are likely
+PLACES_PER_SCENE = 4  # of each kind in AT_PLACES one
+AT_PLACES = ((0.0, 0.0), (0.0, 0.5), (1.0, 0.35), (0.3, 1.0))  # chance to be at the coarsest scale, and where mistakes are likely
 SCANS_PER_PLACE = 3  # each rendered once and scanned with three protocols: rendering is what costs
 THIN_MM = 0.7  # radius of vessels that a coarse grid doesn't show
 LONGEST_MM = 5.0  # thickness and distance of slices
 WEIGHED_MM = 12.0  # a nodule smaller than this counts more for each voxel, up to MOST_WEIGHT times, or its few voxels went unheard
 MOST_WEIGHT = 5.0
 LARGEST_GROUND_GLASS_MM = 25.0
-TO_BE_FOUND_MM = (7.0, 36.0)  # at scale 1 anything up to the second; at a coarser one, times the scale, anything above the first
+TO_BE_FOUND_MM = (8.0, 45.0)  # at scale 1 anything up to the second; at a coarser one, times the scale, anything above the first
 
 Patch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Thing = TypeVar("Thing")
@@ -71,12 +72,12 @@ class PhantomPatches(Dataset[Patch]):
         scene = _kept(self._scenes, number, lambda: self._scene(number), most=SCENES_AT_A_TIME)
         rng = np.random.default_rng([self._seed, 13, number, turn])
         coarsest = max(self._data.scales)
-        kind = (turn + number) % PLACES_PER_SCENE
-        mistakes = rng.random() < (0.0, 0.4, 0.0, 1.0)[kind]
-        scale = coarsest if kind == 2 or (kind == 3 and rng.random() < 0.6) else 1.0
+        at_coarsest, at_mistakes = AT_PLACES[(turn + number) % PLACES_PER_SCENE]
+        scale = coarsest if rng.random() < at_coarsest else 1.0
+        mistakes = rng.random() < at_mistakes
         shown = [nodule for nodule in scene.nodules if _is_to_be_found(nodule, scale)]
         if mistakes or not shown:
-            return _rendered(scene, _likely_mistake(scene, rng), scale, self._data)
+            return _rendered(scene, _likely_mistake(scene, rng, hazy=0.3 * scale), scale, self._data)
         nodule = shown[int(rng.integers(len(shown)))]
         reach = 0.33 * scale * np.multiply(self._data.patch, self._data.spacing_mm)[::-1]
         return _rendered(scene, np.asarray(nodule.centre_lps_mm) + rng.uniform(-1, 1, 3) * reach, scale, self._data)
@@ -102,21 +103,27 @@ def _kept(things: OrderedDict[Any, Thing], key: Any, make: Callable[[], Thing], 
 def _is_to_be_found(nodule: Nodule, scale: float) -> bool:
     """Whether a scale shows a nodule well. A large one of ground glass alone looks like the areas that are none, and is never counted."""
     low, high = TO_BE_FOUND_MM
-    if nodule.kind == "ground-glass" and nodule.diameter_mm > LARGEST_GROUND_GLASS_MM:
+    if nodule.kind == "ground-glass" and (scale > 1 or nodule.diameter_mm > LARGEST_GROUND_GLASS_MM):
         return False
     return nodule.diameter_mm <= high if scale == 1 else nodule.diameter_mm >= low * scale
 
 
-def _likely_mistake(scene: ChestScene, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A place in or near the lung where nets see nodules: dome, heart border, hilum, first rib, ground glass, scars; or anywhere."""
+def _likely_mistake(scene: ChestScene, rng: np.random.Generator, *, hazy: float) -> NDArray[np.float64]:
+    """A place in or near the lung where nets see nodules: dome, heart border, hilum, first rib, ground glass, scars; or anywhere.
+
+    Where there are ground glass or scars, they are it with the chance `hazy`.
+    """
     anatomy = scene.anatomy
     kind = rng.random()
     soft = (*anatomy.hazes, *anatomy.bands)
-    if soft and rng.random() < 0.25:
+    if soft and rng.random() < hazy:
         return np.asarray(soft[int(rng.integers(len(soft)))].centre) + rng.uniform(-1, 1, 3) * 15
-    if kind < 0.2:
-        hilum = anatomy.mediastinum[-1 if rng.random() < 0.5 else -2]
-        return np.asarray(hilum.centre) + rng.uniform(-1, 1, 3) * (25, 20, 18)
+    if kind < 0.25:
+        side = int(rng.integers(2))
+        hilum = anatomy.mediastinum[-1 - side]
+        outward = np.array([12.0 * (1 if hilum.centre[0] > 0 else -1), 0, 0])  # where its vessels branch in the lung
+        branching: NDArray[np.float64] = np.asarray(hilum.centre) + outward + rng.uniform(-1, 1, 3) * (20, 25, 35)
+        return branching
     if kind < 0.35:
         x, y, _ = anatomy.cage.centre
         return np.array([x + rng.choice([-1, 1]) * rng.uniform(35, 80), y + rng.uniform(-60, 40), anatomy.apex_z - rng.uniform(0, 40)])

@@ -128,6 +128,10 @@ class TrainingSection(_Section):
     worst_weight: float = Field(description="of the cross entropy of the worst share of voxels")
     worst_share: float = Field(gt=0, le=1)
     dice_weight: float
+    dice_of: Literal["batch", "patch"] = Field(
+        "batch", description="patch: a false mark in an empty patch isn't lost among the others' masses"
+    )
+    dice_smooth: float = Field(1.0, gt=0, description="voxels that are marked rightly and wrongly beforehand")
     focal_weight: float = 0.0
     focal_gamma: float = Field(2.0, ge=0)
     clip_norm: float = Field(gt=0)

@@ -200,6 +200,25 @@ def test_findings_stay_in_the_region_and_have_the_patients_side(tmp_path: Path, 
         model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [])})
 
 
+def test_what_is_small_counts_in_the_organ_alone_where_there_are_coarser_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def region_and_organ(
+        hu: NDArray[np.float32], spacing_mm: tuple[float, float, float]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int8], NDArray[np.bool_]]:
+        x = np.broadcast_to((np.arange(hu.shape[2]) - (hu.shape[2] - 1) / 2) * spacing_mm[2], hu.shape)
+        return np.ones(hu.shape, dtype=np.bool_), np.ones(hu.shape, dtype=np.int8), x < 0
+
+    module = types.ModuleType("dicomnode.analysis.lung")
+    module.lung_with_dents = region_and_organ  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dicomnode.analysis.lung", module)
+    text = MANIFEST.replace("minimum_slices", 'region = "lung"\nminimum_slices').replace("batch = 2", "batch = 2\nscales = [1, 4]")
+    model = loaded(tmp_path / "p", manifest=text)
+    small, large = 3.0, 16.0  # the coarser pass sees the second alone
+    inside, outside, mass = (-30.0, 25.0, 20.0), (30.0, 25.0, 20.0), (28.0, -20.0, -10.0)
+    findings = model({"image": ball_volume(AXIAL, (2.0, 1.5, 1.5), [(inside, small), (outside, small), (mass, large)])}).findings
+    centres = [np.round(np.array(f.centre_lps_mm) / 10).astype(int).tolist() for f in findings]
+    assert sorted(centres) == sorted([[-3, 2, 2], [3, -2, -1]])
+
+
 def test_windows_without_region_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def corner(hu: NDArray[np.float32], _spacing: tuple[float, float, float]) -> tuple[NDArray[np.bool_], NDArray[np.int8]]:
         side = np.zeros(hu.shape, dtype=np.int8)

@@ -26,10 +26,9 @@ SMALL = {
     "upsample_kernel_size = [[1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2]]": "upsample_kernel_size = [[1, 2, 2], [2, 2, 2]]",
     'start = "lung-nodule-ct/0.1.0"': 'start = ""',
     "batch = 4": "batch = 2",
-    "checkpoint_every = 50": "checkpoint_every = 2",
+    "checkpoint_every = 125": "checkpoint_every = 2",
     "workers = 1": "workers = 0",
-    "every = 175": "every = 250",
-    "patches = 32": "patches = 2",
+    "patches = 64": "patches = 2",
 }
 
 
@@ -121,6 +120,23 @@ def test_the_loss_counts_the_region_alone(small: Path) -> None:
     right, wrong = (segmentation_loss(torch.full_like(logits, value), truth, region, section) for value in (-9.0, 9.0))
     assert right < 0.2 < wrong
     assert segmentation_loss(logits, truth, torch.zeros_like(region), section) == 0
+
+
+def test_a_false_mark_in_an_empty_patch_costs_more_where_each_patch_has_its_own_dice(small: Path) -> None:
+    section = recipe_of(small).training.model_copy(update={"bce_weight": 0.0, "worst_weight": 0.0})
+    truth = torch.zeros(2, 1, 8, 16, 16)
+    truth[0] = 1  # beside a mass of 2048 voxels
+    right = torch.where(truth > 0, 30.0, -30.0)
+    wrong = right.clone()
+    wrong[1, :, :2, :8, :8] = 30  # 128 voxels that are none
+    cost = {}
+    for of in ("batch", "patch"):
+        one = section.model_copy(update={"dice_of": of})
+        assert float(segmentation_loss(right, truth, torch.ones_like(truth), one)) == pytest.approx(0, abs=1e-6)
+        cost[of] = float(segmentation_loss(wrong, truth, torch.ones_like(truth), one))
+    smooth = section.dice_smooth
+    assert cost["patch"] == pytest.approx((1 - smooth / (128 + smooth)) / 2, rel=1e-4)  # Dice of the empty patch, of two
+    assert cost["batch"] == pytest.approx(1 - (2 * 2048 + smooth) / (2 * 2048 + 128 + smooth), rel=1e-4)
 
 
 def test_a_patch_is_the_same_whenever_it_is_asked_for(small: Path) -> None:
