@@ -41,7 +41,7 @@ from dicomnode.phantoms.acquisition import scan  # noqa: E402
 from dicomnode.phantoms.chest import chest_scene  # noqa: E402
 from dicomnode.phantoms.studies import DEMO_PROTOCOL, ball_in_lung, check_volume, chest_grid, volume_of  # noqa: E402
 
-PACKAGE = ROOT / "dicomnode" / "packages" / "lung-nodule-ct" / "0.1.0"
+PACKAGE = ROOT / "dicomnode" / "packages" / "lung-nodule-ct" / "0.2.0"
 CPU = torch.device("cpu")
 EAGER = "eager"
 GOALS = {True: 4.5, False: 2.0}  # whether the CPU computes in bf16

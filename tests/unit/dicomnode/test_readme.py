@@ -38,7 +38,7 @@ def typed(page: Path) -> list[str]:
 
 def with_values(word: str) -> str:
     """A placeholder of the text as something that its type accepts."""
-    trained = "dicomnode/packages/lung-nodule-ct/0.1.0"
+    trained = "dicomnode/packages/lung-nodule-ct/0.2.0"
     recipe = "dicomnode/training/recipes/lung-nodule-ct.toml"
     folders = dict.fromkeys(("FOLDER", "DATASET", "mydata"), "dicomnode/packages")  # of a command that only parses them, any folder will do
     values = {"PORT": "104", "HOST": "localhost", "training-out/package": trained, "my-recipe.toml": recipe, "CONFIG": recipe}
