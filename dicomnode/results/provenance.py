@@ -14,11 +14,13 @@ from io import BytesIO
 
 import highdicom
 import numpy as np
-from pydicom import Dataset
+from pydicom import DataElement, Dataset
+from pydicom.datadict import dictionary_VR
 from pydicom.errors import BytesLengthException
 from pydicom.filewriter import dcmwrite
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
+from pydicom.tag import Tag
 
 from dicomnode.findings import Findings, ResultObject, RunIdentity, Volume
 from dicomnode.version import VERSION
@@ -33,12 +35,16 @@ _IMAGE_KEYWORDS = (
     "ManufacturerModelName", "AcquisitionDate", "AcquisitionTime", "BodyPartExamined", "PatientOrientation",
 )  # fmt: skip
 # Optional numbers that the encoder computes with: what is no number is left out, as a result needs no word of it.
-_NUMBERS = ("SliceThickness", "LossyImageCompressionRatio")
+_NUMBERS = {Tag(keyword) for keyword in ("SliceThickness", "LossyImageCompressionRatio")}
 # Type 1 and 2 of the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1), which the encoder wants to see present.
 _PATIENT_AND_STUDY_KEYWORDS = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime",
     "ReferringPhysicianName",
 )  # fmt: skip
+
+
+_IMAGE_TAGS = [Tag(keyword) for keyword in _IMAGE_KEYWORDS]  # found at once: a name would be looked up for each of 500 slices
+_EMPTY = [DataElement(Tag(keyword), dictionary_VR(keyword), "") for keyword in _PATIENT_AND_STUDY_KEYWORDS]
 
 
 def ascii_text(text: str, limit: int) -> str:
@@ -75,11 +81,14 @@ def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
         ]
     first = min(images, key=lambda image: _distance(image, volume))
     slice_mm = f"{volume.spacing_mm[0]:.10g}"
+    shared = Dataset()
+    shared.FrameOfReferenceUID = volume.frame_of_reference_uid
+    shared.ImageOrientationPatient, shared.PixelSpacing = first.ImageOrientationPatient, first.PixelSpacing
+    shared.SpacingBetweenSlices = slice_mm
+    elements = list(shared)  # converted and checked once: of 500 slices that would take as long as all the rest
     for image in images:
-        image.FrameOfReferenceUID = volume.frame_of_reference_uid
-        image.ImageOrientationPatient = first.ImageOrientationPatient
-        image.PixelSpacing = first.PixelSpacing
-        image.SpacingBetweenSlices = slice_mm
+        for element in elements:
+            image.add(copy(element))
         if not image.get("SliceThickness"):
             image.SliceThickness = slice_mm
     return images
@@ -96,11 +105,12 @@ def reduced_header(header: Dataset) -> Dataset:
     What cannot be read is left out.
     """
     image = Dataset()
-    for keyword in _IMAGE_KEYWORDS:
-        if keyword in header and _is_readable(header, keyword):
-            image.add(copy(header[keyword]))  # an element that two data sets share is changed in both
-    for keyword in _PATIENT_AND_STUDY_KEYWORDS:
-        setattr(image, keyword, "")
+    for tag in _IMAGE_TAGS:
+        element = _readable(header, tag)
+        if element is not None:
+            image.add(copy(element))  # an element that two data sets share is changed in both
+    for empty in _EMPTY:
+        image.add(copy(empty))
     return image
 
 
@@ -112,14 +122,16 @@ def copied(image: Dataset) -> Dataset:
     return other
 
 
-def _is_readable(header: Dataset, keyword: str) -> bool:
+def _readable(header: Dataset, tag: int) -> DataElement | None:
+    """An element of a header; None where it is absent, or no value of its kind."""
     try:
-        value = header[keyword].value
-        for number in (value if isinstance(value, MultiValue) else [value]) if keyword in _NUMBERS else ():
-            float(number)
+        element: DataElement | None = header.get(tag)
+        if element is not None and tag in _NUMBERS:
+            for number in element.value if isinstance(element.value, MultiValue) else [element.value]:
+                float(number)
     except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError, AttributeError, BytesLengthException):
-        return False
-    return True
+        return None
+    return element
 
 
 def series_number(header: Dataset, modality: str) -> int:
@@ -208,10 +220,11 @@ def algorithm_parameters(identity: RunIdentity, findings: Findings | None) -> Ma
     return parameters
 
 
-def encode(result: Dataset) -> ResultObject:
-    """Return the Part 10 file of an object: the same data set gives the same bytes."""
+def encode(result: Dataset, ending: bytes = b"") -> ResultObject:
+    """Return the Part 10 file of an object: the same data set gives the same bytes. `ending` is written behind its last element."""
     buffer = BytesIO()
     dcmwrite(buffer, result, enforce_file_format=True)
+    buffer.write(ending)
     return ResultObject(
         sop_instance_uid=str(result.SOPInstanceUID),
         sop_class_uid=str(result.SOPClassUID),

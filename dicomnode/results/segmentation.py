@@ -14,10 +14,12 @@ from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, Segmentation
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 from pydicom import DataElement, Dataset
+from pydicom.config import IGNORE
+from pydicom.datadict import tag_for_keyword
 from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, ExplicitVRLittleEndian, RLELossless, SegmentationStorage
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentity, Volume
-from dicomnode.results import codes, identity as uids, label_map, provenance
+from dicomnode.results import codes, frame_bytes, identity as uids, label_map, provenance
 
 _ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
 _EXPLANATIONS = {
@@ -46,7 +48,8 @@ def encode_segmentation(
     """
     if not findings.findings:
         return None
-    as_labels = kind == "seg-labelmap" and fits_label_map(findings, volume)
+    overlapping = _overlap(findings.findings)
+    as_labels = kind == "seg-labelmap" and not (overlapping or volume.is_projection or len(findings.findings) > label_map.MOST)
     sop_class, syntax = (label_map.SOP_CLASS, RLELossless) if as_labels else (SegmentationStorage, ExplicitVRLittleEndian)
     images = provenance.source_images(volume, headers)
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
@@ -67,21 +70,15 @@ def encode_segmentation(
     )
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
     result.ContentCreatorName = ""  # type 2: no person made this
-    if as_labels:
-        _write_label_frames(result, findings.findings, images, volume)
-    else:
-        _write_frames(result, findings.findings, images, volume)
+    result.NumberOfFrames, ending = (_label_frames if as_labels else _frames)(findings.findings, images, volume)
+    result.SegmentsOverlap = "YES" if overlapping else "NO"
+    del result.PerFrameFunctionalGroupsSequence, result.PixelData  # `ending` is in their place
     if volume.is_projection:  # type 2C (PS3.3 C.7.6.1): without a place in space an image says which way its rows and columns run
         result.PatientOrientation = images[0].get("PatientOrientation", "")
     _reference_whole_series(result, images)
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
-    return provenance.encode(result)
-
-
-def fits_label_map(findings: Findings, volume: Volume) -> bool:
-    """Return whether the findings can be one label map: none overlaps another, and a byte numbers them."""
-    return not volume.is_projection and len(findings.findings) <= label_map.MOST and not _overlap(findings.findings)
+    return provenance.encode(result, ending)
 
 
 def coded(code: Code) -> CodedConcept:
@@ -97,75 +94,42 @@ def _plain(image: Dataset, volume: Volume) -> Dataset:
 
 
 def _one_pixel(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Pixels for the encoder to begin with; `_write_frames` puts the true ones in their place."""
+    """Pixels for the encoder to begin with; the true ones are put in their place."""
     pixels = np.zeros((1, *shape), dtype=np.uint8)
     pixels[0, 0, 0] = 1
     return pixels
 
 
-def _write_frames(result: Dataset, findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> None:
-    """Write each segment's non-empty slices as frames: pixels (PS3.5 8.1.1) and functional groups (PS3.3 C.7.6.16).
+def _frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> tuple[int, bytes]:
+    """Each segment's non-empty slices as frames, with their pixels (PS3.5 8.1.1): how many, and their bytes.
 
     highdicom would hold every slice of every segment at once where segments overlap: 50 on 300 slices are 4 GB.
     """
     frames = [(finding, k) for finding in findings for k in _slices(finding)]
     planes = sorted({k for _, k in frames})
     ranks = {k: rank for rank, k in enumerate(planes, start=1)}
-    places = {k: _place(images[k], provenance.frame_number(volume, k)) for k in planes}
-    groups = []
-    for finding, k in frames:
-        item = Dataset()
-        content = Dataset()
-        content.DimensionIndexValues = [finding.number] if volume.is_projection else [finding.number, ranks[k]]
-        item.FrameContentSequence = [content]
-        for element in places[k]:
-            item.add(element)
-        if len(findings) > 1:  # that of a single one stands in the shared groups
-            segment = Dataset()
-            segment.ReferencedSegmentNumber = finding.number
-            item.SegmentIdentificationSequence = [segment]
-        groups.append(item)
-    result.PerFrameFunctionalGroupsSequence = groups
-    result.NumberOfFrames = len(frames)
-    result.PixelData = _packed(frames, volume.voxels.shape[1:])
-    result.SegmentsOverlap = "YES" if _overlap(findings) else "NO"
+    places = {k: frame_bytes.place(images[k], provenance.frame_number(volume, k)) for k in planes}
+    several = len(findings) > 1  # the segment of a single one stands in the shared groups
+    groups = [
+        frame_bytes.frame(
+            places[k],
+            [finding.number] if volume.is_projection else [finding.number, ranks[k]],
+            finding.number if several else None,
+        )
+        for finding, k in frames
+    ]
+    return len(frames), frame_bytes.ending(groups, _packed(frames, volume.voxels.shape[1:]), encapsulated=False)
 
 
-def _write_label_frames(result: Dataset, findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> None:
-    """Write each slice with a finding as a frame of labels."""
+def _label_frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> tuple[int, bytes]:
+    """Each slice with a finding as a frame of labels: how many, and their bytes."""
     planes = sorted({k for finding in findings for k in _slices(finding)})
-    groups = []
-    for rank, k in enumerate(planes, start=1):
-        item, content = Dataset(), Dataset()
-        content.DimensionIndexValues = [rank]
-        item.FrameContentSequence = [content]
-        for element in _place(images[k], provenance.frame_number(volume, k)):
-            item.add(element)
-        groups.append(item)
-    result.PerFrameFunctionalGroupsSequence = groups
-    result.NumberOfFrames = len(planes)
+    groups = [
+        frame_bytes.frame(frame_bytes.place(images[k], provenance.frame_number(volume, k)), [rank], None)
+        for rank, k in enumerate(planes, start=1)
+    ]
     rows, columns = volume.voxels.shape[1:]
-    result.PixelData = label_map.label_frames(findings, planes, (rows, columns))
-
-
-def _place(image: Dataset, number: int | None) -> list[DataElement]:
-    """Where a frame lies and which image, and which frame of it, it was derived from."""
-    place = Dataset()
-    if "ImagePositionPatient" in image:
-        position = Dataset()
-        position.ImagePositionPatient = image.ImagePositionPatient
-        place.PlanePositionSequence = [position]
-    source = Dataset()
-    source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = image.SOPClassUID, image.SOPInstanceUID
-    if number is not None:
-        source.ReferencedFrameNumber = number
-    source.PurposeOfReferenceCodeSequence = [coded(codes.SOURCE_IMAGE)]
-    source.SpatialLocationsPreserved = "YES"
-    derivation = Dataset()
-    derivation.DerivationCodeSequence = [coded(codes.SEGMENTED)]
-    derivation.SourceImageSequence = [source]
-    place.DerivationImageSequence = [derivation]
-    return list(place)
+    return len(planes), frame_bytes.ending(groups, label_map.label_frames(findings, planes, (rows, columns)), encapsulated=True)
 
 
 def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> bytes:
@@ -242,8 +206,9 @@ def _reference_whole_series(result: Dataset, images: Sequence[Dataset]) -> None:
     references = []
     for image in {str(image.SOPInstanceUID): image for image in images}.values():
         reference = Dataset()
-        reference.ReferencedSOPClassUID = image.SOPClassUID
-        reference.ReferencedSOPInstanceUID = image.SOPInstanceUID
+        for keyword in ("SOPClassUID", "SOPInstanceUID"):  # values that a data set has held already
+            tag = tag_for_keyword(f"Referenced{keyword}") or 0
+            reference.add(DataElement(tag, "UI", image[keyword].value, validation_mode=IGNORE))
         references.append(reference)
     result.SourceImageSequence = references
     result.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references

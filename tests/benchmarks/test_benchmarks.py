@@ -35,3 +35,17 @@ def test_the_benchmark_of_inference_compares_findings_and_says_which_goals_are_m
     content = json.loads(out.read_text(encoding="utf-8"))
     assert {row["backend"] for row in content["rows"]} == {"eager", "torch", content["chosen"]}
     assert (done.returncode == 0) is all(goal["met"] for goal in goals.values())
+
+
+@pytest.mark.long  # it imports all that encodes, in three processes
+def test_the_benchmark_of_segmentations_measures_each_encoder(tmp_path: Path) -> None:
+    out = tmp_path / "seg.json"
+    command = [sys.executable, FOLDER / "seg.py", "--slices", "4", "--rounds", "1", "--segments", "4", "--out", out]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in {0, 3}, done.stdout + done.stderr
+    goals = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode == 0) is all(goal["met"] for goal in goals.values())
+    rows = {(row["encoder"], row["kind"]): row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert {encoder for encoder, _ in rows} >= {"node", "highdicom", "packbits"}
+    for kind in ("seg", "seg-labelmap"):  # all of them write the same frames
+        assert rows["node", kind]["bytes"] == pytest.approx(rows["highdicom", kind]["bytes"], rel=0.3)

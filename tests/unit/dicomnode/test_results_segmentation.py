@@ -20,7 +20,7 @@ from pydicom.tag import Tag
 from dicomnode.findings import Code, Finding, ResultObject, Segment
 from dicomnode.results.decoding import decode_segmentation
 from dicomnode.results.segmentation import encode_segmentation
-from results_cases import DIGEST, Case, finding_of, sphere, synthetic
+from results_cases import DIGEST, Case, enhanced, finding_of, projection, sphere, synthetic
 
 ENCODE_ELSEWHERE = """
 import sys
@@ -254,3 +254,19 @@ def _through_bytes(header: Dataset, syntax: str = "1.2.840.10008.1.2.1") -> Data
     header.save_as(buffer, enforce_file_format=True, implicit_vr=syntax.endswith("1.2"), little_endian=not syntax.endswith("2.2"))
     buffer.seek(0)
     return pydicom.dcmread(buffer, stop_before_pixels=True)
+
+
+@pytest.mark.parametrize("kind", ["seg", "seg-labelmap"])
+@pytest.mark.parametrize("case", [synthetic("oblique"), enhanced("CT"), projection("DX")], ids=["oblique", "frames", "film"])
+def test_the_bytes_are_those_that_pydicom_writes(case: Case, kind: str) -> None:
+    """Frames are written by hand; whoever reads the file and writes it again must get the same file."""
+    mask = np.ones((1, 4, 5), dtype=np.bool_)
+    for count in (1, 2):
+        findings = case.findings(*(finding_of(case, Segment(mask=mask, origin=(0, 3, 7 * n))) for n in range(count)))
+        made = encode_segmentation(findings, case.volume, case.headers, case.identity, kind=kind)
+        assert made is not None
+        image, again = pydicom.dcmread(BytesIO(made.data)), BytesIO()
+        for element in image.iterall():
+            element.value  # noqa: B018  # it is decoded, so it is encoded anew
+        image.save_as(again, enforce_file_format=True)
+        assert again.getvalue() == made.data
