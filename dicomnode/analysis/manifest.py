@@ -118,10 +118,11 @@ class PreprocessingSection(_Section):
     size_px: Annotated[int, Field(ge=16, le=4096)] | None = Field(
         None, description="instead, of a projection: pixels along its longer side"
     )
-    intensity: Literal["window", "z-score", "percentiles", "organ-z-score"] = Field(
+    intensity: Literal["window", "z-score", "percentiles", "organ-z-score", "local-contrast"] = Field(
         "window",
         description="window: clipped, scaled to 0..1; z-score: of the voxels above zero; percentiles: 1st and 99th to 0..1; "
-        "organ-z-score: by the quartiles within the region's organ, 0 outside of it",
+        "organ-z-score: by the quartiles within the region's organ, 0 outside of it; local-contrast: percentiles, then by mean and "
+        "standard deviation of what lies around each pixel in its slice",
     )
     window: tuple[_Number, _Number] | None = Field(None, description="of intensity window: lower and upper value")
 

@@ -33,8 +33,11 @@ CONTEXT_MM = 24.0  # the network sees this much around the region: what decides 
 FILM_CONTEXT = 1 / 16  # the same on a projection, which may not say what a millimetre is: of its longer side
 SLAB = 8  # slices resampled at a time: a slab of 512 x 512 stays in the cache and out of the memory's peak
 LOW, HIGH = 0.01, 0.99  # of intensity percentiles
+FROM_0_TO_1 = ("window", "percentiles")  # intensities that end there; the others have negative values too
 QUARTILES, DEVIATIONS = (0.25, 0.5, 0.75), 1.349  # of a normal distribution's deviation lie between the first quartile and the third
 FURTHEST = 8.0  # deviations that an organ-z-score may have
+# Of a local contrast: the Gaussian's deviation to the longer side, what is added to the deviation around a pixel, and the largest value
+AROUND, EVEN, STRONGEST = 1 / 14, 0.01, 3.0
 
 Organ = Callable[[NDArray[np.float32], tuple[float, float, float]], tuple[NDArray[np.bool_], NDArray[np.int8] | None, NDArray[np.bool_]]]
 Region = Callable[[NDArray[np.float32], tuple[float, float, float]], tuple[NDArray[np.bool_], NDArray[np.int8] | None]]
@@ -125,6 +128,7 @@ def normalised(image: torch.Tensor, settings: PreprocessingSection, organ: torch
     window: clipped, scaled to 0..1; z-score: by mean and standard deviation of the voxels above zero, the others are 0;
     percentiles: the 1st becomes 0 and the 99th 1, clipped; organ-z-score: by the median and the quartiles of the voxels of `organ`,
     a mask of the image's shape, within 8 deviations; the others are 0. A tumour moves quartiles less than it moves a mean.
+    local-contrast: percentiles, then `local_contrast`.
     """
     if settings.window is not None:
         low, high = settings.window
@@ -141,7 +145,33 @@ def normalised(image: torch.Tensor, settings: PreprocessingSection, organ: torch
         return torch.where(organ, ((image - median) / (deviation or 1.0)).clamp_(-FURTHEST, FURTHEST), 0.0)
     flat = image.flatten()
     low, high = _quantiles(flat, (LOW, HIGH))
-    return ((image - low) / ((high - low) or 1.0)).clamp_(0, 1)
+    scaled = ((image - low) / ((high - low) or 1.0)).clamp_(0, 1)
+    return local_contrast(scaled) if settings.intensity == "local-contrast" else scaled
+
+
+def local_contrast(image: torch.Tensor) -> torch.Tensor:
+    """Return (k, r, c) values 0..1 less their mean around each pixel of a slice, by their deviation there, within 3. NaN becomes 0.
+
+    What a film's technique and a viewer's grey scale change slowly over the film is gone, and a faint opacity over dark lung counts as
+    much as a dense one: as R. H. H. M. Philipsen et al. prepare chest radiographs (IEEE Trans. Med. Imaging 34, 2015), in one band.
+    """
+    known = torch.isfinite(image)
+    values, weights = torch.where(known, image, 0.0), known.float()
+    rows, columns = (_gaussian(size, AROUND * max(image.shape[-2:]), image.device) for size in image.shape[-2:])
+
+    def around(part: torch.Tensor) -> torch.Tensor:
+        return rows @ part @ columns
+
+    total = around(weights).clamp_(min=1e-6)
+    difference = torch.where(known, values - around(values) / total, 0.0)
+    spread = (around(difference * difference) / total).sqrt_()
+    return (difference / (spread + EVEN)).clamp_(-STRONGEST, STRONGEST)
+
+
+def _gaussian(size: int, deviation: float, device: torch.device) -> torch.Tensor:
+    """The weight of each of `size` pixels around each of them, (size, size): a product with it blurs along an axis."""
+    place = torch.arange(size, device=device, dtype=torch.float32)
+    return torch.exp(-0.5 * ((place[:, None] - place[None]) / deviation) ** 2)
 
 
 def _quantiles(values: torch.Tensor, shares: Sequence[float]) -> list[float]:

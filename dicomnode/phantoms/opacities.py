@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dicomnode.phantoms.radiograph import Technique
 from dicomnode.phantoms.shadows import Box, Plane, Shadow, capsule, ellipsoid
 from dicomnode.phantoms.shapes import Floats
 
@@ -21,6 +22,10 @@ Kind = Literal["round", "dense", "hollow", "ill-defined"]
 IN_LUNG = 0.8  # of an opacity's pixels lie in the lung fields
 BODY = 0.3  # of its longest path: what a reader would outline
 DIAMETERS_MM = (8.0, 55.0)
+LARGE_MM, SEVERAL = 20.0, 3  # a film shows what is looked for if one of its opacities is as large, or it has as many
+SEVERAL_MM = 10.0  # and each of several is at least as large
+SEEN = 1.5  # conspicuity from which on an opacity is called seen: at 1.0 the eye hardly finds it, knowing where it is
+PACEMAKERS = 0.08  # share of chests with one
 SPREAD_MM = 4.0  # what is blurred or rough reaches this far beyond the largest radius
 
 
@@ -35,27 +40,59 @@ class Opacity:
     kind: Kind
 
 
-def scatter_opacities(shadow: Shadow, rng: np.random.Generator, *, crowded: bool = False) -> tuple[Opacity, ...]:
-    """One to eight opacities in the lung fields: half of the films have one, a third three or more, which then are of like size.
+def scatter_opacities(shadow: Shadow, rng: np.random.Generator) -> tuple[Opacity, ...]:
+    """What a film is called positive for, all of it seen: in half of the films one or two large opacities, else three to eight alike.
 
-    A `crowded` film has up to ten, more often several, and seldom small ones: there is more to learn from it.
+    Raises:
+        ValueError: the lungs have no room for it.
     """
-    smallest, largest = DIAMETERS_MM
+    for _ in range(50):
+        several = rng.random() < 0.5
+        count = int(rng.integers(SEVERAL, 9)) if several else 1 if rng.random() < 0.7 else 2
+        typical = rng.uniform(1.2 * SEVERAL_MM, 40) if several else rng.uniform(LARGE_MM, DIAMETERS_MM[1])
+        alike: Kind | None = "round" if several and rng.random() < 0.8 else None
+        found = _scattered(shadow, rng, count, (typical, SEVERAL_MM if several else LARGE_MM), alike, least=SEEN)
+        if len(found) >= SEVERAL or any(opacity.diameter_mm >= LARGE_MM for opacity in found):
+            return found
+    raise ValueError("the lung fields hold no opacity that is seen")
+
+
+def crowd_opacities(shadow: Shadow, rng: np.random.Generator) -> tuple[Opacity, ...]:
+    """What a film of training shows: up to ten opacities, mostly several, of any size, seen or not. There is more to learn from it."""
     kind = rng.random()
-    if crowded:
-        count = 1 if kind < 0.2 else int(rng.integers(2, 4)) if kind < 0.4 else int(rng.integers(4, 11))
-        typical = rng.uniform(1.5 * smallest, largest)
-    else:
-        count = 1 if kind < 0.45 else 2 if kind < 0.65 else int(rng.integers(3, 9))
-        typical = rng.uniform(smallest, largest if count < 3 else 40)
-    alike: Kind | None = "round" if count >= 3 and rng.random() < 0.8 else None
+    count = 1 if kind < 0.2 else int(rng.integers(2, 4)) if kind < 0.4 else int(rng.integers(4, 11))
+    smallest, largest = DIAMETERS_MM
+    alike: Kind | None = "round" if count >= SEVERAL and rng.random() < 0.8 else None
+    return _scattered(shadow, rng, count, (rng.uniform(1.5 * smallest, largest), smallest), alike, least=0.0)
+
+
+def _scattered(
+    shadow: Shadow, rng: np.random.Generator, count: int, diameters_mm: tuple[float, float], alike: Kind | None, *, least: float
+) -> tuple[Opacity, ...]:
+    """So many opacities at most, around the first diameter and not smaller than the second."""
+    typical, smallest = diameters_mm
     found = []
     for _ in range(count):
-        diameter = float(np.clip(typical * np.exp(rng.normal(0, 0.3)), smallest, largest)) if count > 1 else float(typical)
-        opacity = opacity_in_lung(shadow, diameter, alike or _any_kind(diameter, rng), rng)
+        diameter = float(np.clip(typical * np.exp(rng.normal(0, 0.3)), smallest, DIAMETERS_MM[1])) if count > 1 else typical
+        opacity = opacity_in_lung(shadow, diameter, alike or _any_kind(diameter, rng), rng, least=least)
         if opacity is not None:
             found.append(opacity)
     return tuple(found)
+
+
+def conspicuity(shadow: Shadow, opacity: Opacity) -> float:
+    """How much an opacity absorbs on its outline's mean, to how much that varies in the lung beside it (a standard deviation).
+
+    By a usual beam, whatever a film's technique is: contrast to the complexity of what surrounds it, as H. L. Kundel and G. Revesz put
+    it (Am. J. Roentgenol. 126, 1976). `shadow` is without the opacity.
+    """
+    beside = (shadow.right | shadow.left)[opacity.box] & ~opacity.body
+    if not opacity.body.any() or not beside.any():
+        return 0.0
+    beam = Technique()
+    lung = beam.soft_per_cm * shadow.soft_cm[opacity.box] + beam.bone_per_cm * shadow.bone_cm[opacity.box]
+    contrast = beam.soft_per_cm * float(opacity.path_cm[opacity.body].mean())
+    return contrast / max(float(lung[beside].std()), 1e-6)
 
 
 def opacity_at(plane: Plane, centre: tuple[float, float], diameter_mm: float, kind: Kind, rng: np.random.Generator) -> Opacity | None:
@@ -87,15 +124,17 @@ def opacity_at(plane: Plane, centre: tuple[float, float], diameter_mm: float, ki
     return Opacity(box=box, path_cm=np.asarray(path, dtype=np.float32), body=body, diameter_mm=diameter_mm, kind=kind)
 
 
-def opacity_in_lung(shadow: Shadow, diameter_mm: float, kind: Kind, rng: np.random.Generator) -> Opacity | None:
-    """An opacity at a random place, most of it in the lung fields; None if none of thirty places holds it."""
+def opacity_in_lung(shadow: Shadow, diameter_mm: float, kind: Kind, rng: np.random.Generator, *, least: float = SEEN) -> Opacity | None:
+    """An opacity of at least this conspicuity, most of it in the lung fields; None if none of thirty random places holds it."""
     lungs = shadow.right | shadow.left
     places = np.argwhere(lungs)
     for _ in range(30 if len(places) else 0):
         row, column = places[rng.integers(len(places))]
         centre = (float(shadow.plane.x[0, column]), float(shadow.plane.z[row, 0]))
         opacity = opacity_at(shadow.plane, centre, diameter_mm, kind, rng)
-        if opacity is not None and opacity.body.any() and lungs[opacity.box][opacity.body].mean() >= IN_LUNG:
+        if opacity is None or not opacity.body.any() or lungs[opacity.box][opacity.body].mean() < IN_LUNG:
+            continue
+        if not least or conspicuity(shadow, opacity) >= least:
             return opacity
     return None
 
@@ -108,7 +147,7 @@ def with_opacities(shadow: Shadow, opacities: tuple[Opacity, ...]) -> Shadow:
     return replace(shadow, soft_cm=soft)
 
 
-def with_decoys(shadow: Shadow, rng: np.random.Generator) -> Shadow:
+def with_decoys(shadow: Shadow, rng: np.random.Generator, *, pacemakers: float = PACEMAKERS) -> Shadow:
     """The shadow with what looks like an opacity and is none: nipples, ossified cartilage, vessels end on, gas, electrodes, a pacemaker."""
     plane, lungs = shadow.plane, shadow.right | shadow.left
     soft, bone = shadow.soft_cm.copy(), shadow.bone_cm.copy()
@@ -138,7 +177,7 @@ def with_decoys(shadow: Shadow, rng: np.random.Generator) -> Shadow:
     if rng.random() < 0.15:
         for _ in range(int(rng.integers(2, 6))):
             _electrode(plane, bone, (middle + half * rng.uniform(-0.9, 0.9), low + high * rng.uniform(0.1, 0.95)), rng)
-    if rng.random() < 0.08:
+    if rng.random() < pacemakers:
         side = 1.0 if rng.random() < 0.7 else -1.0
         box = (middle + side * half * rng.uniform(0.5, 0.8), top - high * rng.uniform(0.05, 0.25))
         bone += 0.1 * np.minimum(ellipsoid(plane, box, (24, 60, 20)), 25)

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from dicomnode.analysis.eligibility import NotEligible
 from dicomnode.analysis.manifest import Manifest
-from dicomnode.analysis.preparation import prepare, resample
+from dicomnode.analysis.preparation import FROM_0_TO_1, prepare, resample
 from dicomnode.errors import UsageError
 from dicomnode.training.dataset import CaseRow, Split, load_dataset, read_case
 from dicomnode.training.recipe import DatasetPatches
@@ -103,7 +103,7 @@ class LabelledPatches(Dataset[Patch]):
             parts = {name: convert_to_tensor(part, track_meta=False) for name, part in self._change(parts).items()}
             self._drop(parts["image"], rng)
         image = parts["image"].float()
-        if self._data.preprocessing.intensity not in ("z-score", "organ-z-score"):
+        if self._data.preprocessing.intensity in FROM_0_TO_1:
             image = image.clamp(0, 1)  # as the package's own images are
         return image, (parts["truth"] > 0.5).float(), (parts["region"] > 0.5).float()
 

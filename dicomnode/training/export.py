@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dicomnode.analysis.package import Package, load_package
+from dicomnode.analysis.preparation import FROM_0_TO_1, STRONGEST
 from dicomnode.errors import UsageError
 from dicomnode.training.card import write_model_card
 from dicomnode.training.detection import bundle_config, manifest_of
@@ -98,7 +99,8 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
     modality = manifest.inputs[0].modalities[0]
     patch = list(manifest.inference.window if manifest.inference else ())
     names = [accepts.name for accepts in manifest.inputs]
-    scored = manifest.preprocessing is not None and manifest.preprocessing.intensity in ("z-score", "organ-z-score")
+    intensity = manifest.preprocessing.intensity if manifest.preprocessing is not None else "window"
+    span = [0, 1] if intensity in FROM_0_TO_1 else [-STRONGEST, STRONGEST] if intensity == "local-contrast" else [-8, 8]
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": manifest.version,
@@ -113,7 +115,7 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
         "copyright": f"Copyright {manifest.manufacturer} contributors",
         "data_source": manifest.training_data,
         "data_type": "DICOM",
-        "image_classes": f"{', '.join(names)}: {kind.scaling(recipe.data)}{'' if scored else ' scaled to 0..1'}",
+        "image_classes": f"{', '.join(names)}: {kind.scaling(recipe.data)}{' scaled to 0..1' if intensity in FROM_0_TO_1 else ''}",
         "label_classes": "; ".join(f"channel {output.channel}: {output.label}" for output in manifest.outputs),
         "intended_use": manifest.intended_use,
         "network_data_format": {
@@ -121,7 +123,7 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
                 "image": {
                     "type": "image", "format": kind.image_format, "modality": modality,
                     "num_channels": len(names), "spatial_shape": patch,
-                    "dtype": "float32", "value_range": [-8, 8] if scored else [0, 1], "is_patch_data": True,
+                    "dtype": "float32", "value_range": span, "is_patch_data": True,
                     "channel_def": {str(number): name for number, name in enumerate(names)},
                 }
             },

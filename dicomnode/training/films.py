@@ -154,6 +154,10 @@ def resized(image: Floats, size: int) -> Floats:
 
 def scaled(image: Floats) -> Floats:
     """1st and 99th percentile to 0..1, clipped; what is not a number is padding and becomes 0."""
-    known = image[np.isfinite(image)]
-    low, high = np.percentile(known, (1, 99))
-    return np.asarray(np.nan_to_num(np.clip((image - low) / max(float(high - low), 1e-6), 0, 1), nan=0.0), dtype=np.float32)
+    return np.nan_to_num(between_percentiles(image), nan=0.0)
+
+
+def between_percentiles(image: Floats) -> Floats:
+    """1st and 99th percentile to 0..1, clipped; what is not a number stays so."""
+    low, high = np.percentile(image[np.isfinite(image)], (1, 99))
+    return np.asarray(np.clip((image - low) / max(float(high - low), 1e-6), 0, 1), dtype=np.float32)

@@ -15,23 +15,24 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch.utils.data import Dataset
 
-from dicomnode.analysis.preparation import FILM_CONTEXT
+from dicomnode.analysis.preparation import FILM_CONTEXT, local_contrast
 from dicomnode.analysis.radiograph import filled
 from dicomnode.phantoms.chest import ChestScene, chest_scene
-from dicomnode.phantoms.opacities import scatter_opacities, with_decoys, with_opacities
+from dicomnode.phantoms.opacities import PACEMAKERS, conspicuity, crowd_opacities, with_decoys, with_opacities
 from dicomnode.phantoms.radiograph import Technique, View, digital_technique, dressed, expose, project, random_technique, random_view
 from dicomnode.phantoms.shadows import Shadow
 from dicomnode.phantoms.shapes import Floats
-from dicomnode.training.films import Film, framed, scaled, with_marks
+from dicomnode.training.films import Film, between_percentiles, framed, with_marks
 from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
-DRESSES_PER_VIEW = 5
-FILMS_PER_DRESS = 16
+DRESSES_PER_VIEW = 6
+FILMS_PER_DRESS = 20
 PIXEL_MM, STEP_MM = 1.8, (2.5, 6.0, 2.5)
+HINTED = 0.8  # an opacity of less conspicuity counts neither as one nor as none
+MORE_PACEMAKERS = 0.25  # share of training's chests: there is more to learn from a rare thing that is as dense and as round as an opacity
 OLDER = 0.1  # of the films are exposed by any technique, the others as today
 MIRRORED = 0.3
-FAINT_CM = 0.9  # an opacity whose longest path is shorter is hardly seen: it counts neither as one nor as none
 TALLEST = 1.35  # the phantoms are made for CT, of people who lie
 
 
@@ -45,7 +46,7 @@ class Standing:
 
 
 class OpacityFilms(Dataset[Film]):
-    """Film number -> (part of a film around the lungs (1, r, c) scaled to 0..1, opacities (1, r, c), lung fields (1, r, c)), float32."""
+    """Film number -> (part of a film around the lungs (1, r, c) as local contrast, opacities (1, r, c), lung fields (1, r, c)), float32."""
 
     def __init__(self, data: Opacities, *, seed: int, count: int) -> None:
         self._data, self._seed, self._count = data, seed, count
@@ -60,10 +61,10 @@ class OpacityFilms(Dataset[Film]):
         place, lane = divmod(index, VIEWS_AT_A_TIME)
         block, film = divmod(place, DRESSES_PER_VIEW * FILMS_PER_DRESS)
         shadow = framed(self._shadow(block * VIEWS_AT_A_TIME + lane, film // FILMS_PER_DRESS), rng)
-        opacities = scatter_opacities(shadow, rng, crowded=True) if rng.random() < self._data.positive else ()
+        opacities = crowd_opacities(shadow, rng) if rng.random() < self._data.positive else ()
         truth, counted = np.zeros(shadow.plane.shape, dtype=np.bool_), filled(shadow.right) | filled(shadow.left)
         for opacity in opacities:
-            if float(opacity.path_cm.max()) < FAINT_CM:
+            if conspicuity(shadow, opacity) < HINTED:
                 counted[opacity.box] &= ~opacity.body
             else:
                 truth[opacity.box] |= opacity.body
@@ -74,7 +75,7 @@ class OpacityFilms(Dataset[Film]):
         if (number, dress) not in self._dressed:
             standing = self._stand(number)
             rng = np.random.default_rng([self._seed, 52, number, dress])
-            self._dressed[number, dress] = upright(standing, rng)
+            self._dressed[number, dress] = upright(standing, rng, pacemakers=MORE_PACEMAKERS)
             while len(self._dressed) > VIEWS_AT_A_TIME:
                 self._dressed.popitem(last=False)
         return self._dressed[number, dress]
@@ -96,7 +97,7 @@ def standing(seed: int, rng: np.random.Generator) -> Standing:
     return Standing(scene=scene, view=view, bare=project(scene, view, pixel_mm=PIXEL_MM, step_mm=STEP_MM, bare=True))
 
 
-def upright(standing: Standing, rng: np.random.Generator) -> Shadow:
+def upright(standing: Standing, rng: np.random.Generator, *, pacemakers: float = PACEMAKERS) -> Shadow:
     """One film's shadow of a chest: dressed, with decoys, and as tall as the lungs of someone who stands and has breathed in."""
     shadow = dressed(standing.bare, standing.scene, standing.view, rng)
     factor = rng.uniform(1.0, TALLEST)
@@ -104,7 +105,7 @@ def upright(standing: Standing, rng: np.random.Generator) -> Shadow:
         name: ndimage.zoom(getattr(shadow, name), (factor, 1.0), order=1, mode="nearest", grid_mode=True)
         for name in ("soft_cm", "bone_cm", "right", "left")
     }
-    return with_decoys(replace(shadow, plane=replace(shadow.plane, shape=parts["soft_cm"].shape), **parts), rng)
+    return with_decoys(replace(shadow, plane=replace(shadow.plane, shape=parts["soft_cm"].shape), **parts), rng, pacemakers=pacemakers)
 
 
 def any_technique(rng: np.random.Generator) -> Technique:
@@ -120,7 +121,7 @@ def _augmented(image: Floats, truth: NDArray[np.bool_], region: NDArray[np.bool_
         image, truth, region = image[:, ::-1], truth[:, ::-1], region[:, ::-1]
     parts = _turned((image, truth.astype(np.float32), region.astype(np.float32)), data.size_px, rng)
     box = _around(parts[2] > 0.5, round(data.size_px * FILM_CONTEXT * rng.uniform(0.5, 1.5)))
-    seen = scaled(parts[0][box])
+    seen = local_contrast(torch.from_numpy(between_percentiles(parts[0][box]))[None])[0].numpy()
     within = parts[2][box] > 0.5
     bodies = (parts[1][box] > 0.5) & within
     here, there = zip(*(_window(n, data.patch_px, rng) for n in seen.shape), strict=True)

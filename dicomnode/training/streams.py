@@ -72,7 +72,8 @@ def _labelled(data: Any, *, seed: int, count: int, split: Split, dataset: Path |
 def _preprocessed(data: Any) -> str:
     if data.preprocessing.window is not None:
         return f"values {data.preprocessing.window[0]:g} to {data.preprocessing.window[1]:g}"
-    return "percentiles of each image" if data.preprocessing.intensity == "percentiles" else "z-score of each image"
+    names = {"percentiles": "percentiles of each image", "local-contrast": "local contrast"}
+    return names.get(data.preprocessing.intensity, "z-score of each image")
 
 
 def _gliomas(data: Any, *, seed: int, count: int, split: Split, dataset: Path | None) -> Dataset[Patch]:  # noqa: ARG001  # few patients: no split
@@ -93,7 +94,7 @@ KINDS: Mapping[str, DataKind] = {
     ),
     "chest-opacities": DataKind(
         open=_phantoms(OpacityFilms), change="trained on projected synthetic chests with opacities", image_format="magnitude",
-        scaling=_percentiles,
+        scaling=lambda _data: "local contrast",
     ),
     "dataset": DataKind(
         open=_labelled, change="trained on labelled images", image_format="magnitude", scaling=_preprocessed, reads_dataset=True

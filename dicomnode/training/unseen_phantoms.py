@@ -104,7 +104,7 @@ def film_case(seed: int, *, other: bool, name: str = "image") -> Case:
 
 
 def opacity_case(seed: int, *, clear: bool, name: str = "image") -> Case:
-    """A film of a random chest with one to eight opacities in the lung fields, or a `clear` one; drawn as films of training are.
+    """A film of a random chest with one or two large opacities or three to eight, all seen (`phantoms.opacities`), or a `clear` one.
 
     Both films of a seed are of one chest from one side, with other ribs, arms, framing and technique.
     """

@@ -12,7 +12,7 @@ from small_bundle import MANIFEST, affine_of, spheres, volume_of, write_package
 from dicomnode.analysis.inference import load_model
 from dicomnode.analysis.manifest import PreprocessingSection, parse_manifest
 from dicomnode.analysis.package import digest_of
-from dicomnode.analysis.preparation import normalised
+from dicomnode.analysis.preparation import local_contrast, normalised
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Finding, Findings, Volume
 
@@ -181,6 +181,29 @@ def test_intensities_as_the_manifest_names_them() -> None:
     for intensity in ("z-score", "percentiles"):
         section = PreprocessingSection.model_validate({"spacing_mm": (1, 1, 1), "intensity": intensity})
         assert normalised(flat, section).eq(0).all()
+
+
+def test_local_contrast_forgets_what_changes_slowly_and_how_strong_contrast_is() -> None:
+    size = 112
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    texture = 0.02 * torch.randn(size, size, generator=torch.Generator().manual_seed(1))
+    disc = 0.06 * (torch.hypot(rows - 56.0, columns - 40.0) < 5)
+    film = (0.3 + texture + disc)[None]
+    plain = local_contrast(film)
+    assert plain.shape == film.shape
+    assert float(plain.abs().max()) <= 3
+    assert float(plain[0][disc > 0].mean()) > 1  # brighter than what is around it by more than that varies
+    assert abs(float(plain.mean())) < 0.1
+    tilted = local_contrast(film + 0.4 * columns / size)
+    assert float((tilted - plain)[0, 20:-20, 20:-20].abs().mean()) < 0.15
+    fainter = local_contrast(0.5 * film)
+    assert float(fainter[0][disc > 0].mean()) > 0.7 * float(plain[0][disc > 0].mean())
+    padded = torch.full((1, size + 20, size), torch.nan)
+    padded[:, :size] = film
+    beside = local_contrast(padded)
+    assert beside[:, size:].eq(0).all()
+    assert float(beside[:, :size].mean()) < 0.1  # what is no part of the film doesn't count as dark
+    assert local_contrast(torch.full((1, 8, 8), 0.5)).abs().max() < 1e-3
 
 
 def test_an_output_may_be_one_finding_however_many_parts_it_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,19 @@ import pytest
 import torch
 
 from dicomnode.phantoms.chest import ChestScene, chest_scene
-from dicomnode.phantoms.opacities import BODY, IN_LUNG, opacity_at, scatter_opacities, with_decoys, with_opacities
+from dicomnode.phantoms.opacities import (
+    BODY,
+    IN_LUNG,
+    LARGE_MM,
+    SEEN,
+    SEVERAL,
+    conspicuity,
+    crowd_opacities,
+    opacity_at,
+    scatter_opacities,
+    with_decoys,
+    with_opacities,
+)
 from dicomnode.phantoms.radiograph import Technique, View, dressed, expose, project
 from dicomnode.phantoms.shadows import Plane, Shadow
 from dicomnode.training.opacities import VIEWS_AT_A_TIME, OpacityFilms
@@ -64,8 +77,8 @@ def test_opacities_lie_in_the_lungs_and_make_them_brighter(bare: Shadow) -> None
     lungs = bare.right | bare.left
     technique = Technique(photons=1e7, scatter=0.2)
     for seed in range(6):
-        opacities = scatter_opacities(bare, np.random.default_rng(seed))
-        assert 1 <= len(opacities) <= 8
+        opacities = crowd_opacities(bare, np.random.default_rng(seed))
+        assert 1 <= len(opacities) <= 10
         for opacity in opacities:
             assert float(lungs[opacity.box][opacity.body].mean()) >= IN_LUNG
         shadow = with_opacities(bare, opacities)
@@ -74,6 +87,25 @@ def test_opacities_lie_in_the_lungs_and_make_them_brighter(bare: Shadow) -> None
         before, after = (expose(s, technique, np.random.default_rng(0)) for s in (bare, shadow))
         strongest = added > 0.7 * added.max()
         assert float((after - before)[strongest].mean()) > 0.02
+
+
+def test_a_film_to_measure_on_shows_large_opacities_or_several_and_all_of_them_stand_out(bare: Shadow) -> None:
+    for seed in range(4):
+        opacities = scatter_opacities(bare, np.random.default_rng(seed))
+        assert len(opacities) >= SEVERAL or max(opacity.diameter_mm for opacity in opacities) >= LARGE_MM
+        assert min(conspicuity(bare, opacity) for opacity in opacities) >= SEEN
+
+
+def test_conspicuity_is_contrast_to_what_varies_beside_it() -> None:
+    opacity = opacity_at(PLANE, (0.0, 0.0), 30.0, "round", np.random.default_rng(3))
+    assert opacity is not None
+    lung = np.ones(PLANE.shape, dtype=np.bool_)
+    varied = np.random.default_rng(1).normal(10, 1, PLANE.shape).astype(np.float32)  # cm of water, a standard deviation of 1 cm
+    plain = Shadow(plane=PLANE, soft_cm=varied, bone_cm=np.zeros_like(varied), right=lung, left=np.zeros_like(lung))
+    assert conspicuity(plain, opacity) == pytest.approx(float(opacity.path_cm[opacity.body].mean()), rel=0.1)
+    rougher = replace(plain, soft_cm=10 + 3 * (varied - 10))
+    assert conspicuity(rougher, opacity) == pytest.approx(conspicuity(plain, opacity) / 3, rel=1e-3)
+    assert conspicuity(replace(plain, right=~lung), opacity) == 0
 
 
 def test_decoys_change_a_film_and_no_truth(bare: Shadow) -> None:
@@ -97,8 +129,8 @@ def test_film_i_is_always_the_same_and_its_truth_lies_in_its_region(monkeypatch:
         assert torch.equal(first, second)
     for image, truth, region in drawn:
         assert image.shape == truth.shape == region.shape == (1, 96, 96)
-        assert 0 <= float(image.min()) < 0.5
-        assert 0.5 < float(image.max()) <= 1
+        assert -3 <= float(image.min()) < -0.5
+        assert 0.5 < float(image.max()) <= 3
         assert not bool((truth.bool() & ~region.bool()).any())
         assert 0.1 < float(region.mean()) < 0.95
     positive = [bool(truth.any()) for _, truth, _ in drawn]
