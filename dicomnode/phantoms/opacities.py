@@ -25,7 +25,6 @@ DIAMETERS_MM = (8.0, 55.0)
 LARGE_MM, SEVERAL = 20.0, 3  # a film shows what is looked for if one of its opacities is as large, or it has as many
 SEVERAL_MM = 10.0  # and each of several is at least as large
 SEEN = 1.5  # conspicuity from which on an opacity is called seen: at 1.0 the eye hardly finds it, knowing where it is
-PACEMAKERS = 0.08  # share of chests with one
 SPREAD_MM = 4.0  # what is blurred or rough reaches this far beyond the largest radius
 
 
@@ -147,7 +146,7 @@ def with_opacities(shadow: Shadow, opacities: tuple[Opacity, ...]) -> Shadow:
     return replace(shadow, soft_cm=soft)
 
 
-def with_decoys(shadow: Shadow, rng: np.random.Generator, *, pacemakers: float = PACEMAKERS) -> Shadow:
+def with_decoys(shadow: Shadow, rng: np.random.Generator) -> Shadow:
     """The shadow with what looks like an opacity and is none: nipples, ossified cartilage, vessels end on, gas, electrodes, a pacemaker."""
     plane, lungs = shadow.plane, shadow.right | shadow.left
     soft, bone = shadow.soft_cm.copy(), shadow.bone_cm.copy()
@@ -177,7 +176,7 @@ def with_decoys(shadow: Shadow, rng: np.random.Generator, *, pacemakers: float =
     if rng.random() < 0.15:
         for _ in range(int(rng.integers(2, 6))):
             _electrode(plane, bone, (middle + half * rng.uniform(-0.9, 0.9), low + high * rng.uniform(0.1, 0.95)), rng)
-    if rng.random() < pacemakers:
+    if rng.random() < 0.08:
         side = 1.0 if rng.random() < 0.7 else -1.0
         box = (middle + side * half * rng.uniform(0.5, 0.8), top - high * rng.uniform(0.05, 0.25))
         bone += 0.1 * np.minimum(ellipsoid(plane, box, (24, 60, 20)), 25)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from dicomnode.analysis.preparation import FILM_CONTEXT, local_contrast
 from dicomnode.analysis.radiograph import filled
 from dicomnode.phantoms.chest import ChestScene, chest_scene
-from dicomnode.phantoms.opacities import PACEMAKERS, conspicuity, crowd_opacities, with_decoys, with_opacities
+from dicomnode.phantoms.opacities import conspicuity, crowd_opacities, with_decoys, with_opacities
 from dicomnode.phantoms.radiograph import Technique, View, digital_technique, dressed, expose, project, random_technique, random_view
 from dicomnode.phantoms.shadows import Shadow
 from dicomnode.phantoms.shapes import Floats
@@ -26,11 +26,10 @@ from dicomnode.training.films import Film, between_percentiles, framed, with_mar
 from dicomnode.training.recipe import Opacities
 
 VIEWS_AT_A_TIME = 4
-DRESSES_PER_VIEW = 6
-FILMS_PER_DRESS = 20
+DRESSES_PER_VIEW = 5
+FILMS_PER_DRESS = 16
 PIXEL_MM, STEP_MM = 1.8, (2.5, 6.0, 2.5)
 HINTED = 0.8  # an opacity of less conspicuity counts neither as one nor as none
-MORE_PACEMAKERS = 0.25  # share of training's chests: there is more to learn from a rare thing that is as dense and as round as an opacity
 OLDER = 0.1  # of the films are exposed by any technique, the others as today
 MIRRORED = 0.3
 TALLEST = 1.35  # the phantoms are made for CT, of people who lie
@@ -75,7 +74,7 @@ class OpacityFilms(Dataset[Film]):
         if (number, dress) not in self._dressed:
             standing = self._stand(number)
             rng = np.random.default_rng([self._seed, 52, number, dress])
-            self._dressed[number, dress] = upright(standing, rng, pacemakers=MORE_PACEMAKERS)
+            self._dressed[number, dress] = upright(standing, rng)
             while len(self._dressed) > VIEWS_AT_A_TIME:
                 self._dressed.popitem(last=False)
         return self._dressed[number, dress]
@@ -97,7 +96,7 @@ def standing(seed: int, rng: np.random.Generator) -> Standing:
     return Standing(scene=scene, view=view, bare=project(scene, view, pixel_mm=PIXEL_MM, step_mm=STEP_MM, bare=True))
 
 
-def upright(standing: Standing, rng: np.random.Generator, *, pacemakers: float = PACEMAKERS) -> Shadow:
+def upright(standing: Standing, rng: np.random.Generator) -> Shadow:
     """One film's shadow of a chest: dressed, with decoys, and as tall as the lungs of someone who stands and has breathed in."""
     shadow = dressed(standing.bare, standing.scene, standing.view, rng)
     factor = rng.uniform(1.0, TALLEST)
@@ -105,7 +104,7 @@ def upright(standing: Standing, rng: np.random.Generator, *, pacemakers: float =
         name: ndimage.zoom(getattr(shadow, name), (factor, 1.0), order=1, mode="nearest", grid_mode=True)
         for name in ("soft_cm", "bone_cm", "right", "left")
     }
-    return with_decoys(replace(shadow, plane=replace(shadow.plane, shape=parts["soft_cm"].shape), **parts), rng, pacemakers=pacemakers)
+    return with_decoys(replace(shadow, plane=replace(shadow.plane, shape=parts["soft_cm"].shape), **parts), rng)
 
 
 def any_technique(rng: np.random.Generator) -> Technique:
