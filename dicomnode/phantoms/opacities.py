@@ -22,8 +22,7 @@ Kind = Literal["round", "dense", "hollow", "ill-defined"]
 IN_LUNG = 0.8  # of an opacity's pixels lie in the lung fields
 BODY = 0.3  # of its longest path: what a reader would outline
 DIAMETERS_MM = (8.0, 55.0)
-LARGE_MM, SEVERAL = 20.0, 3  # a film shows what is looked for if one of its opacities is as large, or it has as many
-SEVERAL_MM = 10.0  # and each of several is at least as large
+MASS_MM = 30.0  # an opacity as large is a mass (Fleischner Society, Radiology 246, 2008): what a film is called positive for
 SEEN = 1.5  # conspicuity from which on an opacity is called seen: at 1.0 the eye hardly finds it, knowing where it is
 SPREAD_MM = 4.0  # what is blurred or rough reaches this far beyond the largest radius
 
@@ -40,18 +39,16 @@ class Opacity:
 
 
 def scatter_opacities(shadow: Shadow, rng: np.random.Generator) -> tuple[Opacity, ...]:
-    """What a film is called positive for, all of it seen: in half of the films one or two large opacities, else three to eight alike.
+    """What a film is called positive for: one mass in 45 of 100 films, two in 20, else three to six of like size, all of them seen.
 
     Raises:
-        ValueError: the lungs have no room for it.
+        ValueError: the lungs have no room for one.
     """
     for _ in range(50):
-        several = rng.random() < 0.5
-        count = int(rng.integers(SEVERAL, 9)) if several else 1 if rng.random() < 0.7 else 2
-        typical = rng.uniform(1.2 * SEVERAL_MM, 40) if several else rng.uniform(LARGE_MM, DIAMETERS_MM[1])
-        alike: Kind | None = "round" if several and rng.random() < 0.8 else None
-        found = _scattered(shadow, rng, count, (typical, SEVERAL_MM if several else LARGE_MM), alike, least=SEEN)
-        if len(found) >= SEVERAL or any(opacity.diameter_mm >= LARGE_MM for opacity in found):
+        kind = rng.random()
+        count = 1 if kind < 0.45 else 2 if kind < 0.65 else int(rng.integers(3, 7))
+        alike: Kind | None = "round" if count >= 3 and rng.random() < 0.8 else None
+        if found := _scattered(shadow, rng, count, (rng.uniform(MASS_MM, DIAMETERS_MM[1]), MASS_MM), alike, least=SEEN):
             return found
     raise ValueError("the lung fields hold no opacity that is seen")
 
@@ -61,7 +58,7 @@ def crowd_opacities(shadow: Shadow, rng: np.random.Generator) -> tuple[Opacity, 
     kind = rng.random()
     count = 1 if kind < 0.2 else int(rng.integers(2, 4)) if kind < 0.4 else int(rng.integers(4, 11))
     smallest, largest = DIAMETERS_MM
-    alike: Kind | None = "round" if count >= SEVERAL and rng.random() < 0.8 else None
+    alike: Kind | None = "round" if count >= 3 and rng.random() < 0.8 else None
     return _scattered(shadow, rng, count, (rng.uniform(1.5 * smallest, largest), smallest), alike, least=0.0)
 
 
