@@ -148,6 +148,11 @@ class Finding:
         return self.segment.origin[0] + len(self.segment.mask) // 2
 
     @property
+    def key_slice(self) -> int:
+        """The slice that it is drawn on, as an index of the volume: that of its long axis where it has one, else the middle one."""
+        return self.long_axis.slice_index if self.long_axis else self.middle_slice
+
+    @property
     def volume_ml(self) -> float:
         """The volume measurement (118565006, SCT) in ml; 0.0 if there is none."""
         return next((m.value for m in self.measurements if m.name.value == "118565006"), 0.0)
@@ -207,5 +212,5 @@ class ResultObject:
     sop_class_uid: str
     transfer_syntax_uid: str
     series_instance_uid: str
-    modality: str  # "SEG" or "SR"
+    modality: str  # "SEG", "SR", "OT" (a picture) or "KO"
     data: bytes

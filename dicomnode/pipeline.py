@@ -35,10 +35,11 @@ from dicomnode.prefetch import Prefetched, Prefetcher
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_uid
 from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, Profile, parts
-from dicomnode.results.proof import prove
+from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
+from dicomnode.results.selection import encode_selection
 from storage import Storage
 from storage.errors import OutOfSpace
 from storage.records import Instance, Job, JobState, Result
@@ -265,6 +266,10 @@ def _encoded(
     if ("key-image", None) in wanted:
         objects["key-image", None] = encode_captures(findings, volume, headers, identity)
         prove_captures(objects["key-image", None], findings, volume)
+    if ("key-object", None) in wanted:
+        selection = encode_selection(findings, volume, headers, identity)
+        prove_selection(selection, findings, volume)
+        objects["key-object", None] = () if selection is None else (selection,)
     return {part: made for part, made in objects.items() if part in wanted}
 
 

@@ -29,6 +29,7 @@ PIXELMED_COMMAND = [
     "com.pixelmed.validate.DicomSRValidator",
 ]
 STRUCTURED_REPORTS = {"1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.88.34"}
+KEY_OBJECTS = "1.2.840.10008.5.1.4.1.1.88.59"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 
 DCIODVFY_NOISE = re.compile(r"needed to build DICOMDIR")  # an attribute that is empty in the source image and copied as it is
@@ -55,6 +56,8 @@ def complaints(file: Path, folder: Path, *, templates: bool = True) -> list[str]
         found += _reads(file, program("dsrdump", "dcmtk"), "-q", file)
         found += [f"PixelMed: {line}" for line in _pixelmed(file)] if templates else []
         found += _reads(file, "tid1500reader", "--inputDICOM", file, "--outputMetadata", folder / "sr.json")
+    if sop_class == KEY_OBJECTS:
+        found += _reads(file, program("dsrdump", "dcmtk"), "-q", file)
     return found
 
 

@@ -104,8 +104,7 @@ def encode_reason(
 
 def _slices(findings: Findings, volume: Volume) -> list[int]:
     """The slices to show: of each finding the one that the report draws on, as long as there are not too many."""
-    wanted = [finding.long_axis.slice_index if finding.long_axis else finding.middle_slice for finding in findings.findings]
-    return list(dict.fromkeys(wanted))[:MOST] or [len(volume.sop_instance_uids) // 2]
+    return list(dict.fromkeys(finding.key_slice for finding in findings.findings))[:MOST] or [len(volume.sop_instance_uids) // 2]
 
 
 def _crosses(finding: Finding, k: int) -> bool:

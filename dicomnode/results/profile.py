@@ -15,6 +15,7 @@ KINDS = {
     "sr": "Comprehensive 3D SR, TID 1500",
     "sr-comprehensive": "Comprehensive SR, the same content",
     "key-image": "Secondary Capture with the outlines burned in",
+    "key-object": "Key Object Selection of the images with findings",
 }
 PROFILES: dict[str, Profile] = {
     "standard": ("seg", "sr"),

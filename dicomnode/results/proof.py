@@ -74,6 +74,35 @@ def prove(
     _compare_evidence(document, volume, others, segmentation)
 
 
+def prove_selection(selection: ResultObject | None, findings: Findings, volume: Volume) -> None:
+    """Return if a key object selection flags the images, or the frames, that findings are drawn on, and no others.
+
+    Raises:
+        ProofFailed: one sentence says what differs; the selection may not leave.
+    """
+    expect((selection is None) == (not findings.findings), "there must be a key object selection exactly when there are findings")
+    if selection is None:
+        return
+    document = read(selection.data)
+    expect(str(document.SOPInstanceUID) == selection.sop_instance_uid, "the key objects hold another SOP Instance UID than was announced")
+    expect(document.StudyInstanceUID == volume.study_instance_uid, "the key objects belong to another study than the volume")
+    expect(str(document.get("ContentQualification")) == "RESEARCH", "the key objects' Content Qualification isn't RESEARCH")
+    said = [str(item.TextValue) for item in items_below(document) if item.ValueType == "TEXT"]
+    expect(any(_WARNING in text for text in said), "the key objects don't say that they are for research only")
+    flagged = set()
+    for item in items_below(document):
+        if item.ValueType == "IMAGE":
+            reference = item.ReferencedSOPSequence[0]
+            numbers = reference.get("ReferencedFrameNumber")
+            frames = [numbers] if numbers is None or isinstance(numbers, int | str) else list(numbers)
+            flagged |= {(str(reference.ReferencedSOPInstanceUID), None if n is None else int(n)) for n in frames}
+    wanted = {plane for plane, k in slices_of(volume).items() if any(k == finding.key_slice for finding in findings.findings)}
+    expect(flagged == wanted, f"the key objects flag {sorted(map(str, flagged))}, the findings are on {sorted(map(str, wanted))}")
+    evidence = dict(_evidence(document))
+    for uid in {uid for uid, _ in wanted} | {*evidence}:
+        expect(evidence.get(uid) == volume.series_instance_uid, f"the key objects' evidence doesn't name {uid} in its series")
+
+
 def _read(report: ResultObject, volume: Volume) -> Dataset:
     document = read(report.data)
     expect(str(document.get("VerificationFlag")) == "UNVERIFIED", "the SR doesn't say that nobody has verified it")

@@ -135,12 +135,12 @@ def _readable(header: Dataset, tag: int) -> DataElement | None:
 
 
 def series_number(header: Dataset, modality: str) -> int:
-    """Return a Series Number that sorts after the images' own: theirs + 9001 for SEG, + 9002 for SR, + 9003 for pictures (IS, 31 bit)."""
+    """Return a Series Number that sorts after the images' own: theirs + 9001 and more (IS, 31 bit)."""
     try:
         images = max(0, int(header.get("SeriesNumber") or 0))
     except (TypeError, ValueError):  # not an integer string: the images sort as the viewer likes
         images = 0
-    return min(images + {"SEG": 9001, "SR": 9002, "OT": 9003}[modality], 2**31 - 1)
+    return min(images + {"SEG": 9001, "SR": 9002, "OT": 9003, "KO": 9004}[modality], 2**31 - 1)
 
 
 def software_versions(identity: RunIdentity) -> list[str]:

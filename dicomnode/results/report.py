@@ -103,6 +103,18 @@ def encode_refusal(
     return _document(content, images, headers[0], identity, CLASSES[kind], 1, **made_by)
 
 
+def device_observer(identity: RunIdentity, *, manufacturer: str, model: str) -> sr.ObserverContext:
+    """Return who observed (TID 1004): this version and digest of the package."""
+    device = sr.DeviceObserverIdentifyingAttributes(
+        uid=uids.device_uid(identity),
+        name=provenance.ascii_text(f"{identity.package} {identity.version}", 1024),
+        manufacturer_name=provenance.ascii_text(manufacturer, 1024),
+        model_name=provenance.ascii_text(model, 1024),
+        serial_number=identity.digest,
+    )
+    return sr.ObserverContext(observer_type=dicom_codes.DCM.Device, observer_identifying_attributes=device)
+
+
 def _segment_group(
     finding: Finding, segmentation: ResultObject, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any]
 ) -> Dataset:
@@ -215,14 +227,7 @@ def _measurement_report(
     header: Dataset, identity: RunIdentity, groups: Sequence[Dataset], comments: Sequence[str], *, manufacturer: str, model: str
 ) -> sr.MeasurementReport:
     """TID 1500: who observed, what procedure, the groups, the words."""
-    device = sr.DeviceObserverIdentifyingAttributes(
-        uid=uids.device_uid(identity),
-        name=provenance.ascii_text(f"{identity.package} {identity.version}", 1024),
-        manufacturer_name=provenance.ascii_text(manufacturer, 1024),
-        model_name=provenance.ascii_text(model, 1024),
-        serial_number=identity.digest,
-    )
-    observer = sr.ObserverContext(observer_type=dicom_codes.DCM.Device, observer_identifying_attributes=device)
+    observer = device_observer(identity, manufacturer=manufacturer, model=model)
     report = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
         procedure_reported=coded(codes.procedure_reported(str(header.get("Modality") or ""))),

@@ -26,6 +26,7 @@ from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
+from dicomnode.results.selection import encode_selection
 from results_cases import LIDC, Case, another_series, box_of, enhanced, finding_of, heat_map_of, lidc, projection, scores, sphere, synthetic
 from validators import complaints
 
@@ -212,6 +213,15 @@ def test_validators_find_nothing_wrong_with_a_picture(case: Case, tmp_path: Path
     for found in (findings, case.findings()):
         (file,) = written(tmp_path, *encode_captures(found, case.volume, case.headers, case.identity))
         assert complaints(file, tmp_path) == []
+
+
+@pytest.mark.parametrize("made", [axial_pair, frames_of_a_set_of_four, dx_at_the_detector])
+def test_validators_find_nothing_wrong_with_key_objects(made: Callable[[], Made], tmp_path: Path) -> None:
+    this = made()
+    selection = encode_selection(this.case.findings(*this.found), this.case.volume, this.case.headers, this.case.identity)
+    assert selection is not None
+    (file,) = written(tmp_path, selection)
+    assert complaints(file, tmp_path) == []
 
 
 def test_validators_find_nothing_wrong_with_a_reason_in_a_picture(tmp_path: Path) -> None:
