@@ -224,14 +224,13 @@ def encode(result: Dataset, ending: bytes = b"") -> ResultObject:
     """Return the Part 10 file of an object: the same data set gives the same bytes. `ending` is written behind its last element."""
     buffer = BytesIO()
     dcmwrite(buffer, result, enforce_file_format=True)
-    buffer.write(ending)
     return ResultObject(
         sop_instance_uid=str(result.SOPInstanceUID),
         sop_class_uid=str(result.SOPClassUID),
         transfer_syntax_uid=str(result.file_meta.TransferSyntaxUID),
         series_instance_uid=str(result.SeriesInstanceUID),
         modality=str(result.Modality),
-        data=buffer.getvalue(),
+        data=buffer.getvalue() + ending if ending else buffer.getvalue(),
     )
 
 

@@ -137,11 +137,11 @@ def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> by
     size = shape[0] * shape[1]
     data = np.zeros((len(frames) * size + 15) // 16 * 2, dtype=np.uint8)  # of even length
     for number, (finding, k) in enumerate(frames):
-        first, shift = divmod(number * size, 8)
-        bits = np.zeros(shift + size, dtype=np.uint8)
         _, row, column = finding.segment.origin
         mask = finding.segment.mask[k - finding.segment.origin[0]]
-        bits[shift:].reshape(shape)[row : row + mask.shape[0], column : column + mask.shape[1]] = mask
+        first, shift = divmod(number * size + row * shape[1], 8)
+        bits = np.zeros(shift + len(mask) * shape[1], dtype=np.uint8)  # of its rows alone: the others stay 0
+        bits[shift:].reshape(len(mask), shape[1])[:, column : column + mask.shape[1]] = mask
         packed = np.packbits(bits, bitorder="little")
         data[first : first + len(packed)] |= packed
     return data.tobytes()
