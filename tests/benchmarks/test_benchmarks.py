@@ -40,7 +40,7 @@ def test_the_benchmark_of_inference_compares_findings_and_says_which_goals_are_m
 @pytest.mark.long  # it imports all that encodes, in three processes
 def test_the_benchmark_of_segmentations_measures_each_encoder(tmp_path: Path) -> None:
     out = tmp_path / "seg.json"
-    command = [sys.executable, FOLDER / "seg.py", "--slices", "4", "--rounds", "1", "--segments", "4", "--out", out]
+    command = [sys.executable, FOLDER / "seg.py", "--slices", "12", "--rounds", "1", "--segments", "4", "--out", out]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode in {0, 3}, done.stdout + done.stderr
     goals = json.loads(done.stdout.splitlines()[-1])
