@@ -39,8 +39,9 @@ def _lines(settings: Settings) -> Iterator[str]:
     yield f"dicomnode {VERSION}. Rendered by `dicomnode conformance` from the tables the node runs on; don't edit it by hand."
     yield "RESEARCH USE ONLY: not for diagnosis."
     yield ""
-    yield "The node stores studies that peers send to it, analyses them, and sends the results (Segmentation, Structured Report) to"
-    yield "peers. What is received is stored as it came: no transfer syntax is converted, no attribute is coerced."
+    yield "The node stores studies that peers send to it, analyses them, and sends the results to peers: to each what its display profile"
+    yield "names of Segmentation, Label Map Segmentation (RLE), Comprehensive 3D SR, Comprehensive SR, Secondary Capture and Key Object"
+    yield "Selection. What is received is stored as it came: no transfer syntax is converted, no attribute is coerced."
     yield ""
     yield "## Services"
     yield from _table(
