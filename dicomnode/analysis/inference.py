@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from dicomnode.analysis.backends import TORCH, Backend, Choice, TorchBackend, available, backend_for, choose, device_named, is_out_of_memory
+from dicomnode.analysis.bright import brighten
 from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.image_score import image_score, marked_share
@@ -164,7 +165,7 @@ class OwnModel:
         with torch.inference_mode():
             passes = [_one_pass(prepared, predict, how, scale, told(number)) for number, scale in enumerate(settings.scales)]
             probabilities = passes[0] if len(passes) == 1 else torch.stack(passes).amax(dim=0)
-            _brighten(self.manifest, probabilities, prepared.image)
+            brighten(self.manifest, probabilities, prepared.image)
             if not bool(torch.isfinite(probabilities.sum())):
                 raise AnalysisFailed(f"The network of the package {self.manifest.name} gave numbers that are not finite.")
         return probabilities
@@ -392,17 +393,6 @@ def _activated(output: OutputSection, logits: torch.Tensor, soft: torch.Tensor) 
     if output.activation == "sigmoid":
         return logits[:, output.channel].sigmoid()
     return (soft if output.activation == "softmax" else logits)[:, output.channel]
-
-
-def _brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tensor) -> None:
-    """Give outputs that are bright parts of another one the probability of their intensity, within what that one marks."""
-    labels, inputs = [output.label for output in manifest.outputs], [accepts.name for accepts in manifest.inputs]
-    for number, output in enumerate(manifest.outputs):
-        if output.bright is not None:
-            other = labels.index(output.bright.within)
-            chance = ((image[inputs.index(output.bright.input)] - output.bright.above + 1) / 2).clamp(0, 1).to(probabilities.device)
-            marked = probabilities[other] > manifest.outputs[other].threshold
-            probabilities[number] = torch.where(marked, chance, torch.minimum(probabilities[other], chance))
 
 
 def _box_above(values: torch.Tensor, threshold: float) -> tuple[slice, slice, slice] | None:

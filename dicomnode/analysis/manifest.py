@@ -183,6 +183,9 @@ class BrightSection(_Section):
     within: _Short = Field(description="the label of the other output")
     input: Name
     above: _Number = Field(description="of the input's intensity as the network is given it; a voxel that lies on it has probability 0.5")
+    share: float | None = Field(
+        None, gt=0, lt=1, description="a voxel must lie this share of the way from the other output's median to its 98th percentile too"
+    )
 
 
 class OutputSection(_Section):

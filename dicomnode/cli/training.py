@@ -34,7 +34,7 @@ def train(
 
     figures = {}
     if leave_one_out:
-        figures = _left_out(recipe, out, data, device=device)
+        figures = _left_out(recipe, out, data, device=device, seed=seed)
     done = run(recipe, out, device=device, dataset=data, long=long, seed=seed)
     skipped = f", {done.skipped_steps} skipped because loss or gradients were not finite" if done.skipped_steps else ""
     if not done.finished:
@@ -53,14 +53,14 @@ def train(
         write_model_card(done.folder / "package")
 
 
-def _left_out(recipe: Path, out: Path, data: Path | None, *, device: str) -> dict[str, Any]:
+def _left_out(recipe: Path, out: Path, data: Path | None, *, device: str, seed: int | None) -> dict[str, Any]:
     from dicomnode.errors import UsageError
     from dicomnode.training.card import set_lines
     from dicomnode.training.leave_one_out import leave_one_out as run
 
     if data is None:
         raise UsageError("--leave-one-out needs a data set: --data")
-    figures = run(recipe, out, data, device=device)
+    figures = run(recipe, out, data, device=device, seed=seed)
     for row in figures.values():
         typer.echo("\n".join(set_lines(row)))
     return figures

@@ -13,21 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dicomnode.phantoms.head_lookalikes import Lookalikes, Place, random_lookalikes
 from dicomnode.phantoms.shapes import Axes, Ellipsoid, Floats, Grid, Waves, inside, join, random_rotation, random_waves
 
 MM_PER_FOLD = 5.5  # the waves of the folds rise by about one deviation in so many millimetres
 TISSUES = ("air", "skin", "fat", "muscle", "bone", "marrow", "fluid", "grey", "white", "eye", "lesion")
 
 GLIOMA = ("oedema", "rim", "necrosis")  # from the outside to the inside; the rim takes up contrast agent
-_ALL = (*TISSUES, *GLIOMA)
+# what is bright on FLAIR or after contrast agent in heads without a tumour: spots of the white matter, plexus, vessels, dura
+LOOKALIKES = ("hyperintensity", "plexus", "vessel", "dura")
+_ALL = (*TISSUES, *GLIOMA, *LOOKALIKES)
+
+
+def _signals(*values: float) -> Mapping[str, float]:
+    return dict(zip(_ALL, values, strict=True))
+
 
 # Signal of each tissue between 0 and 1, as usual sequences show them; lesion: oedema of white matter
 CONTRASTS: Mapping[str, Mapping[str, float]] = {
-    "t1": dict(zip(_ALL, (0.0, 0.5, 1.0, 0.42, 0.06, 0.7, 0.14, 0.5, 0.72, 0.2, 0.4, 0.5, 0.48, 0.3), strict=True)),
-    "t1c": dict(zip(_ALL, (0.0, 0.55, 1.0, 0.48, 0.06, 0.7, 0.14, 0.52, 0.72, 0.2, 0.95, 0.52, 1.1, 0.32), strict=True)),
-    "t2": dict(zip(_ALL, (0.0, 0.45, 0.7, 0.22, 0.05, 0.5, 1.0, 0.52, 0.36, 0.95, 0.85, 0.85, 0.65, 0.95), strict=True)),
-    "flair": dict(zip(_ALL, (0.0, 0.4, 0.7, 0.3, 0.05, 0.45, 0.1, 0.6, 0.45, 0.15, 1.0, 1.0, 0.95, 0.8), strict=True)),
-    "pd": dict(zip(_ALL, (0.0, 0.6, 0.85, 0.5, 0.06, 0.6, 0.8, 0.85, 0.68, 0.85, 0.95, 0.95, 0.9, 0.95), strict=True)),
+    "t1": _signals(0.0, 0.5, 1.0, 0.42, 0.06, 0.7, 0.14, 0.5, 0.72, 0.2, 0.4, 0.5, 0.48, 0.3, 0.62, 0.45, 0.2, 0.35),
+    "t1c": _signals(0.0, 0.55, 1.0, 0.48, 0.06, 0.7, 0.14, 0.52, 0.72, 0.2, 0.95, 0.52, 1.1, 0.32, 0.62, 1.0, 1.2, 0.8),
+    "t2": _signals(0.0, 0.45, 0.7, 0.22, 0.05, 0.5, 1.0, 0.52, 0.36, 0.95, 0.85, 0.85, 0.65, 0.95, 0.65, 0.75, 0.1, 0.25),
+    "flair": _signals(0.0, 0.4, 0.7, 0.3, 0.05, 0.45, 0.1, 0.6, 0.45, 0.15, 1.0, 1.0, 0.95, 0.8, 0.85, 0.5, 0.1, 0.3),
+    "pd": _signals(0.0, 0.6, 0.85, 0.5, 0.06, 0.6, 0.8, 0.85, 0.68, 0.85, 0.95, 0.95, 0.9, 0.95, 0.85, 0.8, 0.25, 0.35),
 }
 
 
@@ -66,6 +74,7 @@ class HeadScene:
     airway: tuple[Ellipsoid, ...]
     lesion: Ellipsoid | None
     glioma: Glioma | None
+    lookalikes: Lookalikes | None = None
 
     def brain_distance(self, axes: Axes) -> Floats:
         """Signed distance to the surface of cerebrum, cerebellum and stem without their folds, mm; the ventricles are inside."""
@@ -73,8 +82,11 @@ class HeadScene:
         return join(both, np.maximum(self.stem.distance(axes), -axes[0] - 95.0), 6.0)
 
 
-def head_scene(seed: int, *, lesion_mm: float = 0.0, glioma_mm: float = 0.0) -> HeadScene:
-    """Draw a head from `seed`; above 0 `lesion_mm` is the diameter of a lesion in the white matter, `glioma_mm` about that of a glioma."""
+def head_scene(seed: int, *, lesion_mm: float = 0.0, glioma_mm: float = 0.0, lookalikes: bool = False) -> HeadScene:
+    """Draw a head from `seed`; above 0 `lesion_mm` is the diameter of a lesion in the white matter, `glioma_mm` about that of a glioma.
+
+    With `lookalikes` it has what is bright on FLAIR or after contrast agent without a tumour; the rest of the head is the same.
+    """
     rng = np.random.default_rng([seed, 51])
     width, depth, height = rng.uniform(60, 70), rng.uniform(76, 90), rng.uniform(54, 66)
     scalp, skull, fluid = rng.uniform(3, 9), rng.uniform(5, 10), rng.uniform(1.5, 6)
@@ -111,6 +123,7 @@ def head_scene(seed: int, *, lesion_mm: float = 0.0, glioma_mm: float = 0.0) -> 
             Ellipsoid(centre=(0, -0.35 * depth, -1.7 * height), radii=(9, 8, 50)),
         ),
         lesion=lesion, glioma=_glioma(seed, glioma_mm, (width, depth, height)) if glioma_mm else None,
+        lookalikes=random_lookalikes(seed, (width, depth, height), ventricles[:2]) if lookalikes else None,
     )  # fmt: skip
 
 
@@ -168,6 +181,11 @@ def render_head(scene: HeadScene, grid: Grid) -> tuple[dict[str, Floats], Floats
         put("grey", inside(nucleus.distance(axes), edge) * np.float32(0.8))
     for ventricle in scene.ventricles:
         put("fluid", inside(ventricle.distance(axes), edge))
+    if scene.lookalikes is not None:
+        for tissue, share in scene.lookalikes.shares(axes, edge, Place(
+            surface=brain, sheets=sheets, fold_mm=scene.fold_mm, fluid_mm=scene.fluid_mm, texture=texture, white=shares["white"],
+        )):  # fmt: skip
+            put(tissue, share)
     if scene.lesion is not None:
         put("lesion", inside(scene.lesion.distance(axes), 1.5) * whole)
     if scene.glioma is not None:

@@ -6,7 +6,10 @@ What it gives are figures of the recipe. The weights that are exported have seen
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,12 @@ FIGURES = "leave-one-out.json"
 
 
 def leave_one_out(
-    config_path: Path, out_folder: Path, dataset_folder: Path, *, device: str = "auto", quiet: bool = False
+    config_path: Path, out_folder: Path, dataset_folder: Path, *, device: str = "auto", seed: int | None = None, quiet: bool = False
 ) -> dict[str, Any]:
     """Train without each case of the data set's split `train` in turn, and return the figures by name of the set.
 
-    Each run has a folder `without-CASE` in `out_folder`, where one that stopped goes on; the figures are written to `leave-one-out.json`.
+    Each run has a folder `without-CASE` in `out_folder`, where one that stopped goes on; the figures are written to `leave-one-out.json`,
+    with what each run took. `seed` is in the place of the recipe's.
 
     Raises:
         ConfigError: the recipe has mistakes.
@@ -44,11 +48,14 @@ def leave_one_out(
     out_folder.mkdir(parents=True, exist_ok=True)
     all_series: list[Result] = []
     alone: list[Result] = []
+    runs: list[dict[str, Any]] = []
     for row in rows:
         fold = _without(config_path, out_folder, row)
         folder = out_folder / fold.stem
         if not (folder / "package" / "manifest.toml").exists():
-            train(fold, folder, device=device, dataset=dataset_folder, quiet=quiet)
+            before = _spent()
+            train(fold, folder, device=device, dataset=dataset_folder, seed=seed, quiet=quiet)
+            runs.append({"without": row.case, **{name: round(value - before[name], 1) for name, value in _spent().items()}})
         package = load_package(folder / "package")
         model = load_model(folder / "package", digest=package.digest, device=device)
         case = _case(dataset, row, package.manifest)
@@ -56,8 +63,15 @@ def leave_one_out(
         single = _first_alone(case, package.manifest)
         alone += measure(model, [(row.case, lambda case=single: case)])[0]  # type: ignore[misc]  # the same
     figures = _figures(recipe, dataset, {"all series": all_series, f"{recipe.package.inputs[0].name} alone": alone})
-    (out_folder / FIGURES).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = {"runs": runs, "load_average": round(os.getloadavg()[0], 1), "figures": figures}
+    (out_folder / FIGURES).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return figures
+
+
+def _spent() -> dict[str, float]:
+    """Seconds by the clock, and of all processors by this process and the workers that it has waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {"seconds": time.monotonic(), "cpu_seconds": sum(each.ru_utime + each.ru_stime for each in used)}
 
 
 def _without(config_path: Path, out_folder: Path, row: CaseRow) -> Path:

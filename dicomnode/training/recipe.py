@@ -97,8 +97,13 @@ class Gliomas(_Section):
     own: float = Field(ge=0, le=1, description="share of volumes with the patient's own tumour where it is; the others are healed first")
     transplants: tuple[float, float, float] = Field(description="of healed brains: shares that are given no tumour, one, two")
     without_t1c: float = Field(ge=0, le=1, description="share of volumes without T1c")
-    phantom_heads: int = Field(0, ge=0, description="synthetic heads with a glioma and their skull, beside the patients")
+    bias: float = Field(0.06, ge=0, description="largest deviation of a series' uneven light, of its logarithm")
+    shells: float = Field(0.0, ge=0, le=1, description="share of the patients' brains that get something around them, as with a skull")
+    phantom_heads: int = Field(1, ge=1, description="so many synthetic heads with their skull")
     phantoms: float = Field(0.0, ge=0, le=1, description="share of volumes that show one of them")
+    phantom_tumours: tuple[float, float, float] = Field(
+        (0.5, 0.25, 0.25), description="of those: shares that have no tumour, a synthetic one, a patient's"
+    )
     leave_out: tuple[str, ...] = Field((), description="cases that are not trained on")
 
 

@@ -14,13 +14,14 @@ import torch
 from torch.utils.data import Dataset
 
 from dicomnode.errors import UsageError
+from dicomnode.training.core_cut import with_fitted_cut
 from dicomnode.training.dataset_patches import LabelledPatches
 from dicomnode.training.films import PhantomFilms
 from dicomnode.training.gliomas import GliomaPatches
 from dicomnode.training.heads import PhantomHeads
 from dicomnode.training.nodules import PhantomPatches
 from dicomnode.training.opacities import OpacityFilms
-from dicomnode.training.recipe import DataSection
+from dicomnode.training.recipe import DataSection, Recipe
 
 Patch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Split = Literal["train", "validation"]
@@ -42,6 +43,7 @@ class DataKind:
     image_format: str  # `format` of the image in a MONAI Bundle's metadata
     scaling: Callable[[Any], str]  # of a recipe's section: what became 0..1
     reads_dataset: bool = False  # `dicomnode train --data`
+    fitted: Callable[[Recipe, Path | None], Recipe] = lambda recipe, _dataset: recipe  # what of the package follows from the data set
 
 
 def stream_of(data: DataSection, *, seed: int, count: int, split: Split = "train", dataset: Path | None = None) -> Dataset[Patch]:
@@ -102,6 +104,6 @@ KINDS: Mapping[str, DataKind] = {
     "mr-heads": DataKind(open=_phantoms(PhantomHeads), change="trained on synthetic heads", image_format="magnitude", scaling=_percentiles),
     "mr-gliomas": DataKind(
         open=_gliomas, change="trained on three patients of BraTS 2013 and synthetic heads", image_format="magnitude",
-        scaling=lambda _data: "quartiles of the brain", reads_dataset=True,
+        scaling=lambda _data: "quartiles of the brain", reads_dataset=True, fitted=with_fitted_cut,
     ),
 }  # fmt: skip

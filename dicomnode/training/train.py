@@ -112,6 +112,7 @@ def train(
     best = best_of(trainer.history) if finished else None
     if best is not None:
         averages = torch.load(_file_of(out_folder, best[0]), map_location="cpu", weights_only=True)["average"]
+        recipe = KINDS[recipe.data.kind].fitted(recipe, dataset)
         write_package(recipe, averages, out_folder / "package", record=_record(recipe, trainer, run))
     return Training(
         folder=out_folder, last_checkpoint=checkpoints(out_folder)[-1], steps=trainer.step, skipped_steps=trainer.skipped,

@@ -153,12 +153,12 @@ def head_case(seed: int, *, other: bool, name: str = "image") -> Case:
 
 
 def glioma_case(seed: int, *, other: bool, manifest: Manifest) -> Case:
-    """A head on FLAIR and T1c in slices of 1.5 to 6 mm, with a glioma of 25 to 75 mm, or with `other` without one."""
+    """A head on FLAIR and T1c in slices of 1.5 to 6 mm, with a glioma of 25 to 75 mm, or with `other` none; each has look-alikes."""
     rng = np.random.default_rng([seed, 83])
     fine = Grid(origin_lps_mm=(-100.0, -126.0, -116.0), spacing_mm=(2.0, 2.0, 2.0), shape=(110, 125, 101))
     thick = float(rng.uniform(1.5, 6.0))
     grid = Grid(origin_lps_mm=(-96.0, -120.0, -100.0), spacing_mm=(thick, 1.5, 1.5), shape=(int(185 / thick), 160, 128))
-    shares, _ = render_head(head_scene(seed, glioma_mm=0.0 if other else float(rng.uniform(25, 75))), fine)
+    shares, _ = render_head(head_scene(seed, glioma_mm=0.0 if other else float(rng.uniform(25, 75)), lookalikes=True), fine)
     volumes = {}
     for contrast in ("flair", "t1c"):
         image = acquire(signal(shares, CONTRASTS[contrast]), fine, grid.affine, grid.shape, thickness_mm=thick)

@@ -1,0 +1,32 @@
+"""Outputs that are the bright part of another one: an enhancing core by the intensity of its image, and not by a channel of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from dicomnode.analysis.manifest import BrightSection, Manifest
+
+BRIGHTEST = 0.98  # the quantile of the other output's voxels that stands for the brightest: few voxels of vessels don't move it
+
+
+def brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tensor) -> None:
+    """Give outputs that are bright parts of another one the probability of their intensity, within what that one marks.
+
+    `probabilities` is (outputs, k, r, c) and changed in place, `image` (inputs, k, r, c) as the network is given it.
+    """
+    labels, inputs = [output.label for output in manifest.outputs], [accepts.name for accepts in manifest.inputs]
+    for number, output in enumerate(manifest.outputs):
+        if output.bright is not None:
+            other = labels.index(output.bright.within)
+            marked = probabilities[other] > manifest.outputs[other].threshold
+            values = image[inputs.index(output.bright.input)].to(probabilities.device)
+            chance = ((values - cut_of(output.bright, values[marked]) + 1) / 2).clamp(0, 1)
+            probabilities[number] = torch.where(marked, chance, torch.minimum(probabilities[other], chance))
+
+
+def cut_of(bright: BrightSection, values: torch.Tensor) -> float:
+    """The intensity a voxel must exceed, by `values` (n,) within the other output: how bright a core gets differs from scan to scan."""
+    if bright.share is None or not len(values):
+        return bright.above
+    middle, top = (float(values.float().kthvalue(1 + round(share * (len(values) - 1))).values) for share in (0.5, BRIGHTEST))
+    return max(bright.above, middle + bright.share * (top - middle))

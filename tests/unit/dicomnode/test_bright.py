@@ -1,0 +1,53 @@
+"""Which intensity an enhancing core must exceed, and on whom that is fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from labelled_heads import write_patients
+
+from dicomnode.analysis.bright import cut_of
+from dicomnode.analysis.manifest import BrightSection
+from dicomnode.training.core_cut import with_fitted_cut
+from dicomnode.training.recipe import Gliomas, Recipe, load_recipe
+
+RECIPE = Path(__file__).parents[3] / "dicomnode" / "training" / "recipes" / "brain-tumour-mr.toml"
+
+
+def bright(**changed: float) -> BrightSection:
+    return BrightSection.model_validate({"within": "Glioma", "input": "t1c", "above": 0.6, **changed})
+
+
+def test_the_cut_lies_a_share_of_the_way_from_the_median_to_the_brightest_and_never_too_low() -> None:
+    values = torch.linspace(0.0, 10.0, 1001)[torch.randperm(1001, generator=torch.Generator().manual_seed(0))]
+    assert cut_of(bright(share=0.25), values) == pytest.approx(5.0 + 0.25 * (9.8 - 5.0))
+    assert cut_of(bright(share=0.25), values - 10) == 0.6
+    assert cut_of(bright(share=0.25), values[:0]) == 0.6
+    assert cut_of(bright(), values) == 0.6
+
+
+def test_a_brighter_scan_moves_the_cut_with_it() -> None:
+    """The same tumour with twice the contrast has the same core."""
+    values = torch.from_numpy(np.random.default_rng(1).gamma(2.0, 1.0, 5000).astype(np.float32))
+    masks = [scaled > cut_of(bright(share=0.4, above=-8.0), scaled) for scaled in (values, 2 * values + 1)]
+    assert torch.equal(masks[0], masks[1])
+
+
+def fitted(recipe: Recipe, folder: Path, *leave_out: str) -> float | None:
+    assert isinstance(recipe.data, Gliomas)
+    fold = recipe.model_copy(update={"data": recipe.data.model_copy(update={"leave_out": leave_out})})
+    section = with_fitted_cut(fold, folder).package.outputs[1].bright
+    assert section is not None
+    assert section.above == 0.6  # stays as it is
+    return section.share
+
+
+def test_the_share_is_fitted_without_the_patient_who_is_left_out(tmp_path: Path) -> None:
+    """The first one's core is labelled as half of his glioma, the second one's as a twentieth."""
+    recipe = load_recipe(RECIPE)
+    write_patients(tmp_path, 2, cores=(0.5, 0.95))
+    assert fitted(recipe, tmp_path, "head-0") == 0.5
+    assert fitted(recipe, tmp_path, "head-1") == 0.2
