@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy import ndimage
 
+from dicomnode.analysis.components import mean_of_top_quarter
 from dicomnode.analysis.manifest import BrightSection, Manifest
 
 BRIGHTEST = 0.98  # the quantile of the other output's voxels that stands for the brightest: few voxels of vessels don't move it
@@ -18,10 +21,23 @@ def brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tenso
     for number, output in enumerate(manifest.outputs):
         if output.bright is not None:
             other = labels.index(output.bright.within)
-            marked = probabilities[other] > manifest.outputs[other].threshold
+            marked = _sure(probabilities[other], manifest.outputs[other].threshold, output.bright.least_score)
             values = image[inputs.index(output.bright.input)].to(probabilities.device)
             chance = ((values - cut_of(output.bright, values[marked]) + 1) / 2).clamp(0, 1)
             probabilities[number] = torch.where(marked, chance, torch.minimum(probabilities[other], chance))
+
+
+def _sure(probability: torch.Tensor, threshold: float, least_score: float) -> torch.Tensor:
+    """What is above the threshold (k, r, c), in components whose most certain quarter is on average as sure as it must be."""
+    marked = probability > threshold
+    if not least_score:
+        return marked
+    values = probability.cpu().numpy()
+    numbers, count = ndimage.label(marked.cpu().numpy(), structure=np.ones((3, 3, 3)))
+    boxes = ndimage.find_objects(numbers)
+    scores = [mean_of_top_quarter(values[box][numbers[box] == number]) for number, box in enumerate(boxes, start=1)]
+    kept = [number for number in range(1, count + 1) if scores[number - 1] >= least_score]
+    return torch.from_numpy(np.isin(numbers, kept)).to(marked.device)
 
 
 def cut_of(bright: BrightSection, values: torch.Tensor) -> float:

@@ -228,7 +228,7 @@ def _on_the_volume(
         mask = parts[tight] == part
         first, second, third = (s.start + t.start for s, t in zip(tight, turned, strict=True))
         mask_there, origin = grid.turn_back(mask, (first, second, third))
-        yield Segment(mask=mask_there, origin=origin), _mean_of_top_quarter(scores[tight][mask])
+        yield Segment(mask=mask_there, origin=origin), mean_of_top_quarter(scores[tight][mask])
 
 
 def _apply(matrices: list[NDArray[np.float32]], values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -238,7 +238,8 @@ def _apply(matrices: list[NDArray[np.float32]], values: NDArray[np.float32]) -> 
     return result
 
 
-def _mean_of_top_quarter(values: NDArray[np.float32]) -> float:
+def mean_of_top_quarter(values: NDArray[np.float32]) -> float:
+    """Return the score of a finding with these probabilities."""
     count = max(1, (values.size + 3) // 4)
     return float(np.clip(np.partition(values, values.size - count)[values.size - count :].mean(dtype=np.float64), 0, 1))
 

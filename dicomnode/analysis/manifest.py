@@ -125,9 +125,12 @@ class PreprocessingSection(_Section):
         "standard deviation of what lies around each pixel in its slice",
     )
     window: tuple[_Number, _Number] | None = Field(None, description="of intensity window: lower and upper value")
+    even: bool = Field(False, description="of organ-z-score: first the organ's light is made even, unless only the organ is shown")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
+        if self.even and self.intensity != "organ-z-score":
+            raise ValueError("even belongs to the intensity organ-z-score, and to no other")
         if (self.spacing_mm is None) == (self.size_px is None):
             raise ValueError("exactly one of spacing_mm and size_px is needed")
         if (self.intensity == "window") != (self.window is not None):
@@ -186,6 +189,7 @@ class BrightSection(_Section):
     share: float | None = Field(
         None, gt=0, lt=1, description="a voxel must lie this share of the way from the other output's median to its 98th percentile too"
     )
+    least_score: float = Field(0.0, ge=0, le=1, description="components of the other output with a lower score have no bright part")
 
 
 class OutputSection(_Section):

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dicomnode.analysis.even_light import evened
 from dicomnode.analysis.grid import Grid, Triple, grid_of, resample_to
+from dicomnode.analysis.head import without_background
 from dicomnode.analysis.manifest import InputSection, Manifest, PreprocessingSection
 from dicomnode.errors import AnalysisFailed, PackageError
 from dicomnode.findings import Volume, Voxels
@@ -90,13 +92,14 @@ def prepare(
     elif first.region:
         region, side = region_of(first.region)(image.cpu().numpy(), grid.spacing_mm)
     box = _box_around(None if whole else region, grid, projection=volume.is_projection)
-    inside = (
-        None if organ is None or settings.intensity != "organ-z-score" else torch.from_numpy(np.ascontiguousarray(organ[box])).to(device)
-    )
-    channels, notes, absent = [normalised(image[box], settings, inside)], [], []
+    scored = settings.intensity == "organ-z-score"
+    inside = None if organ is None or not scored else torch.from_numpy(np.ascontiguousarray(organ[box])).to(device)
+    # who took the skull away made the light even before, as a rule; a second time would take from a large tumour's brightness
+    uneven = inside if settings.even and without_background(image.cpu().numpy()) is None else None
+    channels, notes, absent = [normalised(evened(image[box], uneven), settings, inside)], [], []
     for accepts in manifest.inputs[1:]:
         if accepts.name in volumes:
-            channels.append(normalised(_brought(volumes[accepts.name], volume, grid, device)[box], settings, inside))
+            channels.append(normalised(evened(_brought(volumes[accepts.name], volume, grid, device)[box], uneven), settings, inside))
         else:
             notes.append(_without(manifest, accepts))
             channels.append(torch.zeros_like(channels[0]))

@@ -29,7 +29,7 @@ from dicomnode.training.recipe import Gliomas, load_recipe
 
 REAL = Path(__file__).parents[4] / "shared" / "data"
 DICOMNODE = Path(__file__).parents[3] / "dicomnode"
-PACKAGE = DICOMNODE / "packages" / "brain-tumour-mr" / "0.1.0"
+PACKAGE = DICOMNODE / "packages" / "brain-tumour-mr" / "0.2.0"
 RECIPE = DICOMNODE / "training" / "recipes" / "brain-tumour-mr.toml"
 GRID = Grid(origin_lps_mm=(-96.0, -120.0, -92.0), spacing_mm=(3.0, 1.6, 1.6), shape=(58, 150, 120))
 
