@@ -77,7 +77,7 @@ def random_lookalikes(seed: int, brain: tuple[float, float, float], ventricles: 
     width, depth, height = brain
     age = rng.random()
     spots = []
-    for _ in range(int(rng.integers(0, 4 + 40 * max(0.0, age - 0.4)))):
+    for _ in range(int(rng.integers(0, int(4 + 40 * max(0.0, age - 0.4))))):
         angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.75)
         centre = (reach * width * float(np.cos(angle)), reach * depth * float(np.sin(angle)), height * rng.uniform(-0.1, 0.6))
         radii = np.exp(rng.uniform(np.log(1.2), np.log(6.0))) * np.exp(rng.normal(0, 0.3, 3))

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,9 +51,8 @@ def leave_one_out(
         fold = _without(config_path, out_folder, row)
         folder = out_folder / fold.stem
         if not (folder / "package" / "manifest.toml").exists():
-            before = _spent()
-            train(fold, folder, device=device, dataset=dataset_folder, seed=seed, quiet=quiet)
-            runs.append({"without": row.case, **{name: round(value - before[name], 1) for name, value in _spent().items()}})
+            done = train(fold, folder, device=device, dataset=dataset_folder, seed=seed, quiet=quiet)
+            runs.append({"without": row.case, "seconds": round(done.seconds, 1), "cpu_seconds": round(done.cpu_seconds, 1)})
         package = load_package(folder / "package")
         model = load_model(folder / "package", digest=package.digest, device=device)
         case = _case(dataset, row, package.manifest)
@@ -66,12 +63,6 @@ def leave_one_out(
     content = {"runs": runs, "load_average": round(os.getloadavg()[0], 1), "figures": figures}
     (out_folder / FIGURES).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return figures
-
-
-def _spent() -> dict[str, float]:
-    """Seconds by the clock, and of all processors by this process and the workers that it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {"seconds": time.monotonic(), "cpu_seconds": sum(each.ru_utime + each.ru_stime for each in used)}
 
 
 def _without(config_path: Path, out_folder: Path, row: CaseRow) -> Path:
