@@ -21,15 +21,16 @@ def brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tenso
     for number, output in enumerate(manifest.outputs):
         if output.bright is not None:
             other = labels.index(output.bright.within)
-            marked = _sure(probabilities[other], manifest.outputs[other].threshold, output.bright.least_score)
+            outline = probabilities[other] > manifest.outputs[other].threshold
+            marked = _sure(probabilities[other], outline, output.bright.least_score)
             values = image[inputs.index(output.bright.input)].to(probabilities.device)
             chance = ((values - cut_of(output.bright, values[marked]) + 1) / 2).clamp(0, 1)
-            probabilities[number] = torch.where(marked, chance, torch.minimum(probabilities[other], chance))
+            around = torch.minimum(probabilities[other], chance).masked_fill(outline & ~marked, 0)
+            probabilities[number] = torch.where(marked, chance, around)
 
 
-def _sure(probability: torch.Tensor, threshold: float, least_score: float) -> torch.Tensor:
-    """What is above the threshold (k, r, c), in components whose most certain quarter is on average as sure as it must be."""
-    marked = probability > threshold
+def _sure(probability: torch.Tensor, marked: torch.Tensor, least_score: float) -> torch.Tensor:
+    """What is marked (k, r, c), in components whose most certain quarter is on average as sure as it must be."""
     if not least_score:
         return marked
     values = probability.cpu().numpy()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from labelled_heads import write_patients
 
-from dicomnode.analysis.bright import cut_of
+from dicomnode.analysis.bright import brighten, cut_of
 from dicomnode.analysis.manifest import BrightSection
 from dicomnode.training.core_cut import with_fitted_cut
 from dicomnode.training.recipe import Gliomas, Recipe, load_recipe
@@ -51,3 +51,15 @@ def test_the_share_is_fitted_without_the_patient_who_is_left_out(tmp_path: Path)
     write_patients(tmp_path, 2, cores=(0.5, 0.95))
     assert fitted(recipe, tmp_path, "head-0") == 0.5
     assert fitted(recipe, tmp_path, "head-1") == 0.2
+
+
+def test_what_is_no_sure_glioma_has_no_core_however_bright_it_is() -> None:
+    manifest = load_recipe(RECIPE).package
+    probabilities = torch.zeros(2, 4, 12, 12)
+    probabilities[0, :, 1:5, 1:5] = 0.97
+    probabilities[0, :, 7:11, 7:11] = 0.7  # marked, and too unsure to be a finding
+    image = torch.full((2, 4, 12, 12), 9.0)
+    image[:, :, 1:4] = -5.0  # most of the sure one is dark: the rest is bright beside it
+    brighten(manifest, probabilities, image)
+    assert bool((probabilities[1, :, 4:5, 1:5] > 0.75).all())
+    assert float(probabilities[1, :, 6:, 6:].max()) == 0.0
