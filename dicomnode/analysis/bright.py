@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from scipy import ndimage
 
 from dicomnode.analysis.components import mean_of_top_quarter
 from dicomnode.analysis.manifest import BrightSection, Manifest
+from dicomnode.findings import Finding
 
 BRIGHTEST = 0.98  # the quantile of the other output's voxels that stands for the brightest: few voxels of vessels don't move it
 
@@ -27,6 +30,13 @@ def brighten(manifest: Manifest, probabilities: torch.Tensor, image: torch.Tenso
             chance = ((values - cut_of(output.bright, values[marked]) + 1) / 2).clamp(0, 1)
             around = torch.minimum(probabilities[other], chance).masked_fill(outline & ~marked, 0)
             probabilities[number] = torch.where(marked, chance, around)
+
+
+def without_orphans(findings: Sequence[Finding], manifest: Manifest) -> list[Finding]:
+    """Leave out bright parts of an output of which there is no finding."""
+    within = {output.label: output.bright.within for output in manifest.outputs if output.bright is not None}
+    there = {finding.label for finding in findings}
+    return [finding for finding in findings if within.get(finding.label, finding.label) in there]
 
 
 def _sure(probability: torch.Tensor, marked: torch.Tensor, least_score: float) -> torch.Tensor:

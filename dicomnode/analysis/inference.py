@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from dicomnode.analysis.backends import TORCH, Backend, Choice, TorchBackend, available, backend_for, choose, device_named, is_out_of_memory
-from dicomnode.analysis.bright import brighten
+from dicomnode.analysis.bright import brighten, without_orphans
 from dicomnode.analysis.bundle import load_bundle
 from dicomnode.analysis.components import ProbabilityMap, find
 from dicomnode.analysis.image_score import image_score, marked_share
@@ -263,6 +263,7 @@ def findings_of(
             kept, _ = find(output.model_copy(update=_ANY), area, volume)
         found += kept
         omitted += left_out
+    found = without_orphans(found, manifest)
     found.sort(key=lambda f: (-f.probability, -f.volume_ml, f.centre_lps_mm or (), f.segment.origin))
     omitted += max(0, len(found) - manifest.maximum_findings)
     return tuple(replace(finding, number=number) for number, finding in enumerate(found[: manifest.maximum_findings], start=1)), omitted

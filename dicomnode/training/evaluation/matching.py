@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dicomnode.analysis.bright import without_orphans
 from dicomnode.analysis.manifest import Manifest, OutputSection
 from dicomnode.findings import Finding, Findings, Segment, Volume
 from dicomnode.training.cases import Case, Known, Mask, finds_lesions
@@ -128,7 +129,7 @@ def reported(findings: Sequence[Finding], manifest: Manifest) -> tuple[Finding, 
         if finding.probability >= output.minimum_score and counts[finding.label] < output.maximum_findings:
             counts[finding.label] += 1
             kept.append(finding)
-    return tuple(kept[: manifest.maximum_findings])
+    return tuple(without_orphans(kept, manifest)[: manifest.maximum_findings])
 
 
 def match(findings: Sequence[Finding], known: Sequence[Known]) -> Match:

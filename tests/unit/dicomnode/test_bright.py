@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from labelled_heads import write_patients
+from small_bundle import volume_of
 
-from dicomnode.analysis.bright import brighten, cut_of
+from dicomnode.analysis.bright import brighten, cut_of, without_orphans
+from dicomnode.analysis.components import placed
 from dicomnode.analysis.manifest import BrightSection
+from dicomnode.findings import Segment
 from dicomnode.training.core_cut import with_fitted_cut
 from dicomnode.training.recipe import Gliomas, Recipe, load_recipe
 
@@ -63,3 +66,13 @@ def test_what_is_no_sure_glioma_has_no_core_however_bright_it_is() -> None:
     brighten(manifest, probabilities, image)
     assert bool((probabilities[1, :, 4:5, 1:5] > 0.75).all())
     assert float(probabilities[1, :, 6:, 6:].max()) == 0.0
+
+
+def test_without_a_glioma_there_is_no_core_and_without_a_core_there_may_be_a_glioma() -> None:
+    manifest = load_recipe(RECIPE).package
+    volume = volume_of(np.zeros((2, 4, 4), dtype=np.float32), np.diag([4.0, 2.0, 2.0, 1.0])[[2, 1, 0, 3]])
+    spot = Segment(mask=np.ones((1, 2, 2), dtype=np.bool_), origin=(0, 0, 0))
+    glioma, core = (placed(output, spot, 0.95, None, volume) for output in manifest.outputs)
+    assert without_orphans([core], manifest) == []
+    assert without_orphans([glioma], manifest) == [glioma]
+    assert without_orphans([core, glioma], manifest) == [core, glioma]
