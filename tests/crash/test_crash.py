@@ -128,7 +128,7 @@ class Node:
         wait_until(lambda: up.is_set() or self._process.exitcode is not None, seconds=60, what="the node to start")
 
     def wait_for_death(self) -> None:
-        self._process.join(60)
+        self._process.join(180)  # a queue that met an error is polled less often for a while
         assert self._process.exitcode == -signal.SIGKILL, "the point was never reached"
 
     def kill(self) -> None:
