@@ -205,6 +205,16 @@ class RunIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A DICOM object of this node by its names, in whatever study."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    study_instance_uid: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResultObject:
     """An encoded DICOM object (a whole Part 10 file) made from findings."""
 

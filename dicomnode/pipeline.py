@@ -28,10 +28,11 @@ from dicomnode.analysis.warm import WarmModels
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
 from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
-from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity, Volume
+from dicomnode.findings import Finding, Findings, Reference, ResultObject, RunIdentity, Volume
 from dicomnode.logs import get_logger
 from dicomnode.pace import Pace
 from dicomnode.prefetch import Prefetched, Prefetcher
+from dicomnode.priors import identity_of, superseded
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_uid
 from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, Profile, parts
@@ -144,9 +145,10 @@ class Analyser:
         except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
             raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
         clock.lap("inference")
-        identity = _identity(job)
+        identity = identity_of(job)
         headers_of_all = [header for series in selection.series for header in series.headers]
-        objects = _encoded(findings, tuple(volumes.values()), headers_of_all, identity, wanted)
+        former = superseded(self._storage, job)
+        objects = _encoded(findings, tuple(volumes.values()), headers_of_all, identity, wanted, former)
         clock.lap("results")
         return Outcome(
             state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
@@ -165,10 +167,11 @@ class Analyser:
         """A job's end without findings, said in a report and, where wanted, in a picture; without headers nowhere but in its row."""
         log.warning("not analysed", job=job.key, outcome=state, reason_code=code)
         objects: dict[Part, tuple[ResultObject, ...]] = {}
-        images, identity, made_by = [header for _, header in headers], _identity(job), self._made_by(job)
+        images, identity, made_by = [header for _, header in headers], identity_of(job), self._made_by(job)
         for kind, segmentation in sorted(wanted, key=str) if headers else ():
             if kind in REPORTS:
-                objects[kind, segmentation] = (encode_refusal(code, reason, images, identity, kind=kind, **made_by),)
+                former = superseded(self._storage, job)
+                objects[kind, segmentation] = (encode_refusal(code, reason, images, identity, kind=kind, supersedes=former, **made_by),)
             if kind == "key-image":
                 objects[kind, None] = encode_reason(code, reason, images, identity, **made_by)
         return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})
@@ -249,7 +252,12 @@ class Analyser:
 
 
 def _encoded(
-    findings: Findings, volumes: Sequence[Volume], headers: Sequence[Dataset], identity: RunIdentity, wanted: frozenset[Part]
+    findings: Findings,
+    volumes: Sequence[Volume],
+    headers: Sequence[Dataset],
+    identity: RunIdentity,
+    wanted: frozenset[Part],
+    supersedes: Sequence[Reference],
 ) -> dict[Part, tuple[ResultObject, ...]]:
     """The wanted objects, each proved. The first volume's grid is that of the findings."""
     volume, objects = volumes[0], dict[Part, tuple[ResultObject, ...]]()
@@ -260,7 +268,7 @@ def _encoded(
         segmentation = encode_segmentation(findings, volume, headers, identity, kind=kind)
         objects[kind, None] = () if segmentation is None else (segmentation,)
         for report in reports or REPORTS[:1]:  # a segmentation is proved together with a report
-            made = encode_report(findings, volume, headers, identity, segmentation, kind=report)
+            made = encode_report(findings, volume, headers, identity, segmentation, kind=report, supersedes=supersedes)
             prove(segmentation, made, findings, volume, others=volumes[1:])
             objects[report, kind] = (made,)
     if ("key-image", None) in wanted:
@@ -282,13 +290,6 @@ class _Clock:
         now = time.monotonic()
         self.seconds[stage] = round(now - self._last, 3)
         self._last = now
-
-
-def _identity(job: Job) -> RunIdentity:
-    return RunIdentity(
-        study_instance_uid=job.study_instance_uid, revision=job.revision, package=job.package, version=job.version,
-        digest=job.digest, run=job.run, created_at=job.created_at,
-    )  # fmt: skip
 
 
 def _result(job: Job, made: ResultObject, storage: Storage) -> Result:

@@ -111,17 +111,17 @@ class Jobs:
     ) -> bool:
         """End a queued or running job. False, and nothing changed, if it had ended: the first end stands.
 
-        What a failed or cancelled one had still to deliver has failed with it; `requeue` lets it wait again.
-        With `connection` this is part of the caller's write transaction.
+        What a failed or cancelled one had still to deliver has failed with it; `requeue` lets it wait again. `detail` is added to what
+        the row remembers. With `connection` this is part of the caller's write transaction.
 
         Raises:
             Conflict: there is no such job.
         """
         values: dict[str, Any] = {"state": state, "reason_code": reason_code, "reason": reason, "progress": None}
-        if detail is not None:
-            values["detail"] = detail
         with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
             values["ended_at"] = self._database.now(transaction)
+            if detail is not None:
+                values["detail"] = {**_row(transaction, key, locked=True).detail, **detail}
             ended = update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED)).values(**values)
             if transaction.execute(ended).rowcount:
                 if state in {"failed", "cancelled"}:  # nothing waits for a job that has given up
@@ -130,6 +130,21 @@ class Jobs:
                 return True
             _row(transaction, key)
             return False
+
+    def remember(self, key: str, name: str, value: dict[str, Any]) -> dict[str, Any]:
+        """Note in a job's detail what its results depend on beside its images, unless that is noted already; return what is noted.
+
+        It stays through retries and restarts, so that a job done again says the same, whatever arrived or went meanwhile.
+
+        Raises:
+            Conflict: there is no such job.
+        """
+        with self._database.writing() as connection:
+            detail: dict[str, Any] = _row(connection, key, locked=True).detail
+            if name not in detail:
+                connection.execute(update(JOB).where(JOB.c.key == key).values(detail={**detail, name: value}))
+            noted: dict[str, Any] = detail.get(name, value)
+            return noted
 
     def forgive(self, key: str) -> None:
         """Take one attempt of a running job back: its worker is told to stop, which is no fault of the job."""
@@ -264,8 +279,10 @@ class Jobs:
                 raise Conflict(f"{sop_instance_uid} is not on its way to {peer}")
 
 
-def _row(connection: Connection, key: str) -> Row[Any]:
-    row = connection.execute(select(JOB).where(JOB.c.key == key)).one_or_none()
+def _row(connection: Connection, key: str, *, locked: bool = False) -> Row[Any]:
+    """A job's row; locked, nobody else changes it before the transaction ends."""
+    statement = select(JOB).where(JOB.c.key == key)
+    row = connection.execute(statement.with_for_update() if locked else statement).one_or_none()
     if row is None:
         raise Conflict(f"there is no job {key}")
     return row

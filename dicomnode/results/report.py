@@ -14,7 +14,7 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes as dicom_codes
 from pydicom.uid import UID, Comprehensive3DSRStorage, ComprehensiveSRStorage, ExplicitVRLittleEndian, SegmentationStorage
 
-from dicomnode.findings import Code, Finding, Findings, Measurement, ResultObject, RunIdentity, Score, Volume
+from dicomnode.findings import Code, Finding, Findings, Measurement, Reference, ResultObject, RunIdentity, Score, Volume
 from dicomnode.results import codes, identity as uids, provenance
 from dicomnode.results.library import image_library
 from dicomnode.results.segmentation import coded
@@ -32,6 +32,7 @@ def encode_report(
     segmentation: ResultObject | None,
     *,
     kind: str = "sr",
+    supersedes: Sequence[Reference] = (),
 ) -> ResultObject:
     """Return the report of a finished analysis; "no finding" is a report too.
 
@@ -47,6 +48,7 @@ def encode_report(
         identity: everything UIDs and dates derive from.
         segmentation: the SEG of the same findings; None where there are none.
         kind: a key of CLASSES.
+        supersedes: the reports on what the study was before, in the order in which a run makes them.
     """
     if (segmentation is None) != (not findings.findings):
         raise ValueError("a report refers to the segmentation of its findings, and to none without findings")
@@ -58,7 +60,7 @@ def encode_report(
     evidence = [*images, *(image for series in others for image in series)]
     groups: list[Dataset] = []
     if segmentation is not None:
-        evidence.append(_reference(segmentation, volume.study_instance_uid))
+        evidence.append(_named(segmentation, volume.study_instance_uid))
         for finding in findings.findings:
             about = _about(finding, findings, identity)
             groups += [_segment_group(finding, segmentation, volume, images, about), _region_group(finding, volume, images, about)]
@@ -69,7 +71,8 @@ def encode_report(
     content = _measurement_report(origin, identity, groups, said(findings, volume), **made_by)
     content[0].ContentSequence.insert(-2, image_library(images, [series for series in others if series], volume))  # TID 1500 row 5
     ordinal = 1 if segmentation is None or segmentation.sop_class_uid == SegmentationStorage else 2  # each SEG has a report of its own
-    return _document(content, evidence, origin, identity, CLASSES[kind], ordinal, **made_by)
+    former = _predecessors(supersedes, CLASSES[kind], ordinal)
+    return _document(content, evidence, origin, identity, CLASSES[kind], ordinal, former, **made_by)
 
 
 def encode_refusal(
@@ -81,6 +84,7 @@ def encode_refusal(
     manufacturer: str,
     algorithm_name: str,
     kind: str = "sr",
+    supersedes: Sequence[Reference] = (),
 ) -> ResultObject:
     """Return the report of a study that was not analysed, or whose analysis failed, with the reason in words.
 
@@ -92,6 +96,7 @@ def encode_refusal(
         manufacturer: of the package that would have run.
         algorithm_name: of the package that would have run.
         kind: a key of CLASSES.
+        supersedes: the reports on what the study was before, in the order in which a run makes them.
     """
     if not headers:
         raise ValueError("a report needs at least one image of its study")
@@ -100,7 +105,8 @@ def encode_refusal(
     group = _summary_group(codes.NO_ALGORITHM_SUCCEEDED, algorithm_name, identity)
     made_by = {"manufacturer": manufacturer, "model": algorithm_name}
     content = _measurement_report(headers[0], identity, [group], comments, **made_by)
-    return _document(content, images, headers[0], identity, CLASSES[kind], 1, **made_by)
+    former = _predecessors(supersedes, CLASSES[kind], 1)
+    return _document(content, images, headers[0], identity, CLASSES[kind], 1, former, **made_by)
 
 
 def device_observer(identity: RunIdentity, *, manufacturer: str, model: str) -> sr.ObserverContext:
@@ -261,11 +267,15 @@ def _document(
     identity: RunIdentity,
     sop_class: UID,
     ordinal: int,
+    predecessors: Sequence[Reference],
     *,
     manufacturer: str,
     model: str,
 ) -> ResultObject:
-    """The SR document: complete as the machine's word, preliminary and unverified as no person has looked (PS3.3 C.17.2)."""
+    """The SR document: complete as the machine's word, preliminary and unverified as no person has looked (PS3.3 C.17.2).
+
+    Its predecessors are the documents whose content it has taken over or replaced.
+    """
     arguments = provenance.common_arguments(header, identity, "SR", manufacturer=manufacturer, model=model)
     variant = "SR" if (sop_class, ordinal) == (Comprehensive3DSRStorage, 1) else f"SR {sop_class} {ordinal}"
     arguments["series_instance_uid"] = uids.series_uid(identity, variant)
@@ -276,19 +286,26 @@ def _document(
         is_complete=True,
         is_final=False,
         is_verified=False,
+        previous_versions=[_named(reference) for reference in predecessors] or None,
         **arguments,
     )
     provenance.stamp(document, header, identity, manufacturer=manufacturer, model=model)
     return provenance.encode(document)
 
 
-def _reference(segmentation: ResultObject, study_instance_uid: str) -> Dataset:
-    reference = Dataset()
-    reference.SOPClassUID = segmentation.sop_class_uid
-    reference.SOPInstanceUID = segmentation.sop_instance_uid
-    reference.StudyInstanceUID = study_instance_uid
-    reference.SeriesInstanceUID = segmentation.series_instance_uid
-    return reference
+def _predecessors(former: Sequence[Reference], sop_class: UID, ordinal: int) -> list[Reference]:
+    """The report that this one takes the place of: of its class and ordinal, else the nearest to that."""
+    alike = [reference for reference in former if reference.sop_class_uid == sop_class] or list(former)
+    return alike[:ordinal][-1:]
+
+
+def _named(reference: ResultObject | Reference, study_instance_uid: str = "") -> Dataset:
+    """An object as the encoder wants it named. A result object doesn't know its study."""
+    named = Dataset()
+    named.SOPClassUID, named.SOPInstanceUID = reference.sop_class_uid, reference.sop_instance_uid
+    named.StudyInstanceUID = reference.study_instance_uid if isinstance(reference, Reference) else study_instance_uid
+    named.SeriesInstanceUID = reference.series_instance_uid
+    return named
 
 
 def _tracking(identity: RunIdentity, number: int) -> sr.TrackingIdentifier:

@@ -160,12 +160,23 @@ def test_priority_changes_and_a_requeued_job_is_as_new(storage: Storage, create:
     assert again.priority == "stat"
 
 
+def test_what_a_job_depends_on_is_noted_once_and_stays(storage: Storage, create: Callable[..., bool]) -> None:
+    create()
+    assert storage.jobs.remember("k", "prior", {"study": "1.2"}) == {"study": "1.2"}
+    assert storage.jobs.remember("k", "prior", {"study": "3.4"}) == {"study": "1.2"}
+    storage.jobs.finish("k", "failed", detail={"findings": []})
+    storage.jobs.requeue("k")
+    assert job(storage).detail == {"prior": {"study": "1.2"}, "findings": []}
+    assert storage.jobs.remember("k", "prior", {}) == {"study": "1.2"}
+
+
 def test_an_unknown_job_is_named(storage: Storage) -> None:
     for act in (
         storage.jobs.start,
         storage.jobs.requeue,
         lambda k: storage.jobs.set_priority(k, "stat"),
         lambda k: storage.jobs.finish(k, "done"),
+        lambda k: storage.jobs.remember(k, "prior", {}),
     ):
         with pytest.raises(Conflict, match="no job nothing"):
             act("nothing")
