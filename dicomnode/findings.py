@@ -222,5 +222,5 @@ class ResultObject:
     sop_class_uid: str
     transfer_syntax_uid: str
     series_instance_uid: str
-    modality: str  # "SEG", "SR", "OT" (a picture) or "KO"
+    modality: str  # "SEG", "SR", "OT" (a picture), "KO" or "PR"
     data: bytes

@@ -35,9 +35,11 @@ from dicomnode.prefetch import Prefetched, Prefetcher
 from dicomnode.priors import identity_of, superseded
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_uid
+from dicomnode.results.presentation import encode_presentations
 from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, Profile, parts
 from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
+from dicomnode.results.proof_presentations import prove_presentations
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
 from dicomnode.results.selection import encode_selection
@@ -278,6 +280,9 @@ def _encoded(
         selection = encode_selection(findings, volume, headers, identity)
         prove_selection(selection, findings, volume)
         objects["key-object", None] = () if selection is None else (selection,)
+    if ("presentation-state", None) in wanted:
+        objects["presentation-state", None] = encode_presentations(findings, volume, headers, identity)
+        prove_presentations(objects["presentation-state", None], findings, volume)
     return {part: made for part, made in objects.items() if part in wanted}
 
 

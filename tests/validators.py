@@ -1,4 +1,4 @@
-"""What independent programs say of a result object: dciodvfy, DCMTK's dsrdump, PixelMed's SR template checker, dcmqi's readers.
+"""What independent programs say of a result object: dciodvfy, DCMTK's dsrdump and dcmpschk, PixelMed's SR templates, dcmqi's readers.
 
 `complaints` returns what is left after the noise that each program is known to make; the reason stands beside each pattern.
 """
@@ -30,9 +30,11 @@ PIXELMED_COMMAND = [
 ]
 STRUCTURED_REPORTS = {"1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.88.34"}
 KEY_OBJECTS = "1.2.840.10008.5.1.4.1.1.88.59"
+PRESENTATION_STATE = "1.2.840.10008.5.1.4.1.1.11.1"
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 
 DCIODVFY_NOISE = re.compile(r"needed to build DICOMDIR")  # an attribute that is empty in the source image and copied as it is
+DCMPSCHK_NOISE = re.compile(r"ContributionDateTime \(0018,a002\)")  # it takes no time zone in a DT
 PIXELMED_NOISE = re.compile(
     r"^Found |IOD validation complete|Root Template Validation Complete"  # progress
     r"|has different code meaning"  # 121233: its table has the older wording
@@ -56,6 +58,8 @@ def complaints(file: Path, folder: Path, *, templates: bool = True) -> list[str]
         found += _reads(file, program("dsrdump", "dcmtk"), "-q", file)
         found += [f"PixelMed: {line}" for line in _pixelmed(file)] if templates else []
         found += _reads(file, "tid1500reader", "--inputDICOM", file, "--outputMetadata", folder / "sr.json")
+    if sop_class == PRESENTATION_STATE:
+        found += [f"dcmpschk: {line}" for line in _dcmpschk(file)]
     if sop_class == KEY_OBJECTS:
         found += _reads(file, program("dsrdump", "dcmtk"), "-q", file)
     return found
@@ -75,6 +79,13 @@ def _reads(file: Path, *command: str | Path) -> list[str]:
 def _dciodvfy(file: Path) -> list[str]:
     lines = _run("dciodvfy", "-new", file).stderr.splitlines()
     return [line for line in lines if line.startswith(("Error", "Warning")) and not DCIODVFY_NOISE.search(line)]
+
+
+def _dcmpschk(file: Path) -> list[str]:
+    """Its exit code is always 0; of an error the attribute stands in the line after it."""
+    lines = _run(program("dcmpschk", "dcmtk"), file).stderr.splitlines()
+    named = [f"{line} {after}" for line, after in zip(lines, [*lines[1:], ""], strict=True) if line.startswith("E: Error")]
+    return [line for line in named if not DCMPSCHK_NOISE.search(line)]
 
 
 def _pixelmed(file: Path) -> list[str]:

@@ -40,8 +40,9 @@ def _lines(settings: Settings) -> Iterator[str]:
     yield "RESEARCH USE ONLY: not for diagnosis."
     yield ""
     yield "The node stores studies that peers send to it, analyses them, and sends the results to peers: to each what its display profile"
-    yield "names of Segmentation, Label Map Segmentation (RLE), Comprehensive 3D SR, Comprehensive SR, Secondary Capture and Key Object"
-    yield "Selection. What is received is stored as it came: no transfer syntax is converted, no attribute is coerced."
+    yield "names of Segmentation, Label Map Segmentation (RLE), Comprehensive 3D SR, Comprehensive SR, Secondary Capture, Key Object"
+    yield "Selection and Grayscale Softcopy Presentation State. What is received is stored as it came: no transfer syntax is converted, no"
+    yield "attribute is coerced."
     yield ""
     yield "## Services"
     yield from _table(

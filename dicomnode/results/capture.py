@@ -236,11 +236,7 @@ def _encoded(
             **{**arguments, "instance_number": number},
         )
         result.PatientOrientation = list(picture.orientation) if picture.orientation else ""
-        for keyword in _SIDE:
-            if origin.get(keyword):
-                result[keyword] = origin[keyword]
-        if not any(keyword in result for keyword in _SIDE):  # type 2C: of a part that may be paired, empty where it is unknown
-            result.Laterality = ""
+        provenance.copy_side(result, origin, _SIDE)
         result.ImageType = ["DERIVED", "SECONDARY"]
         result.ConversionType = "WSD"
         result.DateOfSecondaryCapture, result.TimeOfSecondaryCapture = created.strftime("%Y%m%d"), created.strftime("%H%M%S")

@@ -43,7 +43,7 @@ def grey_values(file: Path, *, frame: int = 1, lung: bool = False) -> NDArray[np
         slope, intercept = _rescale(header, frame)
         valid = _valid(header, stored)
         values = values * slope + intercept
-        grey = _windowed(values, _range(header, values[valid] if valid is not None and valid.any() else values, lung=lung))
+        grey = _windowed(values, shown_range(header, values[valid] if valid is not None and valid.any() else values, lung=lung))
     except UNREADABLE:
         return None
     return np.asarray(255 - grey, dtype=np.uint8) if header.get("PhotometricInterpretation") == "MONOCHROME1" else grey
@@ -52,12 +52,12 @@ def grey_values(file: Path, *, frame: int = 1, lung: bool = False) -> NDArray[np
 def grey_slice(values: NDArray[np.generic], header: Dataset, *, lung: bool = False) -> NDArray[np.uint8]:
     """Return (rows, columns) of 0..255 for a slice in the modality's units (dense is bright), windowed as by `grey_values`."""
     plain = values.astype(np.float32)
-    return _windowed(plain, _range(header, plain, lung=lung))
+    return _windowed(plain, shown_range(header, plain, lung=lung))
 
 
 def frame_count(header: Dataset) -> int:
     """Return how many frames an image has, as its header says; 1 where it says nothing or nonsense."""
-    number = _number(header.get("NumberOfFrames"))
+    number = finite(header.get("NumberOfFrames"))
     return int(number) if number is not None and number >= 1 else 1
 
 
@@ -66,11 +66,11 @@ def _windowed(values: NDArray[np.float32], bounds: tuple[float, float]) -> NDArr
     return np.asarray(np.clip((values - low) * (255.0 / (high - low)), 0, 255), dtype=np.float32).astype(np.uint8)
 
 
-def _range(header: Dataset, values: NDArray[np.float32], *, lung: bool) -> tuple[float, float]:
-    """The values that are shown black and white."""
+def shown_range(header: Dataset, values: NDArray[np.float32], *, lung: bool) -> tuple[float, float]:
+    """Return the values, in the modality's units, that are shown black and white."""
     window = None
     if header.get("Modality") in ("CT", "MR"):
-        centre, width = (_number(header.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
+        centre, width = (finite(value_of(header, keyword)) for keyword in ("WindowCenter", "WindowWidth"))
         if centre is not None and width is not None and width > 1:
             window = centre, width
     if header.get("Modality") == "CT":
@@ -90,7 +90,7 @@ def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
     ):
         holders += list(groups.get("PixelValueTransformationSequence") or [])
     for holder in holders:
-        slope, intercept = _number(holder.get("RescaleSlope")), _number(holder.get("RescaleIntercept"))
+        slope, intercept = finite(holder.get("RescaleSlope")), finite(holder.get("RescaleIntercept"))
         if slope and intercept is not None:
             return slope, intercept
     return 1.0, 0.0
@@ -98,12 +98,21 @@ def _rescale(header: Dataset, frame: int) -> tuple[float, float]:
 
 def _valid(header: Dataset, stored: NDArray[np.generic]) -> NDArray[np.bool_] | None:
     """Which pixels aren't padding; None where nothing is said of it."""
-    padding = _number(header.get("PixelPaddingValue"))
+    padding = finite(header.get("PixelPaddingValue"))
     return None if padding is None or stored.ndim != 2 else np.asarray(stored != padding)
 
 
-def _number(value: object) -> float | None:
-    """The value, or the first of several, as a finite number; None if it is none."""
+def value_of(dataset: Dataset, keyword: str) -> object:
+    """Return an attribute's value; None where it is absent, or no value of its kind."""
+    try:
+        value: object = dataset.get(keyword)
+    except UNREADABLE:
+        return None
+    return value
+
+
+def finite(value: object) -> float | None:
+    """Return the value, or the first of several, as a finite number; None if it is none."""
     if isinstance(value, MultiValue | list | tuple):
         value = value[0] if value else None
     try:

@@ -16,6 +16,7 @@ KINDS = {
     "sr-comprehensive": "Comprehensive SR, the same content",
     "key-image": "Secondary Capture with the outlines burned in",
     "key-object": "Key Object Selection of the images with findings",
+    "presentation-state": "Grayscale Softcopy Presentation State, the outlines over the original images",
 }
 PROFILES: dict[str, Profile] = {
     "standard": ("seg", "sr"),

@@ -61,6 +61,11 @@ def long_string(text: str, *, ending: str = "") -> str:
     return ascii_text(text, 64 - len(ending)) + ending
 
 
+def content_label(package: str) -> str:
+    """Return a Content Label (0070,0080), VR CS: at most 16 upper-case letters, digits and underscores."""
+    return "".join(c if c.isalnum() else "_" for c in ascii_text(package, 16).upper()).rstrip("_")
+
+
 def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
     """Return one reduced header for each slice of the volume, in its order, with the plane's geometry as a classic image has it.
 
@@ -140,7 +145,7 @@ def series_number(header: Dataset, modality: str) -> int:
         images = max(0, int(header.get("SeriesNumber") or 0))
     except (TypeError, ValueError):  # not an integer string: the images sort as the viewer likes
         images = 0
-    return min(images + {"SEG": 9001, "SR": 9002, "OT": 9003, "KO": 9004}[modality], 2**31 - 1)
+    return min(images + {"SEG": 9001, "SR": 9002, "OT": 9003, "KO": 9004, "PR": 9005}[modality], 2**31 - 1)
 
 
 def software_versions(identity: RunIdentity) -> list[str]:
@@ -210,6 +215,15 @@ def stamp(result: Dataset, header: Dataset, identity: RunIdentity, *, manufactur
     result.ContributingEquipmentSequence = [*others, node]
     for item in (others[-1], node):
         item.ContributionDateTime = created.strftime("%Y%m%d%H%M%S%z")
+
+
+def copy_side(result: Dataset, header: Dataset, keywords: Sequence[str]) -> None:
+    """Say which part of the body and which side the image shows; without either, Laterality is empty (type 2C, PS3.3 C.7.3.1)."""
+    for keyword in keywords:
+        if header.get(keyword):
+            result[keyword] = header[keyword]
+    if not any(keyword in result for keyword in keywords):
+        result.Laterality = ""
 
 
 def algorithm_parameters(identity: RunIdentity, findings: Findings | None) -> Mapping[str, str]:

@@ -64,7 +64,7 @@ def encode_segmentation(
         sop_instance_uid=uids.object_uid(identity, sop_class, syntax),
         transfer_syntax_uid=syntax,
         omit_empty_frames=True,
-        content_label=_content_label(identity.package),
+        content_label=provenance.content_label(identity.package),
         content_description=provenance.long_string(findings.algorithm_name, ending=provenance.RESEARCH),
         **arguments,
     )
@@ -194,11 +194,6 @@ def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> Se
     if finding.site and finding.side:
         description.AnatomicRegionSequence[0].AnatomicRegionModifierSequence = [coded(codes.LATERALITY[finding.side])]
     return description
-
-
-def _content_label(package: str) -> str:
-    """Content Label (0070,0080) is of VR CS: 16 upper-case letters, digits and underscores."""
-    return "".join(c if c.isalnum() else "_" for c in provenance.ascii_text(package, 16).upper()).rstrip("_")
 
 
 def _reference_whole_series(result: Dataset, images: Sequence[Dataset]) -> None:

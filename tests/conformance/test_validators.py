@@ -23,6 +23,7 @@ from pydicom.uid import MRImageStorage
 
 from dicomnode.findings import Calibration, Finding, ResultObject, Segment
 from dicomnode.results.capture import encode_captures, encode_reason
+from dicomnode.results.presentation import encode_presentations
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation
@@ -221,6 +222,15 @@ def test_validators_find_nothing_wrong_with_key_objects(made: Callable[[], Made]
     selection = encode_selection(this.case.findings(*this.found), this.case.volume, this.case.headers, this.case.identity)
     assert selection is not None
     (file,) = written(tmp_path, selection)
+    assert complaints(file, tmp_path) == []
+
+
+@pytest.mark.parametrize("made", [axial_pair, frames_of_a_set_of_four, dx_at_the_detector, cr_in_pixels, frame_of_an_angiogram])
+def test_validators_find_nothing_wrong_with_a_presentation_state(made: Callable[[], Made], tmp_path: Path) -> None:
+    this = made()
+    (file,) = written(
+        tmp_path, *encode_presentations(this.case.findings(*this.found), this.case.volume, this.case.headers, this.case.identity)
+    )
     assert complaints(file, tmp_path) == []
 
 

@@ -22,7 +22,7 @@ from storage.records import Peer
 sys.path.insert(0, str(Path(__file__).parent))
 from test_prefetch import Desk
 
-LABEL_MAP, KEY_OBJECTS = "1.2.840.10008.5.1.4.1.1.66.7", "1.2.840.10008.5.1.4.1.1.88.59"
+LABEL_MAP, KEY_OBJECTS, STATE = (f"1.2.840.10008.5.1.4.1.1.{ending}" for ending in ("66.7", "88.59", "11.1"))
 SEGMENTATION, REPORT, PLAIN_REPORT, CAPTURE = (
     f"1.2.840.10008.5.1.4.1.1.{ending}" for ending in ("66.4", "88.34", "88.33", "7")
 )  # Segmentation, Comprehensive 3D SR, Comprehensive SR, Secondary Capture Image Storage
@@ -76,7 +76,7 @@ def site(tmp_path: Path, study: Path) -> Iterator[Site]:
         study,
         VIEWER=("seg", "sr"),
         PLAIN=("key-image",),
-        BOTH=("seg", "sr-comprehensive", "key-image", "key-object"),
+        BOTH=("seg", "sr-comprehensive", "key-image", "key-object", "presentation-state"),
         LABELS=("seg-labelmap", "sr"),
     )
     yield site
@@ -89,7 +89,7 @@ def test_each_peer_is_given_the_objects_of_its_profile(site: Site) -> None:
     assert site.given() == {
         "VIEWER": sorted([SEGMENTATION, REPORT]),
         "PLAIN": [CAPTURE],
-        "BOTH": sorted([SEGMENTATION, PLAIN_REPORT, CAPTURE, KEY_OBJECTS]),
+        "BOTH": sorted([SEGMENTATION, PLAIN_REPORT, CAPTURE, KEY_OBJECTS, STATE]),
         "LABELS": sorted([LABEL_MAP, REPORT]),
     }
     rows = site.storage.jobs.deliveries(study_instance_uid=site.study)
