@@ -1,17 +1,20 @@
 """The deliver workflow: sends the stored result objects of one analysis to one peer, and tries again until they are there.
 
-A retry sends the stored bytes. Must never encode, change or make an object, and holds nothing while it waits.
+A retry sends the stored bytes. What the peer has acknowledged is recorded before the next object is sent, and a sender whose job was
+started anew by another one sends no more: what ends or delays a sender costs one object sent twice at most. Must never encode, change
+or make an object, and holds nothing while it waits.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 from dicomnode.config import Settings
-from dicomnode.dimse.scu import Outgoing, send
+from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
 from dicomnode.logs import get_logger
 from storage import Storage
-from storage.records import Job, Result
+from storage.records import Job, Peer, Result
 
 CRASHES_ALLOWED = 10  # a delivery that ends its worker more often than this is dead-lettered
 
@@ -31,43 +34,56 @@ class Sender:
         job = jobs.start(key)
         if job.state != "running":
             return None
-        if job.attempts > attempt + CRASHES_ALLOWED:
-            jobs.finish(
-                key, "failed", reason_code="dead-letter", reason=f"the delivery ended its worker {CRASHES_ALLOWED} times: dead-lettered"
-            )
-            return None
         peer = self._storage.registry.peer(job.peer or "")
-        if peer is None or not peer.receives:
+        if job.attempts > attempt + CRASHES_ALLOWED:
+            reason = f"the delivery ended its worker {CRASHES_ALLOWED} times: dead-lettered"
+            jobs.finish(key, "failed", reason_code="dead-letter", reason=reason)
+        elif peer is None or not peer.receives:
             jobs.finish(key, "failed", reason_code="peer-unknown", reason=f"{job.peer} is not a peer that receives results")
-            return None
-        waiting = self._waiting(job)
+        else:
+            return self._deliver(job, peer, attempt)
+        return None
+
+    def _deliver(self, job: Job, peer: Peer, attempt: int) -> float | None:
+        jobs = self._storage.jobs
         schedule = self._settings.engine.retry_schedule_seconds
         wait = schedule[attempt] if attempt < len(schedule) else None
-        objects = [self._outgoing(result) for result in waiting]
-        outcomes = send(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls) if objects else []
-        next_at = None if wait is None else datetime.now(UTC) + timedelta(seconds=wait)
-        for outcome in outcomes:
-            retrying = outcome.state == "transient" and wait is not None
-            jobs.record_delivery(
-                outcome.sop_instance_uid,
-                peer.ae_title,
-                state="sent" if outcome.state == "sent" else "waiting" if retrying else "failed",
-                status=outcome.status,
-                error=outcome.error,
-                next_at=next_at if retrying else None,
-            )
+        outcomes = self._send(job, peer, wait)
+        if outcomes is None:
+            log.warning("the delivery was cancelled, or is another worker's by now", job=job.key, peer=peer.ae_title)
+            return None
         failures = [outcome for outcome in outcomes if outcome.state != "sent"]
         if not failures:
-            jobs.finish(key, "done")
-            log.info("delivered", job=key, peer=peer.ae_title, count=len(outcomes))
+            jobs.finish(job.key, "done")
+            log.info("delivered", job=job.key, peer=peer.ae_title, count=len(outcomes))
             return None
         reason = f"{len(failures)} object(s) not taken by {peer.ae_title}: {failures[0].error or 'no reason given'}"
-        log.warning("not delivered", job=key, peer=peer.ae_title, status=failures[0].status, attempt=attempt)
+        log.warning("not delivered", job=job.key, peer=peer.ae_title, status=failures[0].status, attempt=attempt)
         if wait is not None and any(outcome.state == "transient" for outcome in failures):
-            jobs.postpone(key, reason)
+            jobs.postpone(job.key, reason)
             return wait
-        jobs.finish(key, "failed", reason_code="delivery-failed", reason=reason)
+        jobs.finish(job.key, "failed", reason_code="delivery-failed", reason=reason)
         return None
+
+    def _send(self, job: Job, peer: Peer, wait: float | None) -> list[SendOutcome] | None:
+        """Send what the peer doesn't have yet and record each outcome; None if the job was ended or started anew meanwhile."""
+        outcomes = []
+        objects = [self._outgoing(result) for result in self._waiting(job)]
+        with closing(send_each(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls)) as sending:
+            for outcome in sending:
+                outcomes.append(outcome)
+                retrying = outcome.state == "transient" and wait is not None
+                self._storage.jobs.record_delivery(
+                    outcome.sop_instance_uid,
+                    peer.ae_title,
+                    state="sent" if outcome.state == "sent" else "waiting" if retrying else "failed",
+                    status=outcome.status,
+                    error=outcome.error,
+                    next_at=datetime.now(UTC) + timedelta(seconds=wait) if retrying and wait is not None else None,
+                )
+                if not self._storage.jobs.is_current(job):
+                    return None
+        return outcomes
 
     def _waiting(self, job: Job) -> list[Result]:
         """The results of this job's analysis that its peer doesn't have yet."""

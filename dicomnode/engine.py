@@ -4,8 +4,9 @@ The only importer of dbos. Knows workflows by name and imports neither pipeline 
 is the truth about its outcome, and every workflow is idempotent by that row: so a workflow here has no steps of its own,
 and being run again after a crash is all the recovery it needs. Only this module retries.
 
-Takeover: each worker holds a lease in the database. Whoever sees a lapsed one puts the dead worker's pending work back on
-its queue (`DBOS._recover_pending_workflows`, the one private call, covered by a contract test).
+Takeover: each worker holds a lease in the database. Whoever sees one that has lapsed, and stays so, puts the dead worker's pending
+work back on its queue (`DBOS._recover_pending_workflows`, the one private call, covered by a contract test). A worker that was only
+late may find its own work on the queue: a job is done once at a time in one process, and its row tells a later one that it has ended.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ WORKFLOW_VERSION = "dicomnode-1"
 SERIALIZER = DBOSPortableJSONSerializer()
 PRIORITIES: dict[Priority, int] = {"stat": 1, "routine": 10}
 WORKER_LEASE = "worker/"
+LAPSED_ROUNDS = 3  # a lease must be seen lapsed in so many rounds running: when the database was away, every lease has lapsed
 AWAY_SECONDS = 5.0  # until a job that the database left in the middle is tried again
 # A workflow that kills its worker is dead-lettered by the job's own count of attempts; the engine's limit must never come first.
 RECOVERY_ATTEMPTS = 1_000_000
@@ -117,14 +119,18 @@ class Worker:
         self._client = client
         self._queues = queues
         self._database_url = database_url
+        self._launched = threading.Event()  # the engine runs in this process
         self._stopping = threading.Event()
         self._at_work: set[str] = set()  # keys of the jobs that run now
+        self._work_ended = threading.Condition()
+        self._lapsed: dict[tuple[str, str], int] = {}  # leases and their owners: in how many rounds running each was seen lapsed
         self._lease_thread = threading.Thread(target=self._keep_lease, name="worker-lease", daemon=True)
 
     def start(self) -> None:
         """Take the lease, register the workflows and begin to work."""
         logging.getLogger("dbos").setLevel(logging.WARNING)
         self._storage.leases.hold(WORKER_LEASE + self.name, self.name, self._settings.lease_seconds)
+        self._lease_thread.start()  # before the engine, whose start takes longer than a lease on a slow machine
         config = DBOSConfig(
             name="dicomnode",
             system_database_url=self._database_url,
@@ -147,21 +153,24 @@ class Worker:
                 polling_interval_sec=self._settings.poll_seconds,
                 on_conflict="always_update",
             )
-        self._lease_thread.start()
+        self._launched.set()
 
-    def stop(self, drain_seconds: float) -> None:
-        """Take no more work, let what runs end for at most `drain_seconds`, and give the lease back.
+    def stop(self, drain_seconds: float) -> bool:
+        """Take no more work, let what runs end for at most `drain_seconds`, and give the lease back; return whether all of it has ended.
 
         What hasn't ended by then stays pending; its lease lapses and another worker takes it over, and the stop doesn't count as
         a crash of the job.
         """
+        self._launched.clear()
         DBOS.destroy(workflow_completion_timeout_sec=max(1, int(drain_seconds)))
-        for key in tuple(self._at_work):
+        unfinished = tuple(self._at_work)
+        for key in unfinished:
             self._storage.jobs.forgive(key)
         self._stopping.set()
         self._lease_thread.join()
         if not self._client.has_pending(self.name):
             self._storage.leases.release(WORKER_LEASE + self.name, self.name)
+        return not unfinished
 
     def do_now(self, key: str) -> None:
         """Do a queued job at once, in the caller's thread, between two steps of another one.
@@ -181,11 +190,15 @@ class Worker:
         DBOS.workflow(name=queue.kind, max_recovery_attempts=RECOVERY_ATTEMPTS)(workflow)
 
     def _run(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
-        self._at_work.add(key)
+        with self._work_ended:  # its ticket may come twice at a time: the lease lapsed, and another worker put it back on the queue
+            self._work_ended.wait_for(lambda: key not in self._at_work)
+            self._at_work.add(key)
         try:
             self._work(queue, key, ticket, attempt)
         finally:
-            self._at_work.discard(key)
+            with self._work_ended:
+                self._at_work.discard(key)
+                self._work_ended.notify_all()
 
     def _work(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
         jobs = self._storage.jobs
@@ -230,8 +243,11 @@ class Worker:
     def _renew_and_take_over(self) -> None:
         leases = self._storage.leases
         leases.hold(WORKER_LEASE + self.name, self.name, self._settings.lease_seconds)
-        for name, owner in leases.expired(WORKER_LEASE):
-            if owner != self.name:
+        if not self._launched.is_set():
+            return
+        self._lapsed = {lease: self._lapsed.get(lease, 0) + 1 for lease in leases.expired(WORKER_LEASE)}
+        for (name, owner), rounds in self._lapsed.items():
+            if owner != self.name and rounds >= LAPSED_ROUNDS:
                 recovered = DBOS._recover_pending_workflows([owner])  # no public takeover in 3.4; see the module docstring
                 leases.release(name, owner)
                 log.warning("took over from a dead worker", worker=owner, count=len(recovered))

@@ -152,6 +152,12 @@ class Jobs:
             running = update(JOB).where(JOB.c.key == key, JOB.c.state == "running", JOB.c.attempts > 0)
             connection.execute(running.values(attempts=JOB.c.attempts - 1))
 
+    def is_current(self, started: Job) -> bool:
+        """Whether a job that `start` returned still runs and nobody has started it since."""
+        this = (JOB.c.key == started.key) & (JOB.c.state == "running") & (JOB.c.started_at == started.started_at)
+        with self._database.reading() as connection:
+            return connection.execute(select(JOB.c.key).where(this)).one_or_none() is not None
+
     def postpone(self, key: str, reason: str) -> None:
         """Let a running job wait for its next try, with why; nothing happens if it has ended."""
         with self._database.writing() as connection:

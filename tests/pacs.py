@@ -38,6 +38,7 @@ NODE_AET = "DICOMNODE"
 ORTHANC_AET = "ORTHANC"
 SCANNER_AET = "SCANNER"
 WORKSTATION_AET = "WORKST"
+PATIENCE_SECONDS = 120.0  # how long a test waits for what happens at once on an idle machine; nothing is measured by it
 TEST_PORTS = (20000, 32000)  # outgoing connections begin at 32768 (/proc/sys/net/ipv4/ip_local_port_range)
 # Debian's DCMTK and Orthanc leave Nagle's algorithm on, which costs 44 ms an image.
 QUICK = {"TCP_NODELAY": "1"}
@@ -80,7 +81,9 @@ def program(name: str, package: str) -> str:
     return path
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float, what: str, log: Path | None = None, every: float = 0.1) -> None:
+def wait_until(
+    condition: Callable[[], bool], *, seconds: float = PATIENCE_SECONDS, what: str, log: Path | None = None, every: float = 0.1
+) -> None:
     """Poll until `condition` holds, or fail with `what` was awaited and the end of `log`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -110,7 +113,7 @@ def logs_kept() -> Iterator[None]:
 
 @contextmanager
 def running(command: Sequence[str | Path], *, log: Path, environment: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program beside the test; end it by SIGTERM, after ten seconds by SIGKILL."""
+    """Run a program beside the test; end it by SIGTERM, after half a minute by SIGKILL."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [str(word) for word in command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **environment}
@@ -120,7 +123,7 @@ def running(command: Sequence[str | Path], *, log: Path, environment: Mapping[st
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -141,13 +144,13 @@ class Orthanc:
 
     def get(self, path: str) -> Any:
         """GET a resource of its REST API."""
-        with urllib.request.urlopen(f"http://{LOOPBACK}:{self.http_port}{path}", timeout=30) as response:
+        with urllib.request.urlopen(f"http://{LOOPBACK}:{self.http_port}{path}", timeout=PATIENCE_SECONDS) as response:
             return json.load(response)
 
     def post(self, path: str, body: object) -> Any:
         """POST to its REST API and return the answer."""
         request = urllib.request.Request(f"http://{LOOPBACK}:{self.http_port}{path}", data=json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as response:
             return json.load(response)
 
     def study_id(self, study_instance_uid: str) -> str:
@@ -165,7 +168,7 @@ class Orthanc:
             + [LOOPBACK, str(self.dicom_port)],
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
         return [dcmread(file, force=True) for file in sorted(folder.iterdir())]
 
@@ -214,7 +217,7 @@ def orthanc(folder: Path, *, node_port: int, settings: Mapping[str, Any] = {}) -
             return False
 
     with running([command, file], log=server.log, environment=QUICK):
-        wait_until(answers, seconds=30, what="Orthanc to start", log=server.log)
+        wait_until(answers, what="Orthanc to start", log=server.log)
         yield server
 
 
@@ -226,7 +229,7 @@ def storescp(folder: Path, *, ae_title: str) -> Iterator[Peer]:
     peer = loopback_peer(ae_title, free_port())
     log = folder.with_suffix(".log")
     with running([command, "--aetitle", ae_title, "+B", "+xa", "-od", folder, str(peer.port)], log=log, environment=QUICK):
-        wait_until(lambda: listens(peer), seconds=30, what="storescp to listen", log=log)
+        wait_until(lambda: listens(peer), what="storescp to listen", log=log)
         yield peer
 
 
@@ -249,7 +252,7 @@ def storescu(peer: Peer, *paths: Path) -> None:
         [program("storescu", "dcmtk"), "-R", "-aet", SCANNER_AET, "-aec", peer.ae_title, "+sd", "+r", peer.host, str(peer.port), *paths],
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
         env={**os.environ, **QUICK},
     )
 
@@ -275,7 +278,6 @@ port = {self.port}
 {database}
 reserve_bytes = 1000000
 [engine]
-lease_seconds = 3
 poll_seconds = 0.1
 retry_schedule_seconds = [0.2, 0.5, 1, 2, 5]
 [analysis]
@@ -321,7 +323,7 @@ threads = 1
             assert self._process.poll() is None, f"dicomnode serve ended with {self._process.returncode}\n{tail(self.log)}"
             return listens(self.peer)
 
-        wait_until(ready, seconds=60, what="the node to listen", log=self.log)
+        wait_until(ready, what="the node to listen", log=self.log)
 
     def stop(self) -> None:
         """Send SIGTERM and wait; fail unless the node drains and exits with 0."""
@@ -329,11 +331,11 @@ threads = 1
         process, self._process = self._process, None
         process.send_signal(signal.SIGTERM)
         try:
-            code = process.wait(60)
+            code = process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            pytest.fail(f"dicomnode serve did not end within 60 s of SIGTERM\n{tail(self.log)}")
+            pytest.fail(f"dicomnode serve did not end within two minutes of SIGTERM\n{tail(self.log)}")
         assert code == 0, f"dicomnode serve ended with {code}\n{tail(self.log)}"
 
     def roles(self) -> list[int]:

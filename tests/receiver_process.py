@@ -118,7 +118,7 @@ class ReceiverProcess:
                 return False
             return True
 
-        wait_until(ready, seconds=60, what="the receiver to listen", log=self.log)
+        wait_until(ready, what="the receiver to listen", log=self.log)
 
     def stop(self) -> int:
         """Send SIGTERM and return the exit code."""

@@ -69,7 +69,7 @@ def run(
     _prepare(settings)
     if role == "receiver" and settings.listener.processes > 1 and not supervised:
         raise typer.Exit(_supervise(settings, config))
-    roles: dict[str, Callable[[Settings, Storage, EngineClient], Callable[[], None]]] = {
+    roles: dict[str, Callable[[Settings, Storage, EngineClient], Callable[[], bool]]] = {
         "receiver": _start_receiver,
         "analyser": _start_analyser,
         "sender": _start_sender,
@@ -85,8 +85,14 @@ def run(
         log.info("running", role=role)
         stop_asked.wait()
         log.info("draining", role=role)
-        stop()
+        drained = stop()
         client.close()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        # The interpreter would wait for them: one amid a job that has outlasted the drain, or one of DBOS that waits to be told, perhaps
+        # for ever, how the work ended that another worker took over. What they might still do is nobody's loss.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if drained else 1)
 
 
 def conformance(config: ConfigOption = None) -> None:
@@ -150,7 +156,7 @@ def _prepare(settings: Settings) -> None:
     prepare_engine(settings.database_url)
 
 
-def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.completion import Completion
     from dicomnode.receiver import Receiver
 
@@ -163,14 +169,15 @@ def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) 
         raise NodeError(f"cannot listen on {listener.host}:{listener.port}: {error.strerror or error}") from error
     completion.start()
 
-    def stop() -> None:
+    def stop() -> bool:
         receiver.stop()
         completion.stop()
+        return True
 
     return stop
 
 
-def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.analysis.decoding import Decoder
     from dicomnode.completion import Completion
     from dicomnode.pipeline import Analyser
@@ -188,17 +195,18 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
     if prefetcher:
         prefetcher.start()
 
-    def stop() -> None:
+    def stop() -> bool:
         if prefetcher:
             prefetcher.stop()
         completion.stop()
-        worker.stop(DRAIN_SECONDS)
+        drained = worker.stop(DRAIN_SECONDS)
         decoder.close()
+        return drained
 
     return stop
 
 
-def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.delivery import Sender
 
     queues = (Queue(kind="deliver", work=Sender(settings, storage).deliver, concurrency=SENDER_CONCURRENCY),)

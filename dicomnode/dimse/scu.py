@@ -7,7 +7,7 @@ again by itself: outcomes say what happened, and the engine decides.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,21 +62,33 @@ def send(
     calling_ae_title: str,
     tls: TlsSection | None = None,
     timeout_seconds: float = 30,
-    progress: Callable[[int], None] | None = None,
 ) -> list[SendOutcome]:
-    """Send `objects` to `peer` and return an outcome for each, in their order.
+    """Send `objects` to `peer` and return an outcome for each, in their order. See `send_each`."""
+    sent = send_each(peer, objects, calling_ae_title=calling_ae_title, tls=tls, timeout_seconds=timeout_seconds)
+    outcomes = {outcome.sop_instance_uid: outcome for outcome in sent}
+    return [outcomes[item.sop_instance_uid] for item in objects]
 
-    One association proposes exactly the pairs of SOP class and transfer syntax that it sends; there are more associations
-    only where there are more than 128 pairs. `tls` is the node's own certificate, for peers that are called over TLS. `progress` is
-    called with the number of objects that have an outcome.
+
+def send_each(
+    peer: Peer,
+    objects: Sequence[Outgoing],
+    *,
+    calling_ae_title: str,
+    tls: TlsSection | None = None,
+    timeout_seconds: float = 30,
+) -> Generator[SendOutcome]:
+    """Send `objects` to `peer` and give the outcome of each before the next one is sent. Whoever closes the iterator ends the sending.
+
+    One association proposes exactly the pairs of SOP class and transfer syntax that it sends; there are more associations, and
+    another order, only where there are more than 128 pairs. `tls` is the node's own certificate, for peers that are called over TLS.
     """
     if _lacks_certificate(peer, tls):
-        return [_outcome(item, "permanent", _LACKING.format(peer.ae_title)) for item in objects]
+        yield from (_outcome(item, "permanent", _LACKING.format(peer.ae_title)) for item in objects)
+        return
     # pynetdicom sends a file's bytes as they are only under this process-wide switch; without it each data set is decoded and
     # encoded again. It is set here, at the first sending, and stays: this function is the only sender of files.
     _config.STORE_SEND_CHUNKED_DATASET = True
     pairs = sorted({_pair(item) for item in objects})
-    outcomes: dict[str, SendOutcome] = {}
     for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
         proposed = pairs[first : first + MAXIMUM_CONTEXTS]
         with _association(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
@@ -89,10 +101,7 @@ def send(
                     outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
                 else:
                     outcome, trouble = _store(association, item, number)
-                outcomes[item.sop_instance_uid] = outcome
-                if progress is not None:
-                    progress(len(outcomes))
-    return [outcomes[item.sop_instance_uid] for item in objects]
+                yield outcome
 
 
 def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> None:

@@ -39,7 +39,7 @@ POINTS = {
     "results committed": Point(owner="dicomnode.pipeline:Analyser", name="_keep", when="after"),
     # delivery
     "delivery begun": Point(owner="storage.jobs:Jobs", name="start", when="after", call=2),
-    "results sent, nothing recorded": Point(owner="dicomnode.delivery", name="send", when="after"),
+    "first result sent, nothing recorded": Point(owner="storage.jobs:Jobs", name="record_delivery", when="before"),
     "one of two results recorded": Point(owner="storage.jobs:Jobs", name="record_delivery", when="after"),
     "both recorded, job not done": Point(owner="storage.jobs:Jobs", name="record_delivery", when="after", call=2),
 }

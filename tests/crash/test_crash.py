@@ -108,7 +108,7 @@ def settings(database_url: str, tmp_path: Path) -> Settings:
             "node": {"ae_title": "NODE", "data": tmp_path / "data"},
             "listener": {"port": free_port()},
             "storage": {"database_url": database_url, "reserve_bytes": 0},
-            "engine": {"lease_seconds": 1.0, "poll_seconds": 0.1, "retry_schedule_seconds": [0.2] * 20},
+            "engine": {"lease_seconds": 0.6, "poll_seconds": 0.1, "retry_schedule_seconds": [0.2] * 20},
         }
     )
 
@@ -125,10 +125,10 @@ class Node:
         up = self._context.Event()
         self._process = self._context.Process(target=crash_points.run_node, args=(self._settings, point, up), daemon=True)
         self._process.start()
-        wait_until(lambda: up.is_set() or self._process.exitcode is not None, seconds=60, what="the node to start")
+        wait_until(lambda: up.is_set() or self._process.exitcode is not None, what="the node to start")
 
     def wait_for_death(self) -> None:
-        self._process.join(180)  # a queue that met an error is polled less often for a while
+        self._process.join(180)
         assert self._process.exitcode == -signal.SIGKILL, "the point was never reached"
 
     def kill(self) -> None:
@@ -157,13 +157,13 @@ def test_killed_at_any_point_nothing_is_lost_or_doubled(
 
     node.start(None)
     missing = [item for item in study if item.sop_instance_uid not in acknowledged]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while missing and time.monotonic() < deadline:  # what a modality does with what was not acknowledged
         acknowledged |= push(settings, missing)
         missing = [item for item in study if item.sop_instance_uid not in acknowledged]
     assert not missing
     wait_until(
-        lambda: settled(storage, study), seconds=60, what=f"the jobs to end; {[(j.key, j.state, j.reason) for j in storage.jobs.jobs()]}"
+        lambda: settled(storage, study), seconds=180, what=f"the jobs to end; {[(j.key, j.state, j.reason) for j in storage.jobs.jobs()]}"
     )
 
     assert_every_image_is_there(storage, study)

@@ -33,7 +33,7 @@ class Receiver:
         self._signals = reception_node.Signals(context.Event(), context.Event(), context.Event())
         self.process: Any = context.Process(target=reception_node.run_receiver, args=(settings, point, self._signals), daemon=True)
         self.process.start()
-        wait_until(lambda: self._signals.up.is_set() or not self.process.is_alive(), seconds=60, what="the receiver to start", every=0.01)
+        wait_until(lambda: self._signals.up.is_set() or not self.process.is_alive(), what="the receiver to start", every=0.01)
         assert self.process.is_alive(), "the receiver did not start"
 
     def arm(self) -> None:

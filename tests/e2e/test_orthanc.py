@@ -55,7 +55,7 @@ def test_orthanc_forwards_a_study_and_gets_seg_and_sr_back_within_it_once(
     assert [(job["kind"], job["state"]) for job in before["jobs"]] == [("analyse", "done"), ("deliver", "done")]
     sent_back = orthanc.post("/modalities/node/store", {"Resources": [orthanc.study_id(uid)], "Synchronous": True})
     assert sent_back["FailedInstancesCount"] == 0
-    wait_until(lambda: summary(node, uid)["study"][0]["instances"] == chest.instances + 2, seconds=30, what="the results to be indexed")
+    wait_until(lambda: summary(node, uid)["study"][0]["instances"] == chest.instances + 2, what="the results to be indexed")
     after = summary(node, uid)
     assert after["study"][0]["state"] == "closed", "results of this node that come back are not new images"
     assert after["study"][0]["revision"] == 1

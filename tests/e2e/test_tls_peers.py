@@ -205,7 +205,7 @@ def test_the_node_sends_to_dcmtk_over_tls(site: Site, tmp_path: Path) -> None:
                 return False
             return True
 
-        wait_until(answers, seconds=30, what="storescp to answer over TLS", log=log)
+        wait_until(answers, what="storescp to answer over TLS", log=log)
         outcomes = send(peer, files, calling_ae_title=NODE_AET, tls=site.authority.settings(site.node))
         assert [(outcome.state, outcome.error) for outcome in outcomes] == [("sent", None)] * 2, tail(log)
         (refused,) = send(peer, files[:1], calling_ae_title=NODE_AET, tls=site.authority.settings(site.stranger))

@@ -200,7 +200,7 @@ def test_exactly_the_allowed_cells_get_in_and_nothing_else_is_stored(receiver: R
     def counted() -> dict[str, int]:
         return {name: count for name, count in storage.counters.all().items() if name != "association rejected: user identity"}
 
-    wait_until(lambda: counted() == expected, seconds=10, what=f"the counters to say {expected}")
+    wait_until(lambda: counted() == expected, what=f"the counters to say {expected}")
 
 
 @pytest.mark.parametrize(

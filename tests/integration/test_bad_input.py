@@ -118,9 +118,7 @@ class Site:
         return dict(shown)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        wait_until(
-            condition, seconds=SECONDS, what=f"{what}; {[(j.key, j.state, j.reason) for j in self.storage.jobs.jobs()]}", log=self.node.log
-        )
+        wait_until(condition, what=f"{what}; {[(j.key, j.state, j.reason) for j in self.storage.jobs.jobs()]}", log=self.node.log)
 
     def settled(self, study: str, revision: int = 1) -> dict[str, Any]:
         """Wait until every job of the study's n-th revision has ended, and show the study."""
@@ -374,7 +372,7 @@ def test_a_backlog_survives_a_stop_amid_work_and_stat_goes_first_and_no_role_out
     site = Site(node, tmp_path)
     try:
         with running([sys.executable, "-m", "dicomnode", "run", "receiver", "--config", node.configuration], log=node.log) as receiver:
-            wait_until(lambda: listens(node.peer), seconds=SECONDS, what="the receiver to listen", log=node.log)
+            wait_until(lambda: listens(node.peer), what="the receiver to listen", log=node.log)
             routine = [chest(tmp_path) for _ in range(4)]
             urgent = chest(tmp_path, RequestedProcedurePriority="STAT")
             for _, files in [*routine, urgent]:
@@ -392,9 +390,7 @@ def test_a_backlog_survives_a_stop_amid_work_and_stat_goes_first_and_no_role_out
         shown = [site.settled(study) for study in studies]
         roles = node.roles()
         node.kill()
-        wait_until(
-            lambda: not any(Path(f"/proc/{role}").exists() for role in roles), seconds=SECONDS, what="the roles to end", log=node.log
-        )
+        wait_until(lambda: not any(Path(f"/proc/{role}").exists() for role in roles), what="the roles to end", log=node.log)
 
         assert [[job["state"] for job in study["jobs"]] for study in shown] == [["done", "done"]] * 5
         assert all(len(parts) == 1 for parts in site.pacs.received.values())

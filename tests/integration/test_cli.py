@@ -469,9 +469,9 @@ def test_serve_whose_port_is_taken_says_so_and_begins_when_it_is_free(shell: She
     log = shell.folder / "log"
     with running([sys.executable, "-m", "dicomnode", "serve"], log=log, environment={"DICOMNODE_CONFIG": "dicomnode.toml"}) as serve:
         said = f"cannot listen on {LOOPBACK}:{port}"
-        wait_until(lambda: said in log.read_text(encoding="utf-8"), seconds=120, what="the complaint", log=log)
+        wait_until(lambda: said in log.read_text(encoding="utf-8"), what="the complaint", log=log)
         taken.close()
-        wait_until(lambda: listens(loopback_peer(NODE_AET, port)), seconds=120, what="the receiver to listen", log=log)
+        wait_until(lambda: listens(loopback_peer(NODE_AET, port)), what="the receiver to listen", log=log)
         serve.terminate()
         assert serve.wait(120) == 0
 
@@ -482,9 +482,32 @@ def test_serve_ends_with_0_when_it_is_stopped_before_its_roles_have_begun(shell:
     log = shell.folder / "log"
     with running([sys.executable, "-m", "dicomnode", "serve"], log=log) as serve:
         children = Path(f"/proc/{serve.pid}/task/{serve.pid}/children")
-        wait_until(lambda: len(children.read_text(encoding="ascii").split()) == 3, seconds=120, what="three roles", log=log, every=0.01)
+        wait_until(lambda: len(children.read_text(encoding="ascii").split()) == 3, what="three roles", log=log, every=0.01)
         serve.terminate()
         assert serve.wait(120) == 0
+
+
+LEFT_THREAD = """
+import os, signal, sys, threading, time
+from dicomnode.cli import node, run
+
+def start(*_):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return lambda: sys.argv[1] == "drained"
+
+node._start_sender = start
+sys.exit(run(["run", "sender"]))
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("drained", 0), ("amid a job", 1)])
+def test_a_stopped_role_ends_though_a_thread_of_the_engine_is_left(shell: Shell, how: str, code: int) -> None:
+    (shell.folder / "dicomnode.toml").write_text("", encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT_THREAD, how], cwd=shell.folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=300, check=False
+    )
+    assert ended.returncode == code, ended.stderr
 
 
 def executable(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:

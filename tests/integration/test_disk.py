@@ -72,7 +72,7 @@ def traced(receiver: ReceiverProcess, output: Path) -> Iterator[None]:
             [program("strace", "strace"), "-f", "-y", "-s", "8", "-e", f"trace={syscalls}", "-o", output, *pids], stderr=errors
         )
     try:
-        wait_until(lambda: "attached" in tail(log) or strace.poll() is not None, seconds=20, what="strace to attach", log=log, every=0.05)
+        wait_until(lambda: "attached" in tail(log) or strace.poll() is not None, what="strace to attach", log=log, every=0.05)
         if strace.poll() is not None:
             pytest.skip(f"strace may not attach here: {tail(log)}")
         yield

@@ -5,14 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dicomnode.completion import cancel, close_complete_studies, prioritise, reanalyse, retry
-from dicomnode.engine import EngineClient, prepare_engine
+from dicomnode.config import EngineSection
+from dicomnode.engine import EngineClient, Queue, Worker, prepare_engine
 from pacs import wait_until
 from storage import open_storage, prepare_storage
 from storage.records import InstanceHeader, Peer, Priority, Result, Route
@@ -72,7 +75,7 @@ class Bench:
         return {job.key: job.state for job in self.storage.jobs.jobs()}
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        wait_until(condition, seconds=60, what=f"{what}; {self.states()} {self.journal()}")
+        wait_until(condition, what=f"{what}; {self.states()} {self.journal()}")
 
     def end(self) -> None:
         for worker in self.workers:
@@ -188,6 +191,50 @@ def test_a_stop_amid_a_job_is_no_crash_of_the_job(bench: Bench) -> None:
     bench.worker("done")
     bench.wait(lambda: bench.states() == {key(): "done"}, "the takeover")
     assert attempts(bench) == 1
+
+
+def test_a_worker_that_is_only_late_is_left_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr("dicomnode.engine.DBOS", SimpleNamespace(_recover_pending_workflows=lambda owners: taken.extend(owners) or ()))
+    worker = Worker(EngineSection(), bench.storage, bench.client, database_url=bench.url, queues=())
+    worker._launched.set()
+    leases = bench.storage.leases
+    for seconds in (0, 0, 60, 0, 0):  # lapsed in two rounds, renewed, lapsed in two more
+        leases.hold("worker/late", "late", seconds)
+        worker._renew_and_take_over()
+    assert taken == []
+    worker._renew_and_take_over()
+    assert taken == ["late"]
+    assert leases.expired("worker/") == []
+    worker._renew_and_take_over()
+    assert taken == ["late"]
+
+
+def test_a_job_that_is_on_the_queue_again_while_it_is_worked_on_waits_for_its_end(bench: Bench) -> None:
+    bench.route()
+    bench.receive()
+    bench.close_studies()
+    begun, end = threading.Event(), threading.Event()
+    states: list[str] = []
+
+    def work(key: str, _attempt: int) -> None:
+        states.append(bench.storage.jobs.start(key).state)
+        begun.set()
+        assert end.wait(60)
+        bench.storage.jobs.finish(key, "done")
+
+    queue = Queue(kind="analyse", work=work, concurrency=2)
+    worker = Worker(EngineSection(), bench.storage, bench.client, database_url=bench.url, queues=(queue,))
+    threads = [threading.Thread(target=worker.do_now, args=(key(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert begun.wait(60)
+    threads[1].join(0.3)  # time to begin, which it must not use
+    assert states == ["running"]
+    end.set()
+    for thread in threads:
+        thread.join(60)
+    assert states == ["running", "done"]
 
 
 def attempts(bench: Bench) -> int:

@@ -244,7 +244,7 @@ def test_no_attack_s_socket_outlives_the_deadlines(tmp_path: Path) -> None:
         base = warmed_up(receiver)
         with Swarm(receiver.port, None, len(ATTACKS)) as swarm:
             names = {attack.name for attack in ATTACKS if not attack.tls}
-            wait_until(lambda: set(swarm.closed) == names, seconds=15, what=f"each of {names} to be ended, not only {swarm.closed}")
+            wait_until(lambda: set(swarm.closed) == names, what=f"each of {names} to be ended, not only {swarm.closed}")
         receiver.wait_for_base(base, seconds=10)
         with receiver.storage() as storage:
             assert _VICTIM.sop_instance_uid not in stored_uids(storage)
@@ -372,7 +372,7 @@ def test_sigterm_lets_a_study_end_and_refuses_new_associations(tmp_path: Path) -
             assert connection.store(study[0]).status == 0
             assert receiver.process is not None
             receiver.process.terminate()
-            wait_until(lambda: refuses(receiver.port), seconds=5, what="new connections to be refused", every=0.02)
+            wait_until(lambda: refuses(receiver.port), what="new connections to be refused", every=0.02)
             for image in study[1:]:
                 assert connection.store(image).status == 0
                 time.sleep(0.05)

@@ -62,7 +62,7 @@ class Node:
         self._listener.stop(drain_seconds)
 
     def wait_for(self, reason: str, times: int = 1) -> None:
-        wait_until(lambda: self.refused[reason] >= times, seconds=10, what=f"{reason!r} to be counted, not {dict(self.refused)}")
+        wait_until(lambda: self.refused[reason] >= times, what=f"{reason!r} to be counted, not {dict(self.refused)}")
 
     def _admit(self, _caller: Caller) -> str | None:
         return None
@@ -127,7 +127,7 @@ def test_one_association_too_many_is_put_off(limits: dict[str, int], calling: st
             assert third.associate(raw.association_request(calling=calling)).rejection == LIMIT_EXCEEDED
         node.wait_for(f"association rejected: {reason}")
         second.release()
-        wait_until(lambda: len(node.released) == 1, seconds=10, what="the release to be noted")
+        wait_until(lambda: len(node.released) == 1, what="the release to be noted")
         assert_serves(node.port, calling=calling)
 
 
@@ -178,7 +178,7 @@ def test_of_one_address_s_half_open_connections_the_oldest_gives_way(limit: str,
     with Node(**{limit: 2}) as node:
         first, second, third = (Connection(node.port, source=address) for _ in range(3))
         with first, second, third:
-            wait_until(lambda: not is_open(first), seconds=5, what="the first to be closed")
+            wait_until(lambda: not is_open(first), what="the first to be closed")
             assert is_open(second)
             assert is_open(third)
             node.wait_for("connection refused: half-open connections of one address")
@@ -199,7 +199,7 @@ def test_of_all_half_open_connections_the_oldest_of_the_address_that_holds_most_
         modest = Connection(node.port, source=STRANGER)
         greedy = [Connection(node.port, source=OTHER_STRANGER) for _ in range(2)]
         third = Connection(node.port, source="127.0.0.4")
-        wait_until(lambda: not is_open(greedy[0]), seconds=5, what="the oldest of the greedy address to be closed")
+        wait_until(lambda: not is_open(greedy[0]), what="the oldest of the greedy address to be closed")
         assert [is_open(connection) for connection in (modest, greedy[1], third)] == [True] * 3
         node.wait_for("connection refused: half-open connections in all")
         with Connection(node.port, source=PEER) as peer:  # a peer's has a limit of its own
@@ -292,8 +292,8 @@ def test_a_peer_that_takes_no_response_is_let_go() -> None:
             for _ in range(500):
                 connection.send(raw.echo_request() * 500)
         # The kernel takes some megabytes of responses before it makes the node wait: at a thousand a second that is most of a minute.
-        wait_until(lambda: len(node.released) == 1, seconds=120, what="the association to end")
-        wait_until(lambda: node.refused.total() == 1, seconds=10, what="the abort to be counted")
+        wait_until(lambda: len(node.released) == 1, what="the association to end")
+        wait_until(lambda: node.refused.total() == 1, what="the abort to be counted")
         assert_serves(node.port)
 
 
@@ -370,7 +370,7 @@ def test_fragments_without_a_byte_have_an_end_too(image: Image, control: int) ->
         if control == raw.DATA:
             connection.send(raw.store_command(image))
         ended_by_node(connection, itertools.repeat(flood))
-        wait_until(lambda: node.refused.total() == 1, seconds=10, what="the abort to be counted")
+        wait_until(lambda: node.refused.total() == 1, what="the abort to be counted")
 
 
 # What is no DICOM
@@ -394,7 +394,7 @@ def test_what_is_no_association_request_ends_the_connection_and_is_counted(garba
         with Connection(node.port) as connection:
             connection.send(GARBAGE[garbage]())
             assert connection.read().kind in {raw.ABORT, raw.ASSOCIATE_RJ}
-        wait_until(lambda: node.refused.total() == 1, seconds=10, what="the refusal to be counted")
+        wait_until(lambda: node.refused.total() == 1, what="the refusal to be counted")
         assert node.released == []
         assert_serves(node.port)
 
@@ -422,8 +422,8 @@ def test_what_breaks_the_protocol_in_an_association_is_aborted_and_counted(malfo
         with association(node.port) as connection:
             connection.send(MALFORMED[malformed](image))
             assert ends_with_abort(connection)[0] == 2
-        wait_until(lambda: node.refused.total() == 1, seconds=10, what="the abort to be counted")
-        wait_until(lambda: node.released == [1], seconds=10, what="the end to be noted")
+        wait_until(lambda: node.refused.total() == 1, what="the abort to be counted")
+        wait_until(lambda: node.released == [1], what="the end to be noted")
         assert node.received == []
         assert_serves(node.port)
 
@@ -453,7 +453,7 @@ def test_draining_lets_a_study_end_and_refuses_new_connections() -> None:
         assert connection.store(study[0]).status == 0
         stopping = threading.Thread(target=node.stop, args=(30,))
         stopping.start()
-        wait_until(lambda: not connects(node.port), seconds=5, what="new connections to be refused")
+        wait_until(lambda: not connects(node.port), what="new connections to be refused")
         assert [connection.store(image).status for image in study[1:]] == [0, 0]
         connection.release()
         stopping.join(10)

@@ -36,7 +36,7 @@ def run_receiver(configuration: Path, log: Path) -> subprocess.Popen[bytes]:
 def receiver(configuration: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     log = tmp_path / "log"
     process = run_receiver(configuration, log)
-    wait_until(lambda: log.read_bytes().count(b'"listening"') == 2, seconds=60, what="two processes to listen", log=log)
+    wait_until(lambda: log.read_bytes().count(b'"listening"') == 2, what="two processes to listen", log=log)
     yield process
     if process.poll() is None:
         process.terminate()
@@ -59,7 +59,7 @@ def test_two_processes_take_studies_on_one_port_and_one_of_them_may_die(receiver
             assert store(association, encoded(dataset), uid=dataset.SOPInstanceUID).Status == 0
             association.release()
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: first not in children_of(receiver), seconds=20, what="the death of a process to be noticed")
+        wait_until(lambda: first not in children_of(receiver), what="the death of a process to be noticed")
         association = associate(port, PAIRS)  # whatever the other one is doing
         assert association.is_established
         association.release()

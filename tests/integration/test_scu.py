@@ -40,7 +40,7 @@ from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.contexts import STORAGE_CLASSES
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import part10_prefix
-from dicomnode.dimse.scu import Outgoing, classify, echo, send
+from dicomnode.dimse.scu import Outgoing, classify, echo, send, send_each
 from dicomnode.errors import PeerUnavailable
 from storage.records import Peer
 
@@ -121,12 +121,20 @@ def stored(folder: Path, sop_class: str = CT, syntax: str = EXPLICIT, **attribut
 def test_results_arrive_byte_for_byte_in_the_order_given(pacs, tmp_path):
     pairs = [(SEG, EXPLICIT), (LABEL_MAP, EXPLICIT), (COMPREHENSIVE_3D_SR, IMPLICIT), (CT, IMPLICIT)]
     files = [stored(tmp_path, *pair) for pair in pairs]
-    seen: list[int] = []
-    outcomes = send(pacs.listen(pairs), [item for item, _ in files], calling_ae_title="DICOMNODE", progress=seen.append)
+    outcomes = send(pacs.listen(pairs), [item for item, _ in files], calling_ae_title="DICOMNODE")
     assert [(outcome.state, outcome.status, outcome.error) for outcome in outcomes] == [("sent", 0, None)] * 4
     assert [outcome.sop_instance_uid for outcome in outcomes] == [item.sop_instance_uid for item, _ in files]
     assert pacs.got == [(item.sop_class_uid, item.sop_instance_uid, item.transfer_syntax_uid, data) for item, data in files]
-    assert seen == [1, 2, 3, 4]
+
+
+def test_an_outcome_is_known_before_the_next_object_is_sent_and_whoever_has_enough_ends_the_sending(pacs, tmp_path):
+    files = [stored(tmp_path)[0] for _ in range(3)]
+    sending = send_each(pacs.listen([(CT, EXPLICIT)]), files, calling_ae_title="DICOMNODE")
+    assert next(sending).sop_instance_uid == files[0].sop_instance_uid
+    assert len(pacs.got) == 1
+    assert next(sending).sop_instance_uid == files[1].sop_instance_uid
+    sending.close()
+    assert [uid for _, uid, _, _ in pacs.got] == [item.sop_instance_uid for item in files[:2]]
 
 
 def test_bytes_that_a_library_would_write_otherwise_go_out_as_they_are(pacs, tmp_path):
@@ -155,7 +163,7 @@ def test_more_than_128_pairs_take_a_second_association(pacs, tmp_path):
     pairs = [(row.uid, syntax) for row in known[:65] for syntax in (EXPLICIT, IMPLICIT)]
     files = [stored(tmp_path, *pair)[0] for pair in pairs]
     outcomes = send(pacs.listen(pairs), files, calling_ae_title="DICOMNODE")
-    assert {outcome.state for outcome in outcomes} == {"sent"}
+    assert {(outcome.state, outcome.error) for outcome in outcomes} == {("sent", None)}
     assert sorted(len(proposed) for proposed in pacs.proposed) == [2, 128]
     assert len(pacs.got) == 130
 
