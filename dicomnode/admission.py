@@ -5,7 +5,7 @@ anybody in because the registry can't be asked.
 
 | the peer's record | what its caller must show |
 |---|---|
-| AE title, sends | this calling AE title |
+| AE title, sends or commits | this calling AE title |
 | networks; without them host | an address of theirs |
 | tls | a certificate that the site's CA signed, on the TLS port; a peer without tls comes by the plain port alone |
 | client_cert | the certificate with this SHA-256 |
@@ -30,7 +30,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from dicomnode.config import check_ae_title
-from dicomnode.dimse.association import USER_IDENTITY
+from dicomnode.dimse.association import USER_IDENTITY, Grants
 from dicomnode.dimse.tls import fingerprint
 from dicomnode.logs import get_logger
 from storage.errors import StorageError
@@ -66,6 +66,11 @@ class Admission:
         self._refresh_at = 0.0
         self._refresh()
 
+    def grants(self, ae_title: str) -> Grants:
+        """What a caller that was let in may do. Raises StorageError if the registry can't be asked."""
+        peer = self._peer(ae_title.strip(" "))
+        return Grants(stores=peer is not None and peer.sends, commits=peer is not None and peer.commits)
+
     def admit(self, caller: Caller) -> str | None:
         """Return None to let the caller in, or why not, in words of this list.
 
@@ -90,18 +95,18 @@ class Admission:
         return next((reason for reason, holds in checks if not holds()), None)
 
     def is_peer(self, address: str) -> bool:
-        """Whether a peer that sends has this address. From memory, without a wait: one that is known by host name counts once it called."""
+        """Whether a peer that may call has this address. From memory, without a wait: one that is known by host name counts once it did."""
         parsed = _address(address)
         networks = (*self._peer_networks, *(found for host in self._peer_names for found in self._names.known(host)))
         return parsed is not None and any(parsed in network for network in networks)
 
     def _peer(self, ae_title: str) -> Peer | None:
-        """The peer of this AE title that may send; what is no AE title isn't looked for."""
+        """The peer of this AE title that may call; what is no AE title isn't looked for."""
         try:
             peer = self._registry.peer(check_ae_title(ae_title))
         except ValueError:
             return None
-        return peer if peer is not None and peer.sends else None
+        return peer if peer is not None and (peer.sends or peer.commits) else None
 
     def _comes_from(self, peer: Peer, address: str) -> bool:
         try:
@@ -121,7 +126,7 @@ class Admission:
         names: set[str] = set()
         try:
             for peer in self._registry.peers():
-                if peer.sends:
+                if peer.sends or peer.commits:
                     with suppress(ValueError):
                         stated = _stated_networks(peer)
                         networks.update(stated)

@@ -118,6 +118,14 @@ class EngineSection(_Section):
     )
 
 
+class CommitmentSection(_Section):
+    """Storage commitment: peers that are asked whether they hold what they were sent."""
+
+    report_seconds: float = Field(3, ge=0, description="an association stays open for so long after a request, for a report on it")
+    answer_seconds: float = Field(3600, gt=0, description="a peer that hasn't reported after this is asked again")
+    rounds: int = Field(5, ge=0, description="how often an object is sent again that its peer says it doesn't hold; then it has failed")
+
+
 class AnalysisSection(_Section):
     """Where networks run."""
 
@@ -148,6 +156,7 @@ class Settings(_Section):
     tls: TlsSection = TlsSection()
     storage: StorageSection = StorageSection()
     engine: EngineSection = EngineSection()
+    commitment: CommitmentSection = CommitmentSection()
     analysis: AnalysisSection = AnalysisSection()
     log: LogSection = LogSection()
 

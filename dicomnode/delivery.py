@@ -10,8 +10,10 @@ from __future__ import annotations
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
+from dicomnode.commitment import StorageCommitment
 from dicomnode.config import Settings
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
+from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
 from storage import Storage
 from storage.records import Job, Peer, Result
@@ -24,9 +26,10 @@ log = get_logger(__name__)
 class Sender:
     """Works off deliver jobs."""
 
-    def __init__(self, settings: Settings, storage: Storage) -> None:
+    def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
         self._settings = settings
         self._storage = storage
+        self._commitment = StorageCommitment(settings, storage, client)
 
     def deliver(self, key: str, attempt: int) -> float | None:
         """Do the deliver job `key` on its n-th try; return None when its row says how it ended, else seconds until the next try."""
@@ -54,9 +57,8 @@ class Sender:
             return None
         failures = [outcome for outcome in outcomes if outcome.state != "sent"]
         if not failures:
-            jobs.finish(job.key, "done")
             log.info("delivered", job=job.key, peer=peer.ae_title, count=len(outcomes))
-            return None
+            return self._delivered(job, peer, attempt)
         reason = f"{len(failures)} object(s) not taken by {peer.ae_title}: {failures[0].error or 'no reason given'}"
         log.warning("not delivered", job=job.key, peer=peer.ae_title, status=failures[0].status, attempt=attempt)
         if wait is not None and any(outcome.state == "transient" for outcome in failures):
@@ -85,9 +87,18 @@ class Sender:
                     return None
         return outcomes
 
+    def _delivered(self, job: Job, peer: Peer, attempt: int) -> float | None:
+        """The peer has everything: that is all, or it is asked to commit to it."""
+        if peer.commits:
+            return self._commitment.ask(job, peer, attempt)
+        self._storage.jobs.finish(job.key, "done")
+        return None
+
     def _waiting(self, job: Job) -> list[Result]:
-        """The results of this job's analysis that its peer doesn't have yet."""
-        open_uids = {d.sop_instance_uid for d in self._storage.jobs.deliveries(job_key=job.key) if d.state != "sent"}
+        """The results of this job's analysis that its peer doesn't have yet, but for what it took often enough and doesn't hold."""
+        rounds = self._settings.commitment.rounds
+        rows = self._storage.jobs.deliveries(job_key=job.key)
+        open_uids = {row.sop_instance_uid for row in rows if row.state in {"waiting", "failed"} and row.refusals <= rounds}
         return [
             result
             for result in self._storage.jobs.results(study_instance_uid=job.study_instance_uid)

@@ -72,13 +72,14 @@ class EngineClient:
         """Put a job on its queue once more under a new ticket, with the priority its row has now."""
         self.enqueue(connection, job.key, job.kind, job.priority, ticket=f"{time.time_ns() // 1_000_000}")
 
-    def withdraw(self, key: str) -> None:
-        """Take every waiting ticket of a job off its queue; one that is running is not interrupted."""
+    def withdraw(self, key: str, *, but: str | None = None) -> None:
+        """Take every waiting ticket of a job off its queue, but for the one of that name; one that is running is not interrupted."""
         waiting = self._client.list_workflows(
             workflow_id_prefix=f"{key}#", status=["ENQUEUED", "DELAYED"], load_input=False, load_output=False
         )
-        if waiting:
-            self._client.cancel_workflows([w.workflow_id for w in waiting])
+        superfluous = [w.workflow_id for w in waiting if but is None or not w.workflow_id.startswith(f"{key}#{but}.")]
+        if superfluous:
+            self._client.cancel_workflows(superfluous)
 
     def has_pending(self, worker: str) -> bool:
         """Whether work that this worker began hasn't ended."""

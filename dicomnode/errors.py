@@ -65,6 +65,49 @@ class ProcessingFailure(StoreRefused):
     transient = True
 
 
+class CommitmentRefused(NodeError):
+    """A message of the Storage Commitment Push Model (PS3.4 J.3) is answered with a failure status (PS3.7 C)."""
+
+    dimse_status = 0x0110
+
+
+class CommitmentFailure(CommitmentRefused):
+    """The node itself failed, e.g. its database is away; nothing was noted and the cause is in the log."""
+
+    dimse_status = 0x0110  # PS3.7 C.5.14 Processing failure
+    transient = True
+
+
+class NoSuchInstance(CommitmentRefused):
+    """The message is not about the one well-known SOP Instance of the class."""
+
+    dimse_status = 0x0112  # PS3.7 C.5.8 No such SOP Instance
+
+
+class NoSuchEventType(CommitmentRefused):
+    """The event type is neither 1 (all committed) nor 2 (failures exist)."""
+
+    dimse_status = 0x0113  # PS3.7 C.5.9 No such event type
+
+
+class InvalidArgument(CommitmentRefused):
+    """The data set is malformed, or lacks what it must have; or nothing was asked of this AE under this Transaction UID."""
+
+    dimse_status = 0x0115  # PS3.7 C.5.3 Invalid argument value
+
+
+class NoSuchClass(CommitmentRefused):
+    """The message is of a SOP class that the node does not provide."""
+
+    dimse_status = 0x0118  # PS3.7 C.5.7 No such SOP Class
+
+
+class NotAuthorized(CommitmentRefused):
+    """The caller may not send this message: it is not registered for it, or sends it outside a context of the class."""
+
+    dimse_status = 0x0124  # PS3.7 C.5.22 Refused: Not authorized
+
+
 class PackageError(UsageError):
     """A model package cannot be used: malformed manifest, wrong digest, unsafe weights, or not checked."""
 

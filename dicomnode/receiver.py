@@ -11,6 +11,7 @@ from typing import Final
 
 from dicomnode.admission import Admission
 from dicomnode.config import Settings
+from dicomnode.dimse.commitment import CommitmentService
 from dicomnode.dimse.encoding import Limits
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import StoreRequest, is_uid, part10_prefix, read_header
@@ -29,7 +30,8 @@ _log = get_logger(__name__)
 class Receiver:
     """Receives instances from peers that may send, from start() to stop()."""
 
-    def __init__(self, settings: Settings, storage: Storage) -> None:
+    def __init__(self, settings: Settings, storage: Storage, *, commitment: CommitmentService | None = None) -> None:
+        """`commitment` takes the messages of storage commitment; without it there is no such service."""
         listener = settings.listener
         self.storage = storage
         self.limits = Limits(maximum_nesting=listener.maximum_nesting, maximum_inflated_bytes=listener.maximum_inflated_bytes)
@@ -41,6 +43,8 @@ class Receiver:
             admit=admission.admit,
             receive=self._receive,
             released=self.notes.released,
+            grants=admission.grants,
+            commitment=commitment,
             is_peer=admission.is_peer,
             count=self.notes.count,
             tls=settings.tls,

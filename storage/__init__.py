@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.commitments import Commitments
 from storage.counters import Counters
 from storage.database import Database
 from storage.errors import StorageError
@@ -31,6 +32,7 @@ class Storage:
     intake: Intake
     registry: Registry
     jobs: Jobs
+    commitments: Commitments
     leases: Leases
     counters: Counters
 
@@ -79,6 +81,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
         intake=Intake(objects, index),
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
+        commitments=Commitments(database),
         leases=Leases(database),
         counters=Counters(database),
     )

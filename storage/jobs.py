@@ -164,6 +164,16 @@ class Jobs:
             waiting = update(JOB).where(JOB.c.key == key, JOB.c.state == "running")
             connection.execute(waiting.values(state="queued", reason_code=WAITING, reason=reason, progress=None))
 
+    def explain_wait(self, connection: Connection, key: str, reason: str) -> None:
+        """Let a job wait with this reason, in the caller's write transaction, whether it runs or waits already."""
+        waiting = update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED))
+        connection.execute(waiting.values(state="queued", reason_code=WAITING, reason=reason, progress=None))
+
+    def mend(self, connection: Connection, key: str) -> None:
+        """Let a job that had failed be done after all, in the caller's write transaction: what it was for has come about late."""
+        failed = update(JOB).where(JOB.c.key == key, JOB.c.state == "failed")
+        connection.execute(failed.values(state="done", reason_code=None, reason=None))
+
     def progress(self, key: str, share: float) -> bool:
         """Note how much of a running job is done, 0..1; False, and nothing changed, if it doesn't run."""
         with self._database.writing() as connection:
@@ -210,7 +220,7 @@ class Jobs:
             if not transaction.execute(update(JOB).where(JOB.c.key == key).values(**fresh)).rowcount:
                 raise Conflict(f"there is no job {key}")
             failed = update(DELIVERY).where(DELIVERY.c.job_key == key, DELIVERY.c.state == "failed")
-            transaction.execute(failed.values(state="waiting", next_at=None))
+            transaction.execute(failed.values(state="waiting", next_at=None, refusals=0))
 
     def next_run(self, study_instance_uid: str, revision: int, package: str) -> int:
         """Return the run after the last of this revision and package, whatever its version; 1 if there was none."""
@@ -259,7 +269,7 @@ class Jobs:
             if value is not None:
                 statement = statement.where(column == value)
         with self._database.reading() as connection:
-            return [_delivery(row) for row in connection.execute(statement)]
+            return [delivery(row) for row in connection.execute(statement)]
 
     def record_delivery(
         self,
@@ -333,7 +343,8 @@ def _result(row: Row[Any]) -> Result:
     )
 
 
-def _delivery(row: Row[Any]) -> Delivery:
+def delivery(row: Row[Any]) -> Delivery:
+    """Make the record of a row of the table delivery."""
     return Delivery(
         sop_instance_uid=row.sop_instance_uid,
         peer=row.peer,
@@ -344,4 +355,7 @@ def _delivery(row: Row[Any]) -> Delivery:
         error=row.error,
         next_at=row.next_at,
         sent_at=row.sent_at,
+        transaction_uid=row.transaction_uid,
+        refusals=row.refusals,
+        committed_at=row.committed_at,
     )

@@ -13,7 +13,8 @@ Priority = Literal["stat", "routine"]
 JobKind = Literal["analyse", "deliver"]
 JobState = Literal["queued", "running", "done", "refused", "failed", "cancelled"]
 PackageState = Literal["added", "checked", "enabled"]
-DeliveryState = Literal["waiting", "sent", "failed"]
+DeliveryState = Literal["waiting", "sent", "committed", "failed"]  # sent: all that is awaited of a peer that doesn't commit
+CommitmentState = Literal["asking", "waiting", "answered", "unanswered", "refused"]
 ObjectKind = Literal["image", "other"]  # only images make revisions
 STANDARD_OBJECTS = ("seg", "sr")  # what a peer is given of which nothing else is known
 
@@ -143,6 +144,7 @@ class Peer:
     user: str | None = None  # the user name it must give (PS3.7 D.3.3.7); None: none is asked for
     passcode_hash: str | None = None
     objects: tuple[str, ...] = STANDARD_OBJECTS  # its display profile: the kinds of result objects that it is given
+    commits: bool = False  # is asked to commit to what it received, and may answer that on an association of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,3 +228,20 @@ class Delivery:
     error: str | None
     next_at: datetime | None
     sent_at: datetime | None
+    transaction_uid: str | None = None  # under which the peer was last asked to commit to it
+    refusals: int = 0  # how often the peer answered that it doesn't hold it
+    committed_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commitment:
+    """One request to a peer to commit to the results of a deliver job that it received (PS3.4 J.3)."""
+
+    transaction_uid: str
+    peer: str
+    job_key: str
+    state: CommitmentState  # asking: it hasn't acknowledged the request yet; waiting: it has, and its report is awaited
+    asked_at: datetime
+    due_at: datetime | None  # when it counts as unanswered
+    answered_at: datetime | None
+    error: str | None

@@ -54,6 +54,7 @@ class Registry:
             "user": peer.user,
             "passcode_hash": peer.passcode_hash,
             "objects": list(peer.objects),
+            "commits": peer.commits,
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -202,6 +203,7 @@ def _peer(row: Row[Any]) -> Peer:
         user=row.user,
         passcode_hash=row.passcode_hash,
         objects=tuple(row.objects),
+        commits=row.commits,
     )
 
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.engine import Dialect
 
@@ -179,6 +180,7 @@ PEER = Table(
     Column("user", Text),
     Column("passcode_hash", Text),
     Column("objects", JSON, nullable=False, server_default='["seg", "sr"]'),
+    Column("commits", Boolean, nullable=False, server_default=false()),
 )
 
 ROUTE = Table(
@@ -273,6 +275,23 @@ DELIVERY = Table(
     Column("error", WireText),
     Column("next_at", UtcTime),
     Column("sent_at", UtcTime),
+    Column("transaction_uid", Text),  # under which the peer was last asked to commit to it
+    Column("refusals", Integer, nullable=False, server_default="0"),  # how often it answered that it doesn't hold it
+    Column("committed_at", UtcTime),
+    Index(None, "job_key"),
+)
+
+COMMITMENT = Table(
+    "commitment",
+    METADATA,
+    Column("transaction_uid", Text, primary_key=True),
+    Column("peer", Text, nullable=False),
+    Column("job_key", ForeignKey("job.key"), nullable=False),
+    Column("state", Text, nullable=False),
+    Column("asked_at", UtcTime, nullable=False),
+    Column("due_at", UtcTime),  # when it counts as unanswered
+    Column("answered_at", UtcTime),
+    Column("error", WireText),
     Index(None, "job_key"),
 )
 

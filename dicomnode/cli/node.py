@@ -157,10 +157,11 @@ def _prepare(settings: Settings) -> None:
 
 
 def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
+    from dicomnode.commitment import StorageCommitment
     from dicomnode.completion import Completion
     from dicomnode.receiver import Receiver
 
-    receiver = Receiver(settings, storage)
+    receiver = Receiver(settings, storage, commitment=StorageCommitment(settings, storage, client))
     completion = Completion(storage, client, settings.engine)
     try:
         receiver.start()
@@ -209,7 +210,7 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
 def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.delivery import Sender
 
-    queues = (Queue(kind="deliver", work=Sender(settings, storage).deliver, concurrency=SENDER_CONCURRENCY),)
+    queues = (Queue(kind="deliver", work=Sender(settings, storage, client).deliver, concurrency=SENDER_CONCURRENCY),)
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
     worker.start()
     return lambda: worker.stop(DRAIN_SECONDS)

@@ -10,7 +10,7 @@ import typer
 
 from dicomnode.cli.packages import known_package
 from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_version, opened, show
-from dicomnode.errors import UsageError
+from dicomnode.errors import NodeError, UsageError
 from storage import Storage
 from storage.records import Peer, Route
 
@@ -52,6 +52,9 @@ def peer_add(
         list[str] | None,
         typer.Option("--object", metavar="KIND", help="a kind of result object that it is given, several times; instead of --profile"),
     ] = None,
+    commits: Annotated[
+        bool, typer.Option("--commits", help="offers storage commitment: a result is done when it says that it holds it")
+    ] = False,
     config: ConfigOption = None,
 ) -> None:
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
@@ -67,6 +70,8 @@ def peer_add(
         raise UsageError("--client-cert needs --tls")
     if passcode_file is not None and user is None:
         raise UsageError("--passcode-file needs --user")
+    if commits and not receives:
+        raise UsageError("--commits needs --receives")
     if (profile is not None or objects) and not receives:
         raise UsageError("--profile and --object need --receives")
     try:
@@ -87,6 +92,7 @@ def peer_add(
         user=user,
         passcode_hash=hash_passcode(_passcode(passcode_file)) if passcode_file is not None else None,
         objects=given,
+        commits=commits,
     )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
@@ -99,7 +105,20 @@ def peer_add(
 def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
     """List the peers."""
     with opened(config) as (_, storage):
-        columns = ["ae_title", "host", "port", "sends", "receives", "objects", "networks", "tls", "client_cert", "user", "passcode"]
+        columns = [
+            "ae_title",
+            "host",
+            "port",
+            "sends",
+            "receives",
+            "commits",
+            "objects",
+            "networks",
+            "tls",
+            "client_cert",
+            "user",
+            "passcode",
+        ]
         show([_shown(known, whole=json) for known in storage.registry.peers()], columns, as_json=json)
 
 
@@ -118,8 +137,10 @@ def peer_echo(aet: str, config: ConfigOption = None) -> None:
 
     with opened(config) as (settings, storage):
         known = _known_peer(storage, aet)
-        echo(known, calling_ae_title=settings.node.ae_title, tls=settings.tls)
-        typer.echo(f"{known.ae_title} at {known.host}:{known.port} answers")
+        commits = echo(known, calling_ae_title=settings.node.ae_title, tls=settings.tls)
+        if known.commits and not commits:
+            raise NodeError(f"{known.ae_title} at {known.host}:{known.port} answers, and does not accept storage commitment")
+        typer.echo(f"{known.ae_title} at {known.host}:{known.port} answers" + (" and accepts storage commitment" if commits else ""))
 
 
 @route.command("add")

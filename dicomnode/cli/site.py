@@ -47,6 +47,7 @@ class PeerEntry(_Entry):
     user: str | None = None
     passcode_hash: str | None = None
     objects: tuple[str, ...] = STANDARD_OBJECTS
+    commits: bool = False
 
     @field_validator("ae_title")
     @classmethod
@@ -79,6 +80,8 @@ class PeerEntry(_Entry):
             raise ValueError("client_cert needs tls")
         if self.passcode_hash is not None and self.user is None:
             raise ValueError("passcode_hash needs user")
+        if self.commits and not self.receives:
+            raise ValueError("commits needs receives")
         return self
 
 

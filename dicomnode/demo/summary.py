@@ -139,7 +139,7 @@ def _study(study: ScannedStudy, storage: Storage) -> dict[str, Any]:
     known = storage.index.study(uid)
     analyses, deliveries = _last(storage, study, "analyse"), _last(storage, study, "deliver")
     results = {result.sop_instance_uid: result for result in storage.jobs.results(study_instance_uid=uid)}
-    arrived = [d.sop_instance_uid for d in storage.jobs.deliveries(study_instance_uid=uid) if d.state == "sent"]
+    arrived = [d.sop_instance_uid for d in storage.jobs.deliveries(study_instance_uid=uid) if d.state in {"sent", "committed"}]
     if any(job.state in FAILED for job in [*analyses, *deliveries]) or (
         study.images_accepted and known is not None and known.state != "closed"
     ):

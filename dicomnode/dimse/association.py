@@ -14,17 +14,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from pydicom.dataset import Dataset
+from pynetdicom import evt
 from pynetdicom.association import Association
 from pynetdicom.pdu import A_ABORT_RQ, A_ASSOCIATE_AC, A_ASSOCIATE_RJ, A_ASSOCIATE_RQ, A_RELEASE_RP, P_DATA_TF
 from pynetdicom.pdu_primitives import A_ABORT, A_ASSOCIATE, A_P_ABORT, A_RELEASE, P_DATA
 from pynetdicom.transport import AddressInformation
 
 from dicomnode.dimse import command as commands
+from dicomnode.dimse.commitment import read_report
 from dicomnode.dimse.scp import ReceivedInstance, StoreRequest
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
-from dicomnode.errors import ProcessingFailure, StoreRefused
+from dicomnode.errors import CommitmentFailure, CommitmentRefused, InvalidArgument, NotAuthorized, ProcessingFailure, StoreRefused
 from dicomnode.logs import get_logger
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ _MAXIMUM_OTHER = 1048576  # bytes of the data set of a request that is no C-STOR
 
 _log = get_logger(__name__)
 
+Message = TypeVar("Message")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
@@ -59,6 +64,14 @@ class Caller:
     certificate: bytes | None  # the client's, DER; None without TLS
     user: str | None  # user identity negotiation, types 1 and 2 (PS3.7 D.3.3.7)
     passcode: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grants:
+    """What a caller that was let in may do, besides C-ECHO."""
+
+    stores: bool  # send instances
+    commits: bool  # report what it commits to
 
 
 class Sink(Protocol):
@@ -178,6 +191,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         self._message_bytes = 0
         self._received = 0
         self._abort_asked = False
+        self._grants = Grants(stores=False, commits=False)
+        self.bind(evt.EVT_N_EVENT_REPORT, self._reported)
 
     def serve(self, request: bytes) -> None:
         """Answer the association request, and serve the association to its end."""
@@ -232,7 +247,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             self._reject(limit, _LIMIT_EXCEEDED)
             return False
         requested = {str(context.abstract_syntax) for context in primitive.presentation_context_definition_list}
-        self.acceptor.supported_contexts = self._listener.contexts.of(requested)
+        self._grants = self._granted()
+        self.acceptor.supported_contexts = self._listener.contexts.of(requested, self._grants)
         try:
             self.acse.negotiate_association()
         except (ConnectionLost, DeadlineMissed):
@@ -263,6 +279,14 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         except Exception:  # noqa: BLE001  the DIMSE boundary
             _log.exception("the registry could not be asked")
             return "registry"
+
+    def _granted(self) -> Grants:
+        """Ask what the caller may do; of a registry that can't answer it gets nothing."""
+        try:
+            return self._listener.grants(self._calling)
+        except Exception:  # noqa: BLE001  the DIMSE boundary
+            _log.exception("the registry could not be asked")
+            return Grants(stores=False, commits=False)
 
     def _reject(self, reason: str, answer: tuple[int, int, int]) -> None:
         self._listener.refuse(
@@ -484,6 +508,15 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         _log.exception("storing failed", calling_ae_title=loggable(self._calling), status=f"0x{ProcessingFailure.dimse_status:04X}")
         return ProcessingFailure("the node failed; send again later")
 
+    # storage commitment: pynetdicom's service class calls these
+
+    def _reported(self, event: Any) -> tuple[Dataset, None]:
+        """Handle EVT_N_EVENT_REPORT: a peer says what it commits to."""
+        service = self._listener.commitment
+        if service is None or not self._grants.commits:
+            return refused(NotAuthorized("this AE is not asked to commit to anything")), None
+        return answered(lambda: read_report(event, self._calling), service.report), None
+
     # everything else is pynetdicom's
 
     def _serve_other(self) -> None:
@@ -517,6 +550,36 @@ def _user_identity(primitive: A_ASSOCIATE) -> tuple[str | None, str | None]:
         if kind in {1, 2}:
             return (item.primary_field or b"").decode("utf-8"), (item.secondary_field or b"").decode("utf-8") if kind == 2 else None
     return None, None
+
+
+def answered(read: Callable[[], Message], take: Callable[[Message], None]) -> Dataset:
+    """Read a message of storage commitment and take it; return its status, with an Error Comment if it isn't Success."""
+    try:
+        message = read()
+    except CommitmentRefused as refusal:
+        return refused(refusal)
+    except Exception:  # noqa: BLE001  the DIMSE boundary: what pydicom raises for bytes from a peer is not listed anywhere
+        _log.exception("a data set of storage commitment could not be read")
+        return refused(InvalidArgument("the data set is malformed"))
+    try:
+        take(message)
+    except CommitmentRefused as refusal:
+        return refused(refusal)
+    except Exception:  # noqa: BLE001  the DIMSE boundary
+        _log.exception("storage commitment failed")
+        return refused(CommitmentFailure("the node failed; send again later"))
+    status = Dataset()
+    status.Status = SUCCESS
+    return status
+
+
+def refused(refusal: CommitmentRefused) -> Dataset:
+    """The status that a refused message of storage commitment is answered with."""
+    _log.warning("storage commitment refused", status=f"0x{refusal.dimse_status:04X}", reason=str(refusal))
+    status = Dataset()
+    status.Status = refusal.dimse_status
+    status.ErrorComment = str(refusal)[:64]  # PS3.5 6.2 VR LO
+    return status
 
 
 def send_abort(wire: Wire, reason: int) -> None:

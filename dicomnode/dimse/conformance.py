@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dicomnode.config import ListenerSection, Settings, TlsSection
+from dicomnode.config import CommitmentSection, ListenerSection, Settings, TlsSection
 from dicomnode.dimse.contexts import (
     DEFLATED,
     EXCLUDED_TRANSFER_SYNTAXES,
@@ -16,15 +16,16 @@ from dicomnode.dimse.contexts import (
     IMPLEMENTATION_VERSION_NAME,
     MAXIMUM_CONTEXTS,
     STORAGE_CLASSES,
+    STORAGE_COMMITMENT,
     VERIFICATION,
     offered_syntaxes,
 )
 from dicomnode.dimse.encoding import Limits
 from dicomnode.dimse.guard import IDLE_SECONDS
 from dicomnode.dimse.scp import CHARACTER_SETS
-from dicomnode.dimse.scu import TRANSIENT, WARNINGS
+from dicomnode.dimse.scu import COMMITMENT_TRANSIENT, TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
-from dicomnode.errors import StoreRefused
+from dicomnode.errors import CommitmentRefused, NodeError, StoreRefused
 from dicomnode.version import VERSION
 
 
@@ -50,6 +51,7 @@ def _lines(settings: Settings) -> Iterator[str]:
         [
             ("Verification", f"`{VERIFICATION}`", "yes", "yes"),
             ("Storage", f"the {len(STORAGE_CLASSES)} below", "yes, in the transfer syntax an object is stored in", "yes"),
+            ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "no"),
         ],
     )
     yield from _associations(settings)
@@ -57,6 +59,7 @@ def _lines(settings: Settings) -> Iterator[str]:
     yield from _security(settings.tls)
     yield from _checks(settings.listener)
     yield from _statuses()
+    yield from _commitment(settings)
     yield from _tables(settings.listener)
     yield "## Character sets"
     yield "Patient name, patient ID, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022"
@@ -76,7 +79,8 @@ def _associations(settings: Settings) -> Iterator[str]:
             ("TCP port", f"{settings.listener.port} (`listener.port`)"),
             ("TCP port of DICOM over TLS", _tls_port(settings.tls)),
             ("Asynchronous operations", "one at a time"),
-            ("Extended negotiation, role selection", "not used"),
+            ("Extended negotiation", "not used"),
+            ("Role selection", "as acceptor, for storage commitment: a peer that reports proposes itself as its SCP"),
             ("User identity", "as acceptor: types 1 and 2, for peers that are registered with a user name; no positive response is sent"),
         ],
     )
@@ -84,6 +88,7 @@ def _associations(settings: Settings) -> Iterator[str]:
     yield "is known of it: calling AE title, network, way (TLS or not), certificate, user identity. Everybody else gets the same"
     yield "A-ASSOCIATE-RJ: rejected permanent, DICOM UL service user, no reason given. The registry is asked at every association. Without"
     yield "TLS the calling AE title is a name and not a proof: keep that port inside the hospital's network."
+    yield "A peer that only commits (`--commits` without `--sends`) may report and do nothing else."
     yield "Every proposed context of the classes below is accepted with the first transfer syntax that the peer names and this"
     yield "statement lists."
     yield ""
@@ -147,12 +152,40 @@ def _statuses() -> Iterator[str]:
     )
 
 
+def _commitment(settings: Settings) -> Iterator[str]:
+    yield "## Storage commitment: SCU"
+    yield "When a peer that is registered with `--commits` has taken all objects of an analysis, it is asked to commit to them (N-ACTION,"
+    yield "action type 1), on an association of its own that stays open for a moment for a report on it. Later the report (N-EVENT-REPORT)"
+    yield "is taken on an association that the peer opens. An object is committed when a report says so, whichever request it answers and"
+    yield "however late. What the first report of the last request names as failed, or doesn't name, is sent and asked for again. Without a"
+    yield "report in time the peer is asked again under a new Transaction UID. Tries and waits follow `engine.retry_schedule_seconds`; then"
+    yield "the delivery has failed, for a person to look at and to repeat."
+    yield from _table(("Setting", "Value", "Meaning"), _setting_rows("commitment", settings.commitment, without=frozenset()))
+    yield from _table(
+        ("Answer to N-ACTION", "Outcome"),
+        [
+            ("0000", "the report is awaited"),
+            (_ranges(COMMITMENT_TRANSIENT), "asked again later"),
+            ("no association, or no response", "asked again later"),
+            ("any other, or a context that is not accepted", "failed: a person must look"),
+        ],
+    )
+    yield "A report is answered with Success once it is noted, also one that comes twice. Other answers:"
+    yield from _table(("Status", "Meaning"), _refusals(CommitmentRefused))
+
+
+def _refusals(kind: type[NodeError]) -> Iterator[tuple[str, str]]:
+    for refusal in sorted(kind.__subclasses__(), key=lambda refusal: refusal.dimse_status):
+        yield f"{refusal.dimse_status:04X}", " ".join((refusal.__doc__ or "").split())
+
+
 def _tables(listener: ListenerSection) -> Iterator[str]:
     yield "## Storage SOP classes"
     yield "*image*: makes the next revision of its study, which is analysed. *other*: stored and linked."
     yield from _table(("SOP class", "UID", "Kind"), ((row.name, f"`{row.uid}`", row.kind) for row in STORAGE_CLASSES))
     yield "## Transfer syntaxes"
-    yield "Each of them for each Storage SOP class; Verification in any of pynetdicom's default ones (Implicit and Explicit VR)."
+    yield "Each of them for each Storage SOP class; Verification in any of pynetdicom's default ones (Implicit and Explicit VR);"
+    yield "Storage Commitment in Explicit and Implicit VR Little Endian."
     offered = offered_syntaxes(accept_deflated=listener.accept_deflated)
     yield from _table(("Transfer syntax", "UID"), ((row.name, f"`{row.uid}`") for row in offered))
     yield "Not accepted:"
@@ -168,7 +201,9 @@ def _tls_port(tls: TlsSection) -> str:
     )
 
 
-def _setting_rows(name: str, section: ListenerSection | TlsSection, *, without: frozenset[str]) -> Iterator[tuple[str, str, str]]:
+def _setting_rows(
+    name: str, section: ListenerSection | TlsSection | CommitmentSection, *, without: frozenset[str]
+) -> Iterator[tuple[str, str, str]]:
     """Each setting of a section as it is, with its description; files by their names only, as the statement goes to others."""
     for key, field in type(section).model_fields.items():
         if key not in without:

@@ -11,6 +11,11 @@ from typing import Final, Literal
 
 VERIFICATION: Final = "1.2.840.10008.1.1"  # SCP and SCU
 
+# PS3.4 J.3: the class, and the one instance of it that every message names. SCU of it to peers that commit.
+STORAGE_COMMITMENT: Final = "1.2.840.10008.1.20.1"
+STORAGE_COMMITMENT_INSTANCE: Final = "1.2.840.10008.1.20.1.1"
+COMMITMENT_SYNTAXES: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")  # Explicit and Implicit VR Little Endian
+
 # PS3.7 D.3.3.2: how the node names itself to peers and in the file meta information it writes.
 IMPLEMENTATION_CLASS_UID: Final = "2.25.263673467016523329787887264999078795791"
 IMPLEMENTATION_VERSION_NAME: Final = "DICOMNODE"

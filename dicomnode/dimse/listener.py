@@ -31,11 +31,21 @@ from dicomnode.dimse.association import (
     Aborted,
     AcceptedAssociation,
     Caller,
+    Grants,
     Sink,
     pdu_header,
     send_abort,
 )
-from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, VERIFICATION, offered_syntaxes, storage_class
+from dicomnode.dimse.commitment import CommitmentService
+from dicomnode.dimse.contexts import (
+    COMMITMENT_SYNTAXES,
+    IMPLEMENTATION_CLASS_UID,
+    IMPLEMENTATION_VERSION_NAME,
+    STORAGE_COMMITMENT,
+    VERIFICATION,
+    offered_syntaxes,
+    storage_class,
+)
 from dicomnode.dimse.guard import Guard
 from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.tls import ServerContexts
@@ -55,7 +65,8 @@ class Listener:
     `admit` is asked at every association and returns None, or the reason for log and metrics why the caller is not let in; the
     caller gets one and the same rejection. `receive` makes the sink of each C-STORE request, or raises StoreRefused. `released` is
     called once per association that was let in, with its number, after its last store has ended: on release, on abort and on a broken
-    connection. `is_peer` says from memory whether an address is a peer's. `count` is told of each refusal.
+    connection. `grants` says what a caller that was let in may do, by its AE title, and `commitment` what messages of storage commitment
+    mean. `is_peer` says from memory whether an address is a peer's. `count` is told of each refusal.
     """
 
     def __init__(
@@ -66,6 +77,8 @@ class Listener:
         admit: Callable[[Caller], str | None],
         receive: Callable[[StoreRequest], Sink],
         released: Callable[[int], None] = lambda _association: None,
+        grants: Callable[[str], Grants] = lambda _ae_title: Grants(stores=True, commits=False),
+        commitment: CommitmentService | None = None,
         is_peer: Callable[[str], bool] = lambda _address: False,
         count: Callable[[str], None] = lambda _refusal: None,
         tls: TlsSection | None = None,
@@ -75,6 +88,8 @@ class Listener:
         self.admit = admit
         self.receive = receive
         self.released = released
+        self.grants = grants
+        self.commitment = commitment
         self.count = count
         self.numbers = itertools.count(1)
         self.guard = Guard(settings, is_peer)
@@ -165,13 +180,21 @@ class _Contexts:
         self._syntaxes = syntaxes
         self._made: dict[str, Any] = {}
         self._verification = build_context(VERIFICATION)
+        self._commitment = build_context(STORAGE_COMMITMENT, list(COMMITMENT_SYNTAXES))
+        # PS3.4 J.3.3: who reports on an association of its own proposes itself as SCP. Some forget to, so either role is taken.
+        self._commitment.scu_role = self._commitment.scp_role = True
 
-    def of(self, requested: set[str]) -> list[Any]:
-        """Return the contexts for those of the abstract syntaxes that the table has."""
+    def of(self, requested: set[str], grants: Grants) -> list[Any]:
+        """Return the contexts for those of the abstract syntaxes that the table has and the caller is granted."""
         for uid in requested - self._made.keys():
             if storage_class(uid) is not None:
                 self._made[uid] = build_context(uid, self._syntaxes)
-        return [self._verification, *(self._made[uid] for uid in sorted(requested) if uid in self._made)]
+        contexts = [self._verification]
+        if grants.stores:
+            contexts += [self._made[uid] for uid in sorted(requested) if uid in self._made]
+        if grants.commits and STORAGE_COMMITMENT in requested:
+            contexts.append(self._commitment)
+        return contexts
 
 
 class _Server(AssociationServer):  # type: ignore[misc]  # pynetdicom is untyped here

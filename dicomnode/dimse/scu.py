@@ -1,4 +1,4 @@
-"""The Storage SCU and Verification SCU: send stored objects to a peer exactly as they are stored.
+"""The SCU of Storage, Verification and Storage Commitment: send stored objects to a peer exactly as they are stored.
 
 A peer marked as TLS is called over TLS with the node's own certificate, or not at all. Must never re-encode a data set, and never try
 again by itself: outcomes say what happened, and the engine decides.
@@ -7,8 +7,9 @@ again by itself: outcomes say what happened, and the engine decides.
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,17 @@ from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import build_context
 
 from dicomnode.config import TlsSection
-from dicomnode.dimse.contexts import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION_NAME, MAXIMUM_CONTEXTS, VERIFICATION
+from dicomnode.dimse.association import answered
+from dicomnode.dimse.commitment import REQUEST, CommitmentReport, Reference, action_information, read_report
+from dicomnode.dimse.contexts import (
+    COMMITMENT_SYNTAXES,
+    IMPLEMENTATION_CLASS_UID,
+    IMPLEMENTATION_VERSION_NAME,
+    MAXIMUM_CONTEXTS,
+    STORAGE_COMMITMENT,
+    STORAGE_COMMITMENT_INSTANCE,
+    VERIFICATION,
+)
 from dicomnode.dimse.listener import send_without_delay
 from dicomnode.dimse.tls import PeerContext, peer_context
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable
@@ -29,6 +40,9 @@ SUCCESS = 0x0000
 WARNINGS = frozenset({0x0001, 0x0107, 0x0116, *range(0xB000, 0xC000)})  # PS3.7 C.4, PS3.4 B.2.3: stored, with a remark
 # PS3.4 B.2.3 Refused: Out of Resources; PS3.7 C.5 Processing failure and Resource limitation: later it can work.
 TRANSIENT = frozenset({*range(0xA700, 0xA800), 0x0110, 0x0213})
+# PS3.7 C.5 Processing failure, Duplicate SOP Instance (of a Transaction UID: the next one is new), Resource limitation.
+COMMITMENT_TRANSIENT = frozenset({0x0110, 0x0111, 0x0213})
+_LOOK_SECONDS = 0.1  # how often it is looked whether a report has come
 _MAXIMUM_PDU_BYTES = 131072  # responses are small; what we send is cut to what the peer asks for
 _LACKING = "peer {} is called over TLS, and this node has no certificate: set tls.certificate, tls.key and tls.ca in dicomnode.toml"
 
@@ -104,8 +118,63 @@ def send_each(
                 yield outcome
 
 
-def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> None:
-    """Verify that `peer` answers C-ECHO (PS3.4 A).
+@dataclass(frozen=True, kw_only=True)
+class AskOutcome:
+    """How a peer took the request to commit. "transient": asking again later can work."""
+
+    state: Literal["accepted", "transient", "permanent"]
+    error: str | None
+
+
+def ask_commitment(
+    peer: Peer,
+    transaction_uid: str,
+    references: Sequence[Reference],
+    *,
+    calling_ae_title: str,
+    report: Callable[[CommitmentReport], None],
+    has_report: Callable[[], bool],
+    tls: TlsSection | None = None,
+    timeout_seconds: float = 30,
+    report_seconds: float = 3,
+) -> AskOutcome:
+    """Ask `peer` to commit to instances that it received (N-ACTION, PS3.4 J.3.2), and return how it took the request.
+
+    The association stays open for up to `report_seconds`, for a peer that reports on it: `report` is then called in another thread, and
+    raises CommitmentRefused or returns once that is noted. `has_report` says whether one has come, in whichever way.
+    """
+    if _lacks_certificate(peer, tls):
+        return AskOutcome(state="permanent", error=_LACKING.format(peer.ae_title))
+
+    def reported(event: Any) -> tuple[Any, None]:
+        return answered(lambda: read_report(event, peer.ae_title), report), None
+
+    pairs = [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES]
+    handlers = [(evt.EVT_N_EVENT_REPORT, reported)]
+    with _association(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers) as (association, trouble):
+        if trouble is not None:
+            return AskOutcome(state="transient", error=trouble)
+        if not association.accepted_contexts:
+            return AskOutcome(state="permanent", error="the peer does not accept the Storage Commitment Push Model")
+        broken = AskOutcome(state="transient", error="the association broke before the peer had answered the request to commit")
+        answer = None
+        with suppress(AttributeError, ValueError, RuntimeError):  # what pynetdicom raises on a broken association
+            answer, _ = association.send_n_action(
+                action_information(transaction_uid, references), REQUEST, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE
+            )
+        if answer is None or "Status" not in answer:
+            return broken
+        if answer.Status != SUCCESS:
+            state: Literal["transient", "permanent"] = "transient" if answer.Status in COMMITMENT_TRANSIENT else "permanent"
+            return AskOutcome(state=state, error=f"the peer refused the request to commit: {_status_in_words(answer)}")
+        until = time.monotonic() + report_seconds
+        while association.is_established and not has_report() and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+    return AskOutcome(state="accepted", error=None)
+
+
+def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> bool:
+    """Verify that `peer` answers C-ECHO (PS3.4 A); return whether it accepts storage commitment, False if it isn't registered for it.
 
     Raises:
         PeerUnavailable: no association, or no Success.
@@ -113,13 +182,16 @@ def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, ti
     """
     if _lacks_certificate(peer, tls):
         raise PeerRefused(_LACKING.format(peer.ae_title))
-    with _association(peer, [(VERIFICATION, "1.2.840.10008.1.2")], calling_ae_title, tls, timeout_seconds) as (association, trouble):
+    pairs = [(VERIFICATION, "1.2.840.10008.1.2")] + [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES if peer.commits]
+    with _association(peer, pairs, calling_ae_title, tls, timeout_seconds) as (association, trouble):
         if trouble is not None:
             raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {trouble}")
-        status = association.send_c_echo().get("Status") if association.accepted_contexts else None
+        accepted = {context.abstract_syntax for context in association.accepted_contexts}
+        status = association.send_c_echo().get("Status") if VERIFICATION in accepted else None
     if status != SUCCESS:
         answer = "nothing" if status is None else f"status 0x{status:04X}"
         raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port} answered C-ECHO with {answer}")
+    return STORAGE_COMMITMENT in accepted
 
 
 def classify(status: int) -> Literal["sent", "transient", "permanent"]:
@@ -135,7 +207,12 @@ def _lacks_certificate(peer: Peer, tls: TlsSection | None) -> bool:
 
 @contextmanager
 def _association(
-    peer: Peer, pairs: Sequence[Pair], calling_ae_title: str, tls: TlsSection | None, timeout_seconds: float
+    peer: Peer,
+    pairs: Sequence[Pair],
+    calling_ae_title: str,
+    tls: TlsSection | None,
+    timeout_seconds: float,
+    handlers: Sequence[tuple[Any, Callable[[Any], Any]]] = (),
 ) -> Iterator[tuple[Any, str | None]]:
     """Open an association; give it, and in words why nothing can be sent on it, or None; release it at the end.
 
@@ -166,7 +243,7 @@ def _association(
             ae_title=peer.ae_title,
             max_pdu=_MAXIMUM_PDU_BYTES,
             tls_args=None if context is None else (context, peer.host),
-            evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection)],
+            evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection), *handlers],
         )
         yield association, _trouble(association, context, entity.rejection)
         if association.is_established:
@@ -229,12 +306,14 @@ def _store(association: Any, item: Outgoing, number: int) -> tuple[SendOutcome, 
         return _outcome(item, "permanent", f"the stored file cannot be sent: {error}"), None
     if "Status" not in answer:
         return _outcome(item, "transient", broken), broken
-    state, comment = classify(answer.Status), str(answer.get("ErrorComment", "")).strip()
-    words = f"status 0x{answer.Status:04X}" + (f": {comment}" if comment else "")
-    outcome = SendOutcome(
-        sop_instance_uid=item.sop_instance_uid, state=state, status=answer.Status, error=None if answer.Status == SUCCESS else words
-    )
+    words = None if answer.Status == SUCCESS else _status_in_words(answer)
+    outcome = SendOutcome(sop_instance_uid=item.sop_instance_uid, state=classify(answer.Status), status=answer.Status, error=words)
     return outcome, None
+
+
+def _status_in_words(answer: Any) -> str:
+    comment = str(answer.get("ErrorComment", "")).strip()
+    return f"status 0x{answer.Status:04X}" + (f": {comment}" if comment else "")
 
 
 def _pair(item: Outgoing) -> Pair:

@@ -80,7 +80,7 @@ def run_node(settings: Settings, point: str | None, up: Any) -> None:
     client = EngineClient(settings.database_url)
     queues = (
         Queue(kind="analyse", work=dicomnode.pipeline.Analyser(settings, store, client).analyse, concurrency=1),
-        Queue(kind="deliver", work=dicomnode.delivery.Sender(settings, store).deliver, concurrency=1),
+        Queue(kind="deliver", work=dicomnode.delivery.Sender(settings, store, client).deliver, concurrency=1),
     )
     receiver = dicomnode.receiver.Receiver(settings, store)
     worker = Worker(settings.engine, store, client, database_url=settings.database_url, queues=queues)

@@ -107,5 +107,5 @@ def test_a_delivery_that_has_waited_long_keeps_its_tries_when_its_priority_chang
         desk.storage.jobs.start(DELIVERY)
         desk.storage.jobs.postpone(DELIVERY, "the peer is down")
     prioritise(desk.storage, desk.client, job(desk, DELIVERY), "stat")
-    Sender(Settings(), desk.storage).deliver(DELIVERY, 0)
+    Sender(Settings(), desk.storage, desk.client).deliver(DELIVERY, 0)
     assert (job(desk, DELIVERY).state, job(desk, DELIVERY).priority) == ("done", "stat")

@@ -245,7 +245,7 @@ def test_results_are_delivered_over_tls(site: Site, tmp_path: Path) -> None:
         storage: Any = SimpleNamespace(
             jobs=jobs, registry=SimpleNamespace(peer=lambda _: peer), objects=SimpleNamespace(path=lambda _: item.path)
         )
-        assert Sender(Settings(tls=of_the_node(site)), storage).deliver("deliver", 0) is None
+        assert Sender(Settings(tls=of_the_node(site)), storage, storage).deliver("deliver", 0) is None
     assert (jobs.delivered, jobs.ended) == (["sent"], "done")
     assert got == [data]
 
@@ -262,7 +262,7 @@ class OneDelivery:
         return SimpleNamespace(key=key, state="running", attempts=1, peer="PACS", study_instance_uid="1.2.3.4")
 
     def deliveries(self, **_: Any) -> list[Any]:
-        return [SimpleNamespace(sop_instance_uid=self._item.sop_instance_uid, state="waiting")]
+        return [SimpleNamespace(sop_instance_uid=self._item.sop_instance_uid, state="waiting", refusals=0)]
 
     def results(self, **_: Any) -> list[Any]:
         item = self._item

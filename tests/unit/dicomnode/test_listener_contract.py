@@ -22,9 +22,11 @@ from pynetdicom.presentation import build_context
 from pynetdicom.transport import AssociationServer
 
 from dicomnode.config import ListenerSection
-from dicomnode.dimse.association import AcceptedAssociation, Caller, in_memory
+from dicomnode.dimse.association import AcceptedAssociation, Caller, Grants, in_memory
 from dicomnode.dimse.contexts import VERIFICATION
 from dicomnode.dimse.listener import Connection, Listener
+
+GRANTS = Grants(stores=True, commits=False)
 
 
 @pytest.fixture
@@ -123,12 +125,12 @@ def test_who_is_refused_without_end_does_not_fill_the_log(capsys: pytest.Capture
 
 
 def test_the_contexts_are_shared_and_negotiation_leaves_them_as_they_were(listener: Listener) -> None:
-    kept = {uid: list(context.transfer_syntax) for context in listener.contexts.of({CT}) for uid in [str(context.abstract_syntax)]}
+    kept = {uid: list(context.transfer_syntax) for context in listener.contexts.of({CT}, GRANTS) for uid in [str(context.abstract_syntax)]}
     for _ in range(2):
         association = associate(listener.port, [(CT, EXPLICIT), ("1.2.3", EXPLICIT)])
         assert [str(context.abstract_syntax) for context in association.accepted_contexts] == [CT]
         association.release()
-    assert {uid: list(c.transfer_syntax) for c in listener.contexts.of({CT}) for uid in [str(c.abstract_syntax)]} == kept
+    assert {uid: list(c.transfer_syntax) for c in listener.contexts.of({CT}, GRANTS) for uid in [str(c.abstract_syntax)]} == kept
 
 
 def test_nothing_of_pynetdicom_formats_each_pdu_for_a_log(listener: Listener) -> None:

@@ -1,0 +1,137 @@
+"""Storage commitment (PS3.4 J): whether a peer holds what it was sent, and what happens when it doesn't.
+
+SENT is not COMMITTED: a delivery to a peer that commits is done when the peer says so. What was asked and answered are rows; nothing
+waits in a thread or on an association. Must never take a peer's word for a transaction that wasn't asked of that peer.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from dicomnode.config import Settings
+from dicomnode.dimse.commitment import CommitmentReport, Reference, failure_in_words
+from dicomnode.dimse.scu import ask_commitment
+from dicomnode.engine import EngineClient
+from dicomnode.errors import InvalidArgument
+from dicomnode.logs import get_logger
+from storage import Storage
+from storage.records import Delivery, Job, Peer
+
+NOT_COMMITTED = "not-committed"  # reason code of a delivery whose peer took everything and commits to less
+
+log = get_logger(__name__)
+
+
+class StorageCommitment:
+    """Asks peers to commit, and takes what they answer: in the sender on the association that asked, in the receiver on theirs."""
+
+    def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._client = client
+
+    def ask(self, job: Job, peer: Peer, attempt: int) -> float | None:
+        """Ask a peer to commit to what a running deliver job has sent to it.
+
+        Return None when the job's row says how it ended or a report has put it on the queue; else seconds until it has to be looked at.
+        """
+        jobs, commitments = self._storage.jobs, self._storage.commitments
+        deliveries = [delivery for delivery in jobs.deliveries(job_key=job.key) if delivery.state != "committed"]
+        sent = [delivery.sop_instance_uid for delivery in deliveries if delivery.state == "sent"]
+        if not sent:
+            jobs.finish(job.key, "done") if not deliveries else self._give_up(job.key, peer.ae_title, deliveries)
+            return None
+        left = commitments.seconds_left(job.key)
+        if left is not None:
+            jobs.postpone(job.key, f"{peer.ae_title} has been asked to commit to {len(sent)} object(s): its report is awaited")
+            return left
+        commitments.lapse(job.key)
+        schedule = self._settings.engine.retry_schedule_seconds
+        if attempt > len(schedule):
+            asked = len(commitments.commitments(job_key=job.key))
+            reason = f"{peer.ae_title} was asked {asked} time(s) and has not reported whether it commits to {len(sent)} object(s)"
+            jobs.finish(job.key, "failed", reason_code=NOT_COMMITTED, reason=reason)
+            log.warning("not committed", job=job.key, peer=peer.ae_title, attempt=attempt)
+            return None
+        return self._request(job, peer, sent, schedule[attempt] if attempt < len(schedule) else None)
+
+    def _request(self, job: Job, peer: Peer, sop_instance_uids: Sequence[str], wait: float | None) -> float | None:
+        jobs, commitments = self._storage.jobs, self._storage.commitments
+        transaction_uid = f"2.25.{uuid.uuid4().int}"
+        classes = {result.sop_instance_uid: result.sop_class_uid for result in jobs.results(study_instance_uid=job.study_instance_uid)}
+        asked = commitments.ask(transaction_uid, job.key, peer.ae_title, sop_instance_uids)
+        outcome = ask_commitment(
+            peer,
+            transaction_uid,
+            [Reference(sop_class_uid=classes[uid], sop_instance_uid=uid) for uid in sop_instance_uids],
+            calling_ae_title=self._settings.node.ae_title,
+            tls=self._settings.tls,
+            report=self.report,
+            has_report=lambda: commitments.is_answered(transaction_uid),
+            report_seconds=self._settings.commitment.report_seconds,
+        )
+        answer_seconds = self._settings.commitment.answer_seconds
+        with self._storage.database.writing() as transaction:
+            if outcome.state == "accepted":
+                noted = commitments.acknowledged(transaction, asked, state="waiting", wait_seconds=answer_seconds)
+            else:
+                noted = commitments.acknowledged(transaction, asked, state="refused", error=outcome.error)
+            if not noted:  # the report was quicker: whoever took it has ended the job or put it on the queue
+                return None
+            if outcome.state == "accepted":
+                reason = f"{peer.ae_title} has been asked to commit to {len(sop_instance_uids)} object(s): its report is awaited"
+                jobs.explain_wait(transaction, job.key, reason)
+                return answer_seconds
+            reason = f"{peer.ae_title} has {len(sop_instance_uids)} object(s) and was not asked to commit to them: {outcome.error}"
+            log.warning("not asked to commit", job=job.key, peer=peer.ae_title)
+            if outcome.state == "transient" and wait is not None:
+                jobs.explain_wait(transaction, job.key, reason)
+                return wait
+            jobs.finish(job.key, "failed", reason_code=NOT_COMMITTED, reason=reason, connection=transaction)
+            return None
+
+    def report(self, report: CommitmentReport) -> None:
+        """Take a peer's answer, whenever and however often it comes. Raises InvalidArgument if nothing was asked of it by this UID."""
+        asked = self._storage.commitments.commitment(report.transaction_uid)
+        if asked is None or asked.peer != report.ae_title:
+            raise InvalidArgument("nothing was asked of this AE under this UID")
+        key, ticket = asked.job_key, None
+        job = self._storage.jobs.job(key)
+        committed = {reference.sop_instance_uid for reference in report.references if reference.failure is None}
+        failed = {
+            reference.sop_instance_uid: (reference.failure, f"{asked.peer} does not commit to it: {failure_in_words(reference.failure)}")
+            for reference in report.references
+            if reference.failure is not None
+        }
+        with self._storage.database.writing() as transaction:
+            is_first, missing = self._storage.commitments.answer(
+                transaction, asked, committed=committed - failed.keys(), failed=failed, rounds=self._settings.commitment.rounds
+            )
+            to_send = [delivery for delivery in missing if delivery.state == "waiting"]
+            if not missing:
+                if not self._storage.jobs.finish(key, "done", connection=transaction):
+                    self._storage.jobs.mend(transaction, key)
+            elif is_first and to_send and job is not None:
+                ticket = report.transaction_uid
+                self._send_again(transaction, job, ticket, to_send)
+            elif is_first and all(delivery.state == "failed" for delivery in missing):
+                self._give_up(key, asked.peer, missing, transaction)
+        if ticket is not None:
+            self._client.withdraw(key, but=ticket)  # it would look for this report; if it stays for a crash, it finds it taken
+        log.info("commitment reported", job=key, peer=asked.peer, count=len(committed))
+
+    def _send_again(self, transaction: Any, job: Job, ticket: str, deliveries: Sequence[Delivery]) -> None:
+        """Put a deliver job on the queue for what its peer doesn't hold: the peer may only be slow, so by the schedule."""
+        schedule = self._settings.engine.retry_schedule_seconds or (0.0,)
+        wait = schedule[min(max(delivery.refusals for delivery in deliveries), len(schedule)) - 1]
+        reason = f"{len(deliveries)} object(s) are sent again: {deliveries[0].error}"
+        self._storage.jobs.explain_wait(transaction, job.key, reason)
+        self._client.enqueue(transaction, job.key, "deliver", job.priority, ticket=ticket, delay_seconds=wait)
+        log.warning("not committed", job=job.key, peer=job.peer, count=len(deliveries))
+
+    def _give_up(self, key: str, peer: str, deliveries: Sequence[Delivery], transaction: Any = None) -> None:
+        reason = f"{len(deliveries)} object(s) not committed to by {peer}: {deliveries[0].error}"
+        self._storage.jobs.finish(key, "failed", reason_code=NOT_COMMITTED, reason=reason, connection=transaction)
+        log.warning("not committed", job=key, peer=peer, count=len(deliveries))
