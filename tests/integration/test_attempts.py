@@ -84,7 +84,7 @@ def test_a_sender_whose_delivery_another_one_has_begun_anew_sends_no_more_of_it(
     sent: list[str] = []
 
     def takeover() -> None:
-        assert Sender(Settings(), desk.storage).deliver(DELIVERY, 0) is None
+        assert Sender(Settings(), desk.storage, desk.client).deliver(DELIVERY, 0) is None
         assert job(desk, DELIVERY).state == "done"
 
     def send_each(_peer: object, objects: Sequence[Outgoing], **_: object) -> Iterator[SendOutcome]:
@@ -95,7 +95,7 @@ def test_a_sender_whose_delivery_another_one_has_begun_anew_sends_no_more_of_it(
             yield SendOutcome(sop_instance_uid=item.sop_instance_uid, state="sent", status=0, error=None)
 
     monkeypatch.setattr("dicomnode.delivery.send_each", send_each)
-    assert Sender(Settings(), desk.storage).deliver(DELIVERY, 0) is None
+    assert Sender(Settings(), desk.storage, desk.client).deliver(DELIVERY, 0) is None
     assert sent == ["2.25.1", "2.25.2", "2.25.2", "2.25.3"], "the object that was on its way is sent twice, no other"
     assert {delivery.state for delivery in desk.storage.jobs.deliveries(job_key=DELIVERY)} == {"sent"}
     assert job(desk, DELIVERY).state == "done"

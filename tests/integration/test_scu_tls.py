@@ -269,6 +269,9 @@ class OneDelivery:
         uids = {"sop_class_uid": item.sop_class_uid, "sop_instance_uid": item.sop_instance_uid, "transfer_syntax_uid": EXPLICIT}
         return [SimpleNamespace(**uids, stored=SimpleNamespace(object_id="0"))]
 
+    def is_current(self, started: Any) -> bool:
+        return started.key == "deliver"
+
     def record_delivery(self, uid: str, peer: str, *, state: str, **_: Any) -> None:
         self.delivered.append(state)
 
