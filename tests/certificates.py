@@ -69,4 +69,4 @@ def _new_key(file: Path, *, rsa: bool = False) -> list[str | Path]:
 
 def openssl(*words: str | int | Path) -> None:
     """Run the openssl command."""
-    subprocess.run([program("openssl", "openssl"), *map(str, words)], check=True, capture_output=True, timeout=60)
+    subprocess.run([program("openssl", "openssl"), *map(str, words)], check=True, capture_output=True, timeout=300)

@@ -148,7 +148,7 @@ def answer_to_request(port: int, pairs: list[tuple[str, str]], *, calling: str =
     for number, context in enumerate(contexts):
         context.context_id = 2 * number + 1
     primitive.presentation_context_definition_list = contexts
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection, connection.makefile("rb") as reader:
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection, connection.makefile("rb") as reader:
         connection.sendall(A_ASSOCIATE_RQ(primitive).encode())
         header = reader.read(6)
         return header + reader.read(int.from_bytes(header[2:], "big"))

@@ -38,7 +38,7 @@ NODE_AET = "DICOMNODE"
 ORTHANC_AET = "ORTHANC"
 SCANNER_AET = "SCANNER"
 WORKSTATION_AET = "WORKST"
-PATIENCE_SECONDS = 120.0  # how long a test waits for what happens at once on an idle machine; nothing is measured by it
+PATIENCE_SECONDS = 240.0  # how long a test waits for what happens at once on an idle machine; nothing is measured by it
 TEST_PORTS = (20000, 32000)  # outgoing connections begin at 32768 (/proc/sys/net/ipv4/ip_local_port_range)
 # Debian's DCMTK and Orthanc leave Nagle's algorithm on, which costs 44 ms an image.
 QUICK = {"TCP_NODELAY": "1"}
@@ -335,7 +335,7 @@ threads = 1
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            pytest.fail(f"dicomnode serve did not end within two minutes of SIGTERM\n{tail(self.log)}")
+            pytest.fail(f"dicomnode serve did not end in time after SIGTERM\n{tail(self.log)}")
         assert code == 0, f"dicomnode serve ended with {code}\n{tail(self.log)}"
 
     def roles(self) -> list[int]:

@@ -24,7 +24,7 @@ C_STORE_RQ, C_ECHO_RQ, RESPONSE = 0x0001, 0x0030, 0x8000
 COMMAND, DATA, LAST = 1, 0, 2  # message control header (PS3.8 E.2)
 
 RELEASE = struct.pack(">BBI4x", RELEASE_RQ, 0, 4)
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 @dataclass(frozen=True)

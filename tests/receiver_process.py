@@ -126,7 +126,7 @@ class ReceiverProcess:
         process, self.process = self.process, None
         process.send_signal(signal.SIGTERM)
         try:
-            return process.wait(60)
+            return process.wait(120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -161,7 +161,7 @@ class ReceiverProcess:
             rss += int(status["VmRSS"].split()[0]) * 1024
         return Footprint(threads, descriptors, rss)
 
-    def settled(self, *, seconds: float = 5.0) -> Footprint:
+    def settled(self, *, seconds: float = 30.0) -> Footprint:
         """Its footprint once threads and descriptors have not changed for a second, or after so many seconds."""
         last, since, deadline = self.footprint(), time.monotonic(), time.monotonic() + seconds
         while time.monotonic() < deadline and time.monotonic() - since < 1.0:
@@ -171,7 +171,7 @@ class ReceiverProcess:
                 last, since = now, time.monotonic()
         return self.footprint()
 
-    def wait_for_base(self, base: Footprint, *, seconds: float) -> None:
+    def wait_for_base(self, base: Footprint) -> None:
         """Wait until it holds no more threads and descriptors than `base`."""
 
         def back() -> bool:
@@ -179,7 +179,7 @@ class ReceiverProcess:
             return now.threads <= base.threads and now.descriptors <= base.descriptors
 
         try:
-            wait_until(back, seconds=seconds, what=f"threads and descriptors to come back to {base}")
+            wait_until(back, what=f"threads and descriptors to come back to {base}")
         except BaseException:
             print(self.footprint(), tail(self.log))
             raise

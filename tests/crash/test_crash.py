@@ -134,7 +134,7 @@ class Node:
     def kill(self) -> None:
         if self._process is not None and self._process.is_alive():
             self._process.kill()
-            self._process.join(30)
+            self._process.join(120)
 
 
 @pytest.fixture

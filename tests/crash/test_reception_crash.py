@@ -39,15 +39,15 @@ class Receiver:
     def arm(self) -> None:
         """Let it die at its point from now on."""
         self._signals.arm.set()
-        assert self._signals.armed.wait(30)
+        assert self._signals.armed.wait(120)
 
     def wait_for_death(self) -> None:
-        self.process.join(30)
+        self.process.join(120)
         assert self.process.exitcode == -signal.SIGKILL, "the point was never reached"
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join(30)
+        self.process.join(120)
 
 
 def test_a_receiver_killed_at_each_step_loses_and_leaves_nothing(tmp_path: Path, fork_server: ForkServerContext) -> None:

@@ -92,6 +92,6 @@ def instances(orthanc: Orthanc, study_instance_uid: str) -> list[Dataset]:
     """The first instance of each series of the study as Orthanc keeps it."""
     found = []
     for series in orthanc.get(f"/studies/{orthanc.study_id(study_instance_uid)}/series"):
-        with urlopen(f"http://{LOOPBACK}:{orthanc.http_port}/instances/{series['Instances'][0]}/file", timeout=60) as response:
+        with urlopen(f"http://{LOOPBACK}:{orthanc.http_port}/instances/{series['Instances'][0]}/file", timeout=300) as response:
             found.append(dcmread(BytesIO(response.read())))
     return found

@@ -103,7 +103,7 @@ def a_file(folder: Path) -> Outgoing:
 def dcmtk(command: str, port: int | None, *words: str | Path, shows: list[str | Path]) -> subprocess.CompletedProcess[str]:
     """Run echoscu or storescu as the scanner does."""
     line = [program(command, "dcmtk"), "-v", "-aet", SCANNER_AET, "-aec", NODE_AET, *shows, LOOPBACK, str(port), *words]
-    return subprocess.run([str(word) for word in line], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([str(word) for word in line], capture_output=True, text=True, timeout=300, check=False)
 
 
 def with_certificate(site: Site, identity: Identity) -> list[str | Path]:
@@ -152,7 +152,7 @@ def test_old_versions_are_refused(receiver: Receiver, site: Site, name: str) -> 
     context.load_verify_locations(site.authority.certificate)
     context.load_cert_chain(site.scanner.certificate, site.scanner.key)
     with (
-        socket.create_connection((LOOPBACK, receiver.tls_port or 0), timeout=10) as connection,
+        socket.create_connection((LOOPBACK, receiver.tls_port or 0), timeout=120) as connection,
         pytest.raises(ssl.SSLError, match=r"(?i)protocol.version"),
     ):
         context.wrap_socket(connection, server_hostname=LOOPBACK)
@@ -242,9 +242,9 @@ def test_orthanc_and_the_node_send_to_each_other_over_tls(receiver: Receiver, st
             body = f'{{"Resources": ["{kept}"], "Synchronous": true}}'.encode()
             request = Request(f"http://{LOOPBACK}:{server.http_port}/modalities/{modality}/store", data=body)
             if accepted:
-                with urlopen(request, timeout=60) as answer:
+                with urlopen(request, timeout=300) as answer:
                     assert answer.status == 200
             else:
                 with pytest.raises(OSError, match="500"):
-                    urlopen(request, timeout=60)
+                    urlopen(request, timeout=300)
             assert (storage.index.find(item.sop_instance_uid) is not None) is accepted

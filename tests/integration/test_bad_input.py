@@ -26,7 +26,7 @@ from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send
-from pacs import LOOPBACK, Node, free_port, listens, running, wait_until
+from pacs import LOOPBACK, PATIENCE_SECONDS, Node, free_port, listens, running, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route
 
@@ -35,7 +35,7 @@ from ct_series import write_series
 from small_bundle import MANIFEST, write_package
 
 pytestmark = pytest.mark.usefixtures("logs_restored")
-SECONDS = 120  # a generous limit for a busy machine; nothing is measured here
+SECONDS = PATIENCE_SECONDS
 numbers = itertools.count(1)  # each study its own
 
 
@@ -324,9 +324,11 @@ def test_results_for_a_pacs_that_is_down_wait_visibly_and_arrive_when_it_is_up(s
     site.route("FORLATE", to="LATE")
     study, files = chest(tmp_path)
     site.send(*files, caller="FORLATE")
-    site.wait(lambda: any(d.attempts for d in site.storage.jobs.deliveries(study_instance_uid=study)), "the first try")
+    site.wait(
+        lambda: [bool(d.attempts) for d in site.storage.jobs.deliveries(study_instance_uid=study)] == [True] * 2, "the first try of both"
+    )
     shown = site.show(study)
-    pacs = Pacs("LATE", port)
+    pacs = Pacs("LATE", port)  # before the last try
     assert {(d["state"], d["error"]) for d in shown["deliveries"]} == {
         ("waiting", "the peer cannot be reached, or broke off the association request")
     }
@@ -355,7 +357,7 @@ def test_a_delivery_that_was_given_up_is_shown_as_failed_and_can_be_retried(site
     pacs.stop()
     assert [job["state"] for job in shown["jobs"]] == ["done", "done"]
     assert {d["state"] for d in shown["deliveries"]} == {"sent"}
-    assert all(len(parts) == 1 for parts in pacs.received.values())
+    assert all(len(set(parts)) == 1 for parts in pacs.received.values()), "a re-send had other bytes"
 
 
 def test_no_line_of_the_log_tells_of_the_patient(site: Site, tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_a_backlog_survives_a_stop_amid_work_and_stat_goes_first_and_no_role_out
         wait_until(lambda: not any(Path(f"/proc/{role}").exists() for role in roles), what="the roles to end", log=node.log)
 
         assert [[job["state"] for job in study["jobs"]] for study in shown] == [["done", "done"]] * 5
-        assert all(len(parts) == 1 for parts in site.pacs.received.values())
+        assert all(len(set(parts)) == 1 for parts in site.pacs.received.values()), "a re-send had other bytes"
         assert {study: set(site.pacs.objects(study)) for study in studies} == {study: {"SEG", "SR"} for study in studies}
         analyses = sorted(site.storage.jobs.jobs(kind="analyse"), key=lambda job: str(job.started_at))
         assert (analyses[0].study_instance_uid, analyses[0].priority) == (urgent[0], "stat")

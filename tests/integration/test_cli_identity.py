@@ -214,7 +214,7 @@ def test_check_says_how_the_certificate_is(shell: Run, authority: Authority) -> 
 
 def test_check_calls_the_tls_port(shell: Run, authority: Authority) -> None:
     node = authority.issue("running")
-    settings = authority.settings(node, handshake_seconds=2)
+    settings = authority.settings(node, handshake_seconds=60)
     listener = Listener(ListenerSection(port=0), ["DICOMNODE"], admit=lambda _: "calling AE title", receive=in_memory(print), tls=settings)
     listener.start()
     assert listener.tls_port

@@ -79,7 +79,7 @@ def traced(receiver: ReceiverProcess, output: Path) -> Iterator[None]:
     finally:
         if strace.poll() is None:
             strace.send_signal(signal.SIGINT)
-        strace.wait(20)
+        strace.wait(120)
 
 
 @pytest.mark.system
@@ -134,7 +134,7 @@ def small_disk(folder: Path) -> list[str]:
     namespace = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
     script = f'mount -t tmpfs -o size={DISK_BYTES} small "{folder}" && exec "$@"'
     words = [unshare, *namespace, "sh", "-c", script, "sh"]
-    probe = subprocess.run([*words, "true"], capture_output=True, text=True, timeout=30, check=False)
+    probe = subprocess.run([*words, "true"], capture_output=True, text=True, timeout=120, check=False)
     if probe.returncode != 0:
         pytest.skip(f"no file system may be mounted here: {probe.stderr}")
     return words

@@ -175,7 +175,7 @@ def test_another_worker_takes_over_from_a_killed_one(bench: Bench) -> None:
     assert job is not None
     assert job.attempts == 2
     second.terminate()
-    assert second.wait(30) == 0
+    assert second.wait(120) == 0
     assert bench.storage.leases.expired("worker/") == []
 
 
@@ -249,7 +249,7 @@ def test_an_unexpected_error_ends_the_job_visibly_and_a_retry_does_it(bench: Ben
     broken = bench.worker("raise")
     bench.wait(lambda: bench.states() == {key(): "failed"}, "the failure")
     broken.terminate()
-    assert broken.wait(30) == 0
+    assert broken.wait(120) == 0
     job = bench.storage.jobs.job(key())
     assert job is not None
     assert job.reason_code == "internal-error"

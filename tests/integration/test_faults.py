@@ -18,37 +18,39 @@ from receiver_process import assert_no_stray_file, assert_stored, images, object
 
 from dicomnode.config import Settings
 from dicomnode.receiver import Receiver
-from pacs import wait_until
+from pacs import PATIENCE_SECONDS, wait_until
 from storage import Storage, open_storage, prepare_storage
 
-DEADLINE = 0.5  # each deadline of the node and of the sender in these tests
+DEADLINE = 0.5  # each deadline of a hasty node; a sender waits three times as long
 PIXEL_BYTES = 40_000
 
 
 @dataclass
 class Node:
-    """A receiver in this process whose deadlines are short, and what it keeps."""
+    """A receiver in this process, and what it keeps."""
 
     receiver: Receiver
     storage: Storage
     folder: Path
 
-    def assert_whole(self, sent: list[Image], acknowledged: set[str]) -> None:
+    def assert_whole(self, sent: list[Image], acknowledged: set[str], *, associations: int = 1) -> None:
         """Fail unless what was acknowledged is stored byte for byte, what is stored was sent, and no other file is there."""
         stored = stored_uids(self.storage)
         assert acknowledged <= stored
         assert_stored(self.storage, [image for image in sent if image.sop_instance_uid in stored], only=True)
-        assert len(stored - acknowledged) <= 1, "more than the one whose response was on its way"
+        assert len(stored - acknowledged) <= associations, "more than the one of each association whose response was on its way"
         assert_no_stray_file(self.storage, self.folder)
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
+def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A node whose deadlines are the parameter's seconds; without one it is so patient that no busy machine makes it end anything."""
+    deadline: float = getattr(request, "param", PATIENCE_SECONDS)
     url = f"sqlite:///{tmp_path / 'node.sqlite'}"
     prepare_storage(url, tmp_path)
     storage = open_storage(url, tmp_path)
     storage.registry.add_peer(scanner())
-    limits = dict.fromkeys(("association_seconds", "pdu_seconds", "dimse_timeout_seconds", "network_timeout_seconds"), DEADLINE)
+    limits = dict.fromkeys(("association_seconds", "pdu_seconds", "dimse_timeout_seconds", "network_timeout_seconds"), deadline)
     settings = Settings.model_validate({"node": {"data": tmp_path}, "listener": {"port": 0, **limits}, "storage": {"database_url": url}})
     receiver = Receiver(settings, storage)
     receiver.start()
@@ -63,11 +65,11 @@ def proxy(node: Node) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def send(port: int, study: list[Image]) -> tuple[set[str], bool]:
+def send(port: int, study: list[Image], seconds: float = PATIENCE_SECONDS) -> tuple[set[str], bool]:
     """Send like a scanner; return what was acknowledged, and whether the association was released in order."""
     acknowledged: set[str] = set()
     try:
-        with Connection(port, seconds=3 * DEADLINE) as connection:
+        with Connection(port, seconds=seconds) as connection:
             if connection.associate().kind != raw.ASSOCIATE_AC:
                 return acknowledged, False
             for image in study:
@@ -79,6 +81,27 @@ def send(port: int, study: list[Image]) -> tuple[set[str], bool]:
         return acknowledged, False
 
 
+def send_until_struck(proxy: FaultProxy, fault: Fault, study: list[Image], seconds: float) -> tuple[set[str], bool, int]:
+    """Send until the fault has happened; return what was acknowledged, whether the last association was released, and their number.
+
+    On a busy machine an association may miss a hasty node's deadline before it comes to the fault.
+    """
+    acknowledged: set[str] = set()
+    for associations in range(1, 100):
+        proxy.strike(fault)
+        more, released = send(proxy.port, study, seconds)
+        acknowledged |= more
+        if proxy.struck == 1:
+            return acknowledged, released, associations
+    pytest.fail("the fault never happened")
+
+
+def assert_sent_again(port: int, study: list[Image]) -> None:
+    """Fail unless everything is acknowledged when it is sent again, on a busy machine perhaps not in the first association."""
+    everything = {image.sop_instance_uid for image in study}
+    wait_until(lambda: send(port, study) == (everything, True), what="everything to be acknowledged")
+
+
 def lengths(study: list[Image]) -> dict[str, int]:
     """How many bytes an undisturbed association takes to the node."""
     request = len(raw.association_request())
@@ -88,7 +111,7 @@ def lengths(study: list[Image]) -> dict[str, int]:
 
 def wait_for_quiet(node: Node) -> None:
     """Wait until no association is left whose end could still write."""
-    wait_until(lambda: not serving() and no_temporary(node.folder), seconds=20 * DEADLINE, what="the half image to be dropped")
+    wait_until(lambda: not serving() and no_temporary(node.folder), what="the half image to be dropped")
 
 
 def serving() -> bool:
@@ -107,6 +130,7 @@ ENDS = {
 }
 
 
+@pytest.mark.parametrize("node", [DEADLINE], indirect=True)
 @pytest.mark.parametrize("end", ENDS)
 def test_an_association_may_end_at_any_byte(node: Node, proxy: FaultProxy, end: str) -> None:
     study = images(2, pixel_bytes=PIXEL_BYTES)
@@ -117,22 +141,19 @@ def test_an_association_may_end_at_any_byte(node: Node, proxy: FaultProxy, end: 
     assert len(offsets) >= 20
     sent: list[Image] = []
     everything: set[str] = set()
+    associations = 0
     for offset in offsets:
         study = images(2, pixel_bytes=PIXEL_BYTES, study=f"1.2.3.4.{offset}")
         sent += study
-        proxy.strike(ENDS[end](offset))
-        acknowledged, _ = send(proxy.port, study)
-        assert proxy.struck == 1, f"nothing happened at {offset}"
+        acknowledged, _, tries = send_until_struck(proxy, ENDS[end](offset), study, 3 * DEADLINE)
         everything |= acknowledged
+        associations += tries
     wait_for_quiet(node)
-    stored = stored_uids(node.storage)
-    assert everything <= stored
-    assert len(stored - everything) <= len(offsets), "more than the one of each association whose response was on its way"
-    assert_stored(node.storage, [image for image in sent if image.sop_instance_uid in stored], only=True)
-    assert_no_stray_file(node.storage, node.folder)
+    node.assert_whole(sent, everything, associations=associations)
 
     proxy.strike(None)
-    assert send(proxy.port, sent) == ({image.sop_instance_uid for image in sent}, True), "sending again is idempotent"
+    assert_sent_again(proxy.port, sent)
+    wait_for_quiet(node)
     assert_stored(node.storage, sent, only=True)
     assert_no_stray_file(node.storage, node.folder)
 
@@ -144,10 +165,10 @@ FAULTS = {
     "reset": {"kind": "reset"},
     "half-close": {"kind": "half-close"},
     "stall": {"kind": "stall"},
-    "trickle": {"kind": "trickle", "count": 10, "seconds": 0.005},  # a tenth of the deadline: sleeps take longer on a busy machine
+    "trickle": {"kind": "trickle", "count": 10, "seconds": 0.005},
     "trickle for ever": {"kind": "trickle", "count": 10**6, "seconds": 0.02},
     "delay": {"kind": "delay", "seconds": DEADLINE / 10},
-    "delay past the deadline": {"kind": "delay", "seconds": 2 * DEADLINE},
+    "delay past the deadline": {"kind": "delay", "seconds": 4 * DEADLINE},
     "duplicate": {"kind": "duplicate", "count": 100},
     "noise": {"kind": "insert", "data": bytes(range(256))},
 }
@@ -155,25 +176,24 @@ HARMLESS = {"trickle", "delay"}
 
 
 @pytest.mark.parametrize("direction", [TO_NODE, TO_PEER])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("node", "fault"), [(PATIENCE_SECONDS if fault in HARMLESS else DEADLINE, fault) for fault in FAULTS], indirect=["node"], ids=FAULTS
+)
 def test_whatever_the_network_does_what_was_acknowledged_is_stored_and_it_ends(
     node: Node, proxy: FaultProxy, fault: str, direction: str
 ) -> None:
     study = images(3, pixel_bytes=PIXEL_BYTES)
-    proxy.strike(Fault(direction=direction, offset=MIDDLE if direction == TO_NODE else ANSWER, **FAULTS[fault]))  # type: ignore[arg-type]
-    start = time.monotonic()
-    acknowledged, released = send(proxy.port, study)
-    seconds = time.monotonic() - start
-    assert proxy.struck == 1
+    strike = Fault(direction=direction, offset=MIDDLE if direction == TO_NODE else ANSWER, **FAULTS[fault])  # type: ignore[arg-type]
+    seconds = PATIENCE_SECONDS if fault in HARMLESS else 3 * DEADLINE
+    acknowledged, released, associations = send_until_struck(proxy, strike, study, seconds)
     assert released == (fault in HARMLESS)
-    assert seconds < 20 * DEADLINE
     wait_for_quiet(node)
-    node.assert_whole(study, acknowledged)
+    node.assert_whole(study, acknowledged, associations=associations)
 
     proxy.strike(None)
-    everything = {image.sop_instance_uid for image in study}
-    assert send(proxy.port, study) == (everything, True), "the next association works, and repeats what was not acknowledged"
-    node.assert_whole(study, everything)
+    assert_sent_again(proxy.port, study)
+    wait_for_quiet(node)
+    node.assert_whole(study, {image.sop_instance_uid for image in study})
 
 
 def test_a_half_closed_sender_gets_its_answer(node: Node) -> None:

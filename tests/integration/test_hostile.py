@@ -104,7 +104,7 @@ class Swarm:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(120)
         for connection, _ in self._sockets.values():
             connection.close()
 
@@ -112,7 +112,7 @@ class Swarm:
         attack, source = self._plan[number]
         port = self._ports[attack.tls]
         assert port is not None
-        connection = socket.create_connection(("127.0.0.1", port), timeout=10, source_address=(source, 0))
+        connection = socket.create_connection(("127.0.0.1", port), timeout=60, source_address=(source, 0))
         with suppress(OSError):
             connection.sendall(attack.first())
             if attack.ends_sending:
@@ -221,7 +221,7 @@ def test_hostile_sockets_lock_nobody_out(
         acknowledged = raw.send_images(receiver.port, study, source=SCANNER_ADDRESS)
         peak = max(peak, receiver.footprint().rss_bytes)
         held = receiver.footprint()
-    receiver.wait_for_base(base, seconds=15)
+    receiver.wait_for_base(base)
     after = receiver.footprint()
     print(
         f"{sockets} hostile sockets, ended by the node {swarm.closed.total()} times: C-ECHO worst {max(times):.3f} s of {echoes}, "
@@ -245,7 +245,7 @@ def test_no_attack_s_socket_outlives_the_deadlines(tmp_path: Path) -> None:
         with Swarm(receiver.port, None, len(ATTACKS)) as swarm:
             names = {attack.name for attack in ATTACKS if not attack.tls}
             wait_until(lambda: set(swarm.closed) == names, what=f"each of {names} to be ended, not only {swarm.closed}")
-        receiver.wait_for_base(base, seconds=10)
+        receiver.wait_for_base(base)
         with receiver.storage() as storage:
             assert _VICTIM.sop_instance_uid not in stored_uids(storage)
             assert_no_stray_file(storage, receiver.settings.data_folder)
@@ -349,7 +349,7 @@ def test_neither_good_nor_bad_associations_leave_anything_behind(tmp_path: Path,
         for number in range(count):
             round_of(number)
         seconds = time.monotonic() - start
-        receiver.wait_for_base(Footprint(base.threads, base.descriptors, 0), seconds=15)
+        receiver.wait_for_base(Footprint(base.threads, base.descriptors, 0))
         after = receiver.footprint()
         print(
             f"{count} good and {count} bad associations in {seconds:.0f} s: RSS {base.rss_bytes / MB:.1f} → {after.rss_bytes / MB:.1f} MB, "
@@ -378,7 +378,7 @@ def test_sigterm_lets_a_study_end_and_refuses_new_associations(tmp_path: Path) -
                 time.sleep(0.05)
             connection.release()
             silent.wait_for_end()
-        assert receiver.process.wait(20) == 0
+        assert receiver.process.wait(120) == 0
         receiver.process = None
         with receiver.storage() as storage:
             assert_stored(storage, study, only=True)

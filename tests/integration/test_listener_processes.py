@@ -40,7 +40,7 @@ def receiver(configuration: Path, tmp_path: Path) -> Iterator[subprocess.Popen[b
     yield process
     if process.poll() is None:
         process.terminate()
-    assert process.wait(60) == 0, tail(log)
+    assert process.wait(120) == 0, tail(log)
 
 
 def children_of(process: subprocess.Popen[bytes]) -> list[int]:
@@ -73,6 +73,6 @@ def test_a_second_node_on_the_port_is_refused_with_a_sentence(receiver, configur
     other.mkdir()
     (other / "dicomnode.toml").write_text(configuration.read_text(encoding="utf-8"), encoding="utf-8")
     log = tmp_path / "other.log"
-    assert run_receiver(other / "dicomnode.toml", log).wait(60) == 1
+    assert run_receiver(other / "dicomnode.toml", log).wait(120) == 1
     assert "cannot listen on 127.0.0.1" in tail(log)
     assert "Traceback" not in tail(log)

@@ -65,6 +65,7 @@ class Pacs:
         self.answer: Callable[[Any], Any] = lambda event: 0x0000
         self.entity = AE("PACS")
         self.entity.require_called_aet = True
+        self.entity.acse_timeout = self.entity.dimse_timeout = self.entity.network_timeout = 120
         self.server: Any = None
 
     def listen(self, pairs: list[tuple[str, str]]) -> Peer:
@@ -162,7 +163,7 @@ def test_more_than_128_pairs_take_a_second_association(pacs, tmp_path):
     known = [row for row in STORAGE_CLASSES if row.uid in _STORAGE_CLASSES.values()]  # by the simulated PACS
     pairs = [(row.uid, syntax) for row in known[:65] for syntax in (EXPLICIT, IMPLICIT)]
     files = [stored(tmp_path, *pair)[0] for pair in pairs]
-    outcomes = send(pacs.listen(pairs), files, calling_ae_title="DICOMNODE")
+    outcomes = send(pacs.listen(pairs), files, calling_ae_title="DICOMNODE", timeout_seconds=120)
     assert {(outcome.state, outcome.error) for outcome in outcomes} == {("sent", None)}
     assert sorted(len(proposed) for proposed in pacs.proposed) == [2, 128]
     assert len(pacs.got) == 130
@@ -246,7 +247,7 @@ def test_a_peer_that_breaks_off_makes_the_rest_transient(pacs, tmp_path):
 
     pacs.answer = second_aborts
     files = [stored(tmp_path)[0] for _ in range(3)]
-    outcomes = send(pacs.listen([(CT, EXPLICIT)]), files, calling_ae_title="DICOMNODE", timeout_seconds=10)
+    outcomes = send(pacs.listen([(CT, EXPLICIT)]), files, calling_ae_title="DICOMNODE", timeout_seconds=120)
     assert [outcome.state for outcome in outcomes] == ["sent", "transient", "transient"]
 
 
@@ -300,7 +301,7 @@ def test_dcmtk_receives_real_segmentations_and_reports(tmp_path):
     inbox.mkdir()
     server = subprocess.Popen(["storescp", "-aet", "PACS", "+xa", "-od", str(inbox), "+B", str(port)])
     try:
-        for _ in range(100):
+        for _ in range(1200):
             try:
                 echo(a_peer(port), calling_ae_title="DICOMNODE")
                 break
@@ -309,7 +310,7 @@ def test_dcmtk_receives_real_segmentations_and_reports(tmp_path):
         outcomes = send(a_peer(port), unique, calling_ae_title="DICOMNODE")
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(120)
     assert {outcome.state for outcome in outcomes} == {"sent"}, [outcome.error for outcome in outcomes]
     arrived = {split_part10(path.read_bytes())[1] for path in inbox.iterdir()}
     assert arrived == {item.path.read_bytes()[split_dataset(item.path)[1] :] for item in unique}

@@ -188,7 +188,7 @@ def test_a_serving_node_runs_a_bundle_with_scripts_of_its_own(tmp_path: Path, mo
                 job for job in node.listing("job", "list") if job["kind"] == "analyse" and job["state"] in ("done", "failed", "refused")
             ]
 
-        wait_until(lambda: bool(analysed_jobs()), seconds=150, what="the analysis", log=node.log, every=1)
+        wait_until(lambda: bool(analysed_jobs()), seconds=300, what="the analysis", log=node.log, every=1)
         (job,) = analysed_jobs()
         assert (job["state"], job["reason"]) == ("done", None)
         results = node.listing("study", "show", study.study_instance_uid)[0]["results"]

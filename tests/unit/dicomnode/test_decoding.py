@@ -22,7 +22,7 @@ SHAPE = (64, 48)
 
 @pytest.fixture(scope="module")
 def decoder() -> Iterator[Decoder]:
-    with Decoder(processes=1, seconds=20) as children:
+    with Decoder(processes=1, seconds=120) as children:
         yield children
 
 

@@ -97,7 +97,7 @@ def test_a_service_that_nobody_provides_ends_in_an_abort(listener: Listener) -> 
     request.AffectedSOPClassUID = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve - FIND
     request.Identifier = BytesIO(b"\x08\x00\x52\x00CS\x06\x00STUDY ")
     association.dimse.send_msg(request, association.accepted_contexts[0].context_id)
-    assert aborted.wait(20)
+    assert aborted.wait(120)
 
 
 def test_user_identity_reaches_the_one_who_decides(listener: Listener, callers: list[Caller]) -> None:

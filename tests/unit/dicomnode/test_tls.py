@@ -141,7 +141,7 @@ def test_the_four_suites_are_there(site: Site, suite: str) -> None:
 def test_no_other_suite_of_1_2_is_there(site: Site) -> None:
     for context in (
         server_context(site.authority.settings(site.node)),
-        peer_context(site.authority.settings(site.node), pin=None, timeout_seconds=5),
+        peer_context(site.authority.settings(site.node), pin=None, timeout_seconds=60),
     ):
         offered = [suite for suite in context.get_ciphers() if suite["protocol"] != "TLSv1.3"]
         assert {suite["name"] for suite in offered} == set(SUITES)
@@ -159,7 +159,7 @@ def test_the_node_calls_only_who_names_the_host_and_is_of_the_site(site: Site) -
     def call(host: str, called: Identity = site.node) -> None:
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         server.load_cert_chain(called.certificate, called.key)
-        Pair(server, peer_context(settings, pin=None, timeout_seconds=5), host)
+        Pair(server, peer_context(settings, pin=None, timeout_seconds=60), host)
 
     call("127.0.0.1")
     call("localhost")
@@ -177,11 +177,11 @@ def test_the_node_calls_only_who_names_the_host_and_is_of_the_site(site: Site) -
 def test_the_dates_of_a_certificate_are_read(site: Site) -> None:
     now = datetime.now(UTC)
     begin, end = validity(read_certificate(site.node.certificate))
-    assert now - timedelta(minutes=5) < begin <= now
+    assert now - timedelta(hours=1) < begin <= now
     assert abs(end - begin - timedelta(days=60)) < timedelta(seconds=2)
     assert validity(read_certificate(site.expired.certificate))[1] < now
     far = site.authority.issue("far", days=365 * 40)  # past 2050 the dates are written in another form
-    assert abs(validity(read_certificate(far.certificate))[1] - now - timedelta(days=365 * 40)) < timedelta(minutes=5)
+    assert abs(validity(read_certificate(far.certificate))[1] - now - timedelta(days=365 * 40)) < timedelta(hours=1)
 
 
 @pytest.mark.parametrize("date", [b"991332000000Z", b"9901010000Z", b"990101000000+0100"])

@@ -145,7 +145,7 @@ def test_a_training_that_was_ended_goes_on_to_the_same_bits(number: signal.Signa
                 assert child.poll() is None
                 time.sleep(0.02)
             child.send_signal(number)
-            said = child.communicate(timeout=60)[1]
+            said = child.communicate(timeout=300)[1]
         finally:
             child.kill()
     step = state_of(ended)["step"]

@@ -158,7 +158,7 @@ def test_every_connection_syncs_its_commits(storage: Storage, database_url: str)
 
     def ask(_thread: int) -> list[object]:
         with storage.database.reading() as connection:
-            barrier.wait(30)  # so that each thread has a connection of its own
+            barrier.wait(120)  # so that each thread has a connection of its own
             return [connection.exec_driver_sql(setting).scalar_one() for setting in settings]
 
     with ThreadPoolExecutor(4) as pool:
@@ -182,7 +182,7 @@ def test_readers_go_on_while_a_writer_writes_and_see_only_what_is_committed(stor
     with storage.database.writing() as connection:
         connection.execute(LEASE.insert().values(LEASE_ROW))
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(storage.leases.expired, "").result(20) == []
+            assert pool.submit(storage.leases.expired, "").result(120) == []
     assert storage.leases.expired("") == [("n", "o")]
 
 

@@ -206,7 +206,7 @@ def test_what_is_unknown_is_not_about_to_be_committed_by_anybody(storage: Storag
             asked = pool.submit(storage.index.is_known, [stored(1).object_id])
             with pytest.raises(TimeoutError):
                 asked.result(0.3)
-        assert asked.result(60) == {stored(1).object_id}
+        assert asked.result(120) == {stored(1).object_id}
 
 
 @pytest.mark.parametrize("differ", ["nothing", "content", "study"])
@@ -222,7 +222,7 @@ def test_of_threads_that_bring_one_uid_exactly_one_stores_it(storage: Storage, h
                 "content": {"dataset_sha256": f"{thread:064x}"},
                 "study": {"study_instance_uid": f"1.2.{number}.{thread}", "patient_id": str(thread % 2)},
             }[differ]
-            barrier.wait(30)
+            barrier.wait(120)
             answers.append(storage.index.add_instance(header(number, **changes), storage.objects.put(b"x")))
         return answers
 
@@ -246,7 +246,7 @@ def test_no_image_falls_between_two_revisions_and_none_changes_after_it_was_clos
             answer = storage.index.add_instance(header(1 + writer * each + number), storage.objects.put(b"x"))
             assert answer == "stored"
             if number == each // 2:
-                assert closed_amid.wait(60)  # so that images come before and after a close, however busy the machine is
+                assert closed_amid.wait(120)  # so that images come before and after a close, however busy the machine is
 
     def close_once() -> None:
         with storage.database.writing() as connection:

@@ -117,7 +117,7 @@ def test_what_many_threads_bring_is_all_there_and_goes_through_in_groups(
     monkeypatch.setattr(storage.index, "add_instances", lambda batch: (groups.append(len(batch)), add(batch))[1])
 
     def bring_many(thread: int) -> Counter[str]:
-        barrier.wait(60)
+        barrier.wait(120)
         uids = (thread * each + number for number in range(each))
         studies = (f"1.2.{(thread + number) % 5}" for number in range(each))
         return Counter(bring(uid, b"%d" % uid, study_instance_uid=study)[0] for uid, study in zip(uids, studies, strict=True))
@@ -146,7 +146,7 @@ def test_of_threads_that_bring_one_uid_exactly_one_stores_it(storage: Storage, b
     def bring_each(thread: int) -> list[tuple[str, StoredObject | None]]:
         answers = []
         for number in range(rounds):
-            barrier.wait(60)
+            barrier.wait(120)
             answers.append(bring(number, b"%d" % (thread if differ else 0)))
         return answers
 
@@ -192,7 +192,7 @@ class Held:
         self.groups.append([header.instance_number for header, _ in batch])
         if len(self.groups) == 1:
             self._first.set()
-            assert self._go_on.wait(60)
+            assert self._go_on.wait(120)
         self.fail(batch)
         return self._add(batch)
 
@@ -207,14 +207,14 @@ class Held:
 
         with ThreadPoolExecutor(len(numbers) + 1) as pool:
             leading = pool.submit(outcome, 0)
-            assert self._first.wait(60)
+            assert self._first.wait(120)
             following = {number: pool.submit(outcome, number) for number in numbers}
-            until = time.monotonic() + 60
+            until = time.monotonic() + 120
             while len(self._storage.intake._waiting) < len(numbers) and time.monotonic() < until:
                 time.sleep(0.01)
             self._go_on.set()
-            assert leading.result(60) == "stored"
-            return {number: future.result(60) for number, future in following.items()}
+            assert leading.result(120) == "stored"
+            return {number: future.result(120) for number, future in following.items()}
 
 
 def test_one_bad_row_fails_nobody_else(storage: Storage, bring: Bring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,7 +282,7 @@ def test_of_many_that_want_a_lease_one_gets_it(storage: Storage) -> None:
     def want(owner: int) -> list[bool]:
         answers = []
         for number in range(5):
-            barrier.wait(30)
+            barrier.wait(120)
             answers.append(storage.leases.hold(f"n{number}", str(owner), 60))
         return answers
 

@@ -316,7 +316,7 @@ def test_two_processes_that_sweep_at_once_remove_everything_once(tmp_path: Path)
     barrier = threading.Barrier(4)
 
     def sweep(_thread: int) -> int:
-        barrier.wait(30)
+        barrier.wait(120)
         return ObjectStore(tmp_path / "objects").sweep(lambda _ids: set())
 
     with ThreadPoolExecutor(4) as pool:
@@ -341,7 +341,7 @@ def test_a_forked_child_writes_under_a_tag_of_its_own_and_does_not_keep_its_pare
     assert child.stdin is not None
     assert child.stdout is not None
     parents, childs = (child.stdout.readline().strip() for _ in range(2))
-    child.wait(30)
+    child.wait(120)
     objects = ObjectStore(tmp_path / "objects")
     assert parents[-12:] != childs[-12:]
     assert objects.sweep(lambda _ids: set()) == 1

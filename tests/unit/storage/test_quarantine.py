@@ -56,7 +56,7 @@ def test_the_limit_holds_when_many_threads_bring_one_uid(storage: Storage, store
     barrier = threading.Barrier(8)
 
     def bring(thread: int) -> int:
-        barrier.wait(30)
+        barrier.wait(120)
         return sum(refuse(storage, stored(number)) for number in range(thread, thread + 8))
 
     with ThreadPoolExecutor(8) as pool:

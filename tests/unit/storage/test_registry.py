@@ -168,7 +168,7 @@ def test_two_admins_who_enable_two_versions_leave_one_enabled(storage: Storage) 
     barrier = threading.Barrier(len(versions))
 
     def enable(version: str) -> None:
-        barrier.wait(30)
+        barrier.wait(120)
         storage.registry.enable("lung", version)
 
     with ThreadPoolExecutor(len(versions)) as pool:

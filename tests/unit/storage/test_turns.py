@@ -54,7 +54,7 @@ def test_a_turn_is_had_when_the_other_process_gives_it_back(holder: subprocess.P
     assert holder.stdin is not None
     holder.stdin.write("\n")
     holder.stdin.flush()
-    assert had.wait(60)
+    assert had.wait(120)
     thread.join()
     end(holder)
 
