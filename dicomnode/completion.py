@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -39,6 +39,7 @@ class _Run:
     digest: str
     to_ae_titles: tuple[str, ...]
     report_refusals: bool
+    objects: Mapping[str, tuple[str, ...]]
     priority: Priority
 
 
@@ -195,6 +196,7 @@ def _create_jobs(
             digest=package.digest,
             to_ae_titles=tuple(dict.fromkeys(title for route in mine for title in route.to_ae_titles)),
             report_refusals=any(route.report_refusals for route in mine),
+            objects=_objects(mine),
             priority=_priority(mine, storage.index.requested_priority(study_instance_uid)),
         )
         keys.append(_create(storage, client, transaction, run))
@@ -208,6 +210,15 @@ def _create(storage: Storage, client: EngineClient, transaction: Any, run: _Run)
     storage.jobs.create(transaction, key=key, kind="analyse", run=number, **asdict(run))
     client.enqueue(transaction, key, "analyse", run.priority)
     return key
+
+
+def _objects(routes: Sequence[Route]) -> dict[str, tuple[str, ...]]:
+    """What routes give to peers in place of their display profiles: of several the first by its name counts."""
+    given: dict[str, tuple[str, ...]] = {}
+    for route in sorted(routes, key=lambda route: route.name):
+        for peer in route.to_ae_titles if route.objects is not None else ():
+            given.setdefault(peer, route.objects or ())
+    return given
 
 
 def _priority(routes: Sequence[Route], requested: Priority) -> Priority:

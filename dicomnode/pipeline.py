@@ -36,12 +36,12 @@ from dicomnode.priors import identity_of, superseded
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_uid
 from dicomnode.results.presentation import encode_presentations
-from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, Profile, parts
+from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, parts
 from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.proof_presentations import prove_presentations
 from dicomnode.results.report import encode_refusal, encode_report
-from dicomnode.results.segmentation import encode_segmentation
+from dicomnode.results.segmentation import encode_segmentations
 from dicomnode.results.selection import encode_selection
 from storage import Storage
 from storage.errors import OutOfSpace
@@ -101,9 +101,9 @@ class Analyser:
             return None
         instances = self._storage.index.instances(job.study_instance_uid, job.revision)
         try:
-            profiles = self._profiles(job)  # asked once: what is made is what is given
-            outcome = self._outcome(job, instances, frozenset(parts(OWN)).union(*map(parts, profiles.values())))
-            self._keep(job, outcome, profiles)
+            given = self._given(job)  # asked once: what is made is what is given
+            outcome = self._outcome(job, instances, frozenset(parts(OWN)).union(*given.values()))
+            self._keep(job, outcome, given)
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
             self._storage.jobs.postpone(key, str(error))
@@ -170,18 +170,26 @@ class Analyser:
         log.warning("not analysed", job=job.key, outcome=state, reason_code=code)
         objects: dict[Part, tuple[ResultObject, ...]] = {}
         images, identity, made_by = [header for _, header in headers], identity_of(job), self._made_by(job)
-        for kind, segmentation in sorted(wanted, key=str) if headers else ():
+        for kind, form in sorted(wanted, key=str) if headers else ():
             if kind in REPORTS:
                 former = superseded(self._storage, job)
-                objects[kind, segmentation] = (encode_refusal(code, reason, images, identity, kind=kind, supersedes=former, **made_by),)
+                objects[kind, form] = (encode_refusal(code, reason, images, identity, kind=kind, supersedes=former, **made_by),)
             if kind == "key-image":
                 objects[kind, None] = encode_reason(code, reason, images, identity, **made_by)
         return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})
 
-    def _profiles(self, job: Job) -> dict[str, Profile]:
-        """Which kinds of objects each peer is given, by its display profile now; one that is gone gets nothing sent anyway."""
-        known = {peer.ae_title: peer.objects for peer in self._storage.registry.peers()}
-        return {peer: known.get(peer, OWN) for peer in job.to_ae_titles}
+    def _given(self, job: Job) -> dict[str, tuple[Part, ...]]:
+        """What each peer is given: of the kinds that a route names for it, else by its display profile now, and in its form.
+
+        One that is gone gets nothing sent anyway.
+        """
+        known = {peer.ae_title: peer for peer in self._storage.registry.peers()}
+        given = {}
+        for title in job.to_ae_titles:
+            peer = known.get(title)
+            form: dict[str, Any] = {} if peer is None else {"seg_per": peer.seg_per, "empty_frames": peer.empty_frames}
+            given[title] = parts(job.objects.get(title, OWN if peer is None else peer.objects), **form)
+        return given
 
     def _made_by(self, job: Job) -> dict[str, str]:
         """Who signs a report without findings: the package as its manifest says, or by its name if the manifest can't be read."""
@@ -221,11 +229,10 @@ class Analyser:
         finally:
             self._passing = False
 
-    def _keep(self, job: Job, outcome: Outcome, profiles: Mapping[str, Profile]) -> None:
+    def _keep(self, job: Job, outcome: Outcome, given: Mapping[str, tuple[Part, ...]]) -> None:
         """Store the result objects, then commit in one transaction: their rows, the jobs that deliver them, and how this job ended."""
         each = {made.sop_instance_uid: made for objects in outcome.objects.values() for made in objects}
         results = [_result(job, made, self._storage) for made in each.values()]
-        given = {peer: [made for part in parts(profile) for made in outcome.objects.get(part, ())] for peer, profile in profiles.items()}
         with self._storage.database.writing() as transaction:
             ended = self._storage.jobs.finish(
                 job.key,
@@ -239,7 +246,8 @@ class Analyser:
                 log.info("discarded", job=job.key, reason="the job has ended meanwhile, e.g. it was cancelled")
                 return
             self._storage.jobs.add_results(transaction, results)
-            for peer, objects in given.items():
+            for peer, wanted in given.items():
+                objects = [made for part in wanted for made in outcome.objects.get(part, ())]
                 if objects:
                     self._create_delivery(transaction, job, peer, [made.sop_instance_uid for made in objects])
 
@@ -263,16 +271,16 @@ def _encoded(
 ) -> dict[Part, tuple[ResultObject, ...]]:
     """The wanted objects, each proved. The first volume's grid is that of the findings."""
     volume, objects = volumes[0], dict[Part, tuple[ResultObject, ...]]()
-    for kind in SEGMENTATIONS:
-        reports = [report for report in REPORTS if (report, kind) in wanted]
-        if not reports and (kind, None) not in wanted:
-            continue
-        segmentation = encode_segmentation(findings, volume, headers, identity, kind=kind)
-        objects[kind, None] = () if segmentation is None else (segmentation,)
+    for form in sorted({form for kind, form in wanted if kind in (*SEGMENTATIONS, *REPORTS)}, key=str):
+        segmentations = encode_segmentations(findings, volume, headers, identity, form) if form is not None else ()
+        if form is not None:
+            objects[form.kind, form] = segmentations
+        reports = [report for report in REPORTS if (report, form) in wanted]
         for report in reports or REPORTS[:1]:  # a segmentation is proved together with a report
-            made = encode_report(findings, volume, headers, identity, segmentation, kind=report, supersedes=supersedes)
-            prove(segmentation, made, findings, volume, others=volumes[1:])
-            objects[report, kind] = (made,)
+            variant = form.variant if form is not None else ""
+            made = encode_report(findings, volume, headers, identity, segmentations, kind=report, variant=variant, supersedes=supersedes)
+            prove(segmentations, made, findings, volume, volumes[1:], form=form)
+            objects[report, form] = (made,)
     if ("key-image", None) in wanted:
         objects["key-image", None] = encode_captures(findings, volume, headers, identity)
         prove_captures(objects["key-image", None], findings, volume)

@@ -6,7 +6,7 @@ closes its revision, and a foreign key refuses a job of a revision that is not c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timedelta
 from typing import Any
@@ -44,6 +44,7 @@ class Jobs:
         peer: str | None = None,
         to_ae_titles: Sequence[str] = (),
         report_refusals: bool = False,
+        objects: Mapping[str, Sequence[str]] | None = None,
     ) -> bool:
         """Add a queued job in the caller's write transaction; False, and nothing changed, if its key exists.
 
@@ -62,6 +63,7 @@ class Jobs:
             "peer": peer,
             "to_ae_titles": list(to_ae_titles),
             "report_refusals": report_refusals,
+            "objects": {peer: list(kinds) for peer, kinds in (objects or {}).items()},
             "priority": priority,
             "state": "queued",
             "attempts": 0,
@@ -327,6 +329,7 @@ def _job(row: Row[Any]) -> Job:
         started_at=row.started_at,
         ended_at=row.ended_at,
         progress=row.progress,
+        objects={peer: tuple(kinds) for peer, kinds in row.objects.items()},
     )
 
 

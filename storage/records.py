@@ -5,7 +5,8 @@ Times are aware datetimes in UTC. UIDs and AE titles are plain strings, already 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ JobState = Literal["queued", "running", "done", "refused", "failed", "cancelled"
 PackageState = Literal["added", "checked", "enabled"]
 DeliveryState = Literal["waiting", "sent", "committed", "failed"]  # sent: all that is awaited of a peer that doesn't commit
 CommitmentState = Literal["asking", "waiting", "answered", "unanswered", "refused"]
+SegmentationPer = Literal["model", "finding"]
 ObjectKind = Literal["image", "other"]  # only images make revisions
 STANDARD_OBJECTS = ("seg", "sr")  # what a peer is given of which nothing else is known
 
@@ -145,6 +147,8 @@ class Peer:
     passcode_hash: str | None = None
     objects: tuple[str, ...] = STANDARD_OBJECTS  # its display profile: the kinds of result objects that it is given
     commits: bool = False  # is asked to commit to what it received, and may answer that on an association of its own
+    seg_per: SegmentationPer = "model"  # one segmentation with all findings of a model, or one for each finding
+    empty_frames: bool = False  # whether segmentations hold frames without a finding, too: one for each image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,7 @@ class Route:
     priority: Priority | None
     quiet_seconds: float
     report_refusals: bool  # send an SR "not analysed: reason" when the package refuses the study
+    objects: tuple[str, ...] | None = None  # what its peers are given of this package, in place of their display profiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +204,7 @@ class Job:
     started_at: datetime | None
     ended_at: datetime | None
     progress: float | None = None  # 0..1 while it runs, where its kind can tell
+    objects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # AE title: what a route gives it in place of its profile
 
 
 @dataclass(frozen=True, kw_only=True)

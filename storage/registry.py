@@ -55,6 +55,8 @@ class Registry:
             "passcode_hash": peer.passcode_hash,
             "objects": list(peer.objects),
             "commits": peer.commits,
+            "seg_per": peer.seg_per,
+            "empty_frames": peer.empty_frames,
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -89,6 +91,7 @@ class Registry:
             "priority": route.priority,
             "quiet_seconds": route.quiet_seconds,
             "report_refusals": route.report_refusals,
+            "objects": None if route.objects is None else list(route.objects),
         }
         with self._database.writing() as connection:
             peers = set(connection.execute(select(PEER.c.ae_title)).scalars())
@@ -204,6 +207,8 @@ def _peer(row: Row[Any]) -> Peer:
         passcode_hash=row.passcode_hash,
         objects=tuple(row.objects),
         commits=row.commits,
+        seg_per=row.seg_per,
+        empty_frames=row.empty_frames,
     )
 
 
@@ -218,6 +223,7 @@ def _route(row: Row[Any], to_ae_titles: tuple[str, ...]) -> Route:
         priority=row.priority,
         quiet_seconds=row.quiet_seconds,
         report_refusals=row.report_refusals,
+        objects=None if row.objects is None else tuple(row.objects),
     )
 
 

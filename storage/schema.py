@@ -181,6 +181,8 @@ PEER = Table(
     Column("passcode_hash", Text),
     Column("objects", JSON, nullable=False, server_default='["seg", "sr"]'),
     Column("commits", Boolean, nullable=False, server_default=false()),
+    Column("seg_per", Text, nullable=False, server_default="model"),
+    Column("empty_frames", Boolean, nullable=False, server_default=false()),
 )
 
 ROUTE = Table(
@@ -194,6 +196,7 @@ ROUTE = Table(
     Column("priority", Text),
     Column("quiet_seconds", Float, nullable=False),
     Column("report_refusals", Boolean, nullable=False),
+    Column("objects", JSON(none_as_null=True)),
 )
 
 ROUTE_DESTINATION = Table(
@@ -241,6 +244,7 @@ JOB = Table(
     Column("started_at", UtcTime),
     Column("ended_at", UtcTime),
     Column("progress", Float),  # 0..1 while it runs
+    Column("objects", JSON, nullable=False, server_default="{}"),  # AE title: what a route gives it in place of its profile
     ForeignKeyConstraint(["study_instance_uid", "revision"], ["revision.study_instance_uid", "revision.number"]),  # contract 7
     Index(None, "study_instance_uid", "revision", "package"),
     Index(None, "state"),

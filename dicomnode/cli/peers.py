@@ -55,6 +55,13 @@ def peer_add(
     commits: Annotated[
         bool, typer.Option("--commits", help="offers storage commitment: a result is done when it says that it holds it")
     ] = False,
+    seg_per: Annotated[
+        Literal["model", "finding"],
+        typer.Option("--seg-per", help="one segmentation with all findings of a model, or one for each finding"),
+    ] = "model",
+    empty_frames: Annotated[
+        bool, typer.Option("--empty-frames", help="its segmentations have a frame for each image, with a finding or without")
+    ] = False,
     config: ConfigOption = None,
 ) -> None:
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
@@ -74,6 +81,8 @@ def peer_add(
         raise UsageError("--commits needs --receives")
     if (profile is not None or objects) and not receives:
         raise UsageError("--profile and --object need --receives")
+    if (seg_per != "model" or empty_frames) and not receives:
+        raise UsageError("--seg-per and --empty-frames need --receives")
     try:
         allowed = tuple(str(network(text)) for text in networks or ())
         user = check_user_name(user) if user is not None else None
@@ -93,6 +102,8 @@ def peer_add(
         passcode_hash=hash_passcode(_passcode(passcode_file)) if passcode_file is not None else None,
         objects=given,
         commits=commits,
+        seg_per=seg_per,
+        empty_frames=empty_frames,
     )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
@@ -113,6 +124,8 @@ def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "receives",
             "commits",
             "objects",
+            "seg_per",
+            "empty_frames",
             "networks",
             "tls",
             "client_cert",
@@ -155,9 +168,24 @@ def route_add(
     report_refusals: Annotated[
         bool, typer.Option("--report-refusals", help="send an SR 'not analysed: reason' for studies that don't fit")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="what its peers are given, in place of their own display profiles")
+    ] = None,
+    objects: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--object", metavar="KIND", help="a kind of result object that its peers are given, several times; instead of --profile"
+        ),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Add a route, or change the one with this name."""
+    from dicomnode.results.profile import chosen
+
+    try:
+        given = chosen(profile, objects or ()) if profile is not None or objects else None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     wanted, version = name_and_version(package_name)
     with opened(config) as (_, storage):
         known_package(storage, package_name)
@@ -175,6 +203,7 @@ def route_add(
                 priority=priority,
                 quiet_seconds=quiet,
                 report_refusals=report_refusals,
+                objects=given,
             )
         )
 
@@ -193,6 +222,7 @@ def route_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "priority",
             "quiet_seconds",
             "report_refusals",
+            "objects",
         ]
         show(storage.registry.routes(), columns, as_json=json)
 

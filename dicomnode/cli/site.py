@@ -19,7 +19,7 @@ from dicomnode.config import check_ae_title, toml_value
 from dicomnode.errors import UsageError
 from dicomnode.results.profile import check_objects
 from storage import Storage
-from storage.records import STANDARD_OBJECTS, Peer, Route
+from storage.records import STANDARD_OBJECTS, Peer, Route, SegmentationPer
 
 registry = typer.Typer(no_args_is_help=True, help="Peers and routes as a file.")
 
@@ -48,6 +48,8 @@ class PeerEntry(_Entry):
     passcode_hash: str | None = None
     objects: tuple[str, ...] = STANDARD_OBJECTS
     commits: bool = False
+    seg_per: SegmentationPer = "model"
+    empty_frames: bool = False
 
     @field_validator("ae_title")
     @classmethod
@@ -97,6 +99,12 @@ class RouteEntry(_Entry):
     priority: Literal["stat", "routine"] | None = None
     quiet_seconds: Annotated[float, Field(ge=0)]
     report_refusals: bool = False
+    objects: tuple[str, ...] | None = None
+
+    @field_validator("objects")
+    @classmethod
+    def _objects(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if value is None else check_objects(value)
 
 
 class Site(_Entry):

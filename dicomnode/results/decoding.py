@@ -96,8 +96,10 @@ class DecodedGroup:
     region: tuple[Plane, NDArray[np.float64]] | None  # an image, (n, 2) (column, row) from the corner of its first pixel
 
 
-def decode_segmentation(seg: Dataset, volume: Volume) -> list[DecodedSegment]:
+def decode_segmentation(seg: Dataset, volume: Volume, *, empty_frames: bool = False) -> list[DecodedSegment]:
     """Read a BINARY or LABELMAP SEG alone; the volume says only which image and plane a frame must lie on.
+
+    With `empty_frames` there must be a frame for each image (of a BINARY SEG for each of each segment), else none without a pixel.
 
     Raises:
         ProofFailed: a frame lies elsewhere than the image it names, names none of the volume's, or the frame of reference differs.
@@ -114,6 +116,7 @@ def decode_segmentation(seg: Dataset, volume: Volume) -> list[DecodedSegment]:
     found: dict[int, dict[int, DecodedFrame]] = {int(item.SegmentNumber): {} for item in described}
     shared = seg.SharedFunctionalGroupsSequence[0]
     expect(len(seg.PerFrameFunctionalGroupsSequence) == int(seg.NumberOfFrames), "the SEG's number of frames isn't that of its items")
+    seen: dict[int, set[int]] = {number: set() for number in (found if kind == "BINARY" else [_BACKGROUND])}
     labels = iter_pixels(seg) if kind == "LABELMAP" else None
     for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence, start=1):
         name = f"frame {number} of the SEG"
@@ -121,14 +124,19 @@ def decode_segmentation(seg: Dataset, volume: Volume) -> list[DecodedSegment]:
         expect(len(sources) == 1 and sources[0] in slices, f"{name} names {sources} as its source, no image of the volume")
         k = slices[sources[0]]
         if labels is not None:
-            masks = _masks_of(next(labels))
+            holder, masks = _BACKGROUND, _masks_of(next(labels))
         else:
-            masks = {int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber): frame_pixels(seg, number - 1)}
-        expect(bool(masks), f"{name} is empty")
+            holder = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            masks = {holder: frame_pixels(seg, number - 1)}
+            masks = {} if empty_frames and not masks[holder].any() else masks
+        expect(bool(masks) or empty_frames, f"{name} is empty")
+        expect(k not in seen.setdefault(holder, set()), f"{name} is the second of segment {holder} on one image")
+        seen[holder].add(k)
         for segment, mask in masks.items():
             expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
-            expect(k not in found[segment], f"{name} is the second of segment {segment} on one image")
             found[segment][k] = _frame(seg, number, mask, k, to_index)
+    whole = all(planes == set(slices.values()) for planes in seen.values())
+    expect(whole or not empty_frames, "the SEG doesn't have a frame for each image")
     return [_segment(item, tuple(found[int(item.SegmentNumber)].values()), shared) for item in described]
 
 

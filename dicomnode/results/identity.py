@@ -33,9 +33,12 @@ def derive_uid(identity: RunIdentity, *parts: str) -> str:
     return _uid(name)
 
 
-def object_uid(identity: RunIdentity, sop_class_uid: str, transfer_syntax_uid: str, ordinal: int = 1) -> str:
-    """Return the SOP Instance UID of the `ordinal`-th object of a class and encoding in a run."""
-    return derive_uid(identity, "instance", sop_class_uid, transfer_syntax_uid, str(ordinal))
+def object_uid(identity: RunIdentity, sop_class_uid: str, encoding: str, ordinal: int = 1) -> str:
+    """Return the SOP Instance UID of the `ordinal`-th object of a class and encoding in a run.
+
+    An encoding is a transfer syntax, with what else makes other bytes of the same findings behind it (see `profile.Form`).
+    """
+    return derive_uid(identity, "instance", sop_class_uid, encoding, str(ordinal))
 
 
 def series_uid(identity: RunIdentity, modality: str) -> str:

@@ -30,6 +30,8 @@ def label_frames(findings: Sequence[Finding], planes: Sequence[int], shape: tupl
 def _frame(findings: Sequence[Finding], k: int, shape: tuple[int, int], blank: bytes) -> bytes:
     """The runs of one slice. Rows above and below all findings are `blank`, and need no search for runs."""
     here = [finding for finding in findings if 0 <= k - finding.segment.origin[0] < len(finding.segment.mask)]
+    if not here:
+        return blank * shape[0]
     top = min(finding.segment.origin[1] for finding in here)
     bottom = max(finding.segment.origin[1] + finding.segment.mask.shape[1] for finding in here)
     labels = np.zeros((bottom - top, shape[1]), dtype=np.uint8)

@@ -161,7 +161,8 @@ def _annotations(
             for line in outlines(finding.segment.mask[inside])
             for first in range(0, len(line) - 1, _POINTS)
         ]
-        label = TextObject(_label(finding), units="PIXEL", bounding_box=_beside(finding, volume), text_justification="LEFT", **tracking)
+        near = "LEFT" if _at_its_right(finding, volume.voxels.shape[2]) else "RIGHT"  # where the text begins or ends: at its finding
+        label = TextObject(_label(finding), units="PIXEL", bounding_box=_beside(finding, volume), text_justification=near, **tracking)
         drawn.append(
             GraphicAnnotation([image], layers[finding.number], referenced_frame_number=frame, graphic_objects=lines, text_objects=[label])
         )
@@ -174,14 +175,20 @@ def _label(finding: Finding) -> str:
 
 
 def _beside(finding: Finding, volume: Volume) -> tuple[float, float, float, float]:
-    """Where a label stands: right of its finding, or left of it where there is more room; left, top, right and bottom in the image."""
+    """Where a label stands, in the image: left, top, right and bottom."""
     rows, columns = volume.voxels.shape[1:]
     left, top, right, _ = (edge + 0.5 for edge in finding.bounds_px)
     width = len(_label(finding)) * _LETTER
-    first, last = (right + 2, right + 2 + width) if columns - right >= left else (left - 2 - width, left - 2)
+    first, last = (right + 2, right + 2 + width) if _at_its_right(finding, columns) else (left - 2 - width, left - 2)
     first, last = max(0.0, min(first, columns - 1.0)), min(float(columns), max(last, 1.0))
     top = min(max(0.0, top - _LINE / 2), rows - 1.0)
     return first, top, last, min(float(rows), top + _LINE)
+
+
+def _at_its_right(finding: Finding, columns: int) -> bool:
+    """Whether a label stands at the right of its finding, and not at the left: it has room there, or more than on the other side."""
+    left, _, right, _ = (edge + 0.5 for edge in finding.bounds_px)
+    return columns - right >= min(left, len(_label(finding)) * _LETTER)
 
 
 def _windows(

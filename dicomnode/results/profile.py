@@ -6,6 +6,8 @@ Must never import an encoder: the command line reads this page too.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 Profile = tuple[str, ...]  # kinds, in the order of the table
 
@@ -26,7 +28,24 @@ OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, who
 SEGMENTATIONS = ("seg", "seg-labelmap")
 REPORTS = ("sr", "sr-comprehensive")
 _SPEAKING = {*REPORTS, "key-image"}  # these can say that nothing was found, or why nothing was analysed
-Part = tuple[str, str | None]  # an object to make: its kind, and of a report the kind of segmentation that it refers to
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Form:
+    """How segmentations are written."""
+
+    kind: str = "seg"  # one of SEGMENTATIONS
+    per: Literal["model", "finding"] = "model"  # one for all findings, or one for each
+    empty_frames: bool = False  # whether a segment has a frame on images without it, too
+
+    @property
+    def variant(self) -> str:
+        """What tells its objects' UIDs from those of the usual form, for which it is empty."""
+        return " per finding" * (self.per == "finding") + " with empty frames" * self.empty_frames
+
+
+USUAL = Form()
+Part = tuple[str, Form | None]  # an object to make: its kind, of a segmentation its form, of a report that of the one it refers to
 
 
 def chosen(name: str | None, kinds: Iterable[str]) -> Profile:
@@ -58,12 +77,11 @@ def check_objects(kinds: Iterable[str]) -> Profile:
     for one_of in (REPORTS, SEGMENTATIONS):
         if len(wanted.intersection(one_of)) > 1:
             raise ValueError(f"{' and '.join(kind for kind in one_of if kind in wanted)} say the same: one of them is enough")
-    if wanted.intersection(REPORTS) and not wanted.intersection(SEGMENTATIONS):
-        raise ValueError("sr needs seg or seg-labelmap: a report refers to the segments of its findings")
     return tuple(kind for kind in KINDS if kind in wanted)
 
 
-def parts(profile: Profile) -> tuple[Part, ...]:
+def parts(profile: Profile, *, seg_per: Literal["model", "finding"] = "model", empty_frames: bool = False) -> tuple[Part, ...]:
     """Return what is made for a profile."""
     segmentation = next((kind for kind in profile if kind in SEGMENTATIONS), None)
-    return tuple((kind, segmentation if kind in REPORTS else None) for kind in profile)
+    form = None if segmentation is None else Form(kind=segmentation, per=seg_per, empty_frames=empty_frames)
+    return tuple((kind, form if kind in REPORTS or kind == segmentation else None) for kind in profile)

@@ -5,8 +5,8 @@ Must never import highdicom or the encoders: what proves must not share code wit
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from dicomnode.results.decoding import (
     read,
     slices_of,
 )
+from dicomnode.results.profile import USUAL, Form
+from dicomnode.results.proof_comments import WARNING, compare_comments
 
 _TO_ML = {"ml": 1.0, "mL": 1.0, "cm3": 1.0, "mm3": 0.001}  # UCUM is case sensitive; litre may be l or L
 _TO_MM = {"mm": 1.0, "cm": 10.0}
@@ -37,41 +39,60 @@ _NUMBER = 1e-4  # relative: reports carry six significant digits
 _VOLUME, _LONG_AXIS, _AREA, _CERTAINTY, _SUMMARY = "118565006", "103339001", "42798000", "111012", "111017"
 _TYPE, _CATEGORY = "121071", "276214006"  # Finding, Finding Category
 _FINISHED = {True: "111242", False: "111241"}  # CID 6047: all algorithms succeeded, with or without findings
-_WARNING = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What the numbers of a finding are compared with: what its segment holds, or the finding itself where there is no SEG."""
+
+    count: int
+    volume_ml: float
+    edges: tuple[float, float, float, float]  # left, top, right, bottom: from the corner of the first pixel
 
 
 def prove(
-    segmentation: ResultObject | None, report: ResultObject, findings: Findings, volume: Volume, others: Sequence[Volume] = ()
+    segmentation: ResultObject | Sequence[ResultObject] | None,
+    report: ResultObject,
+    findings: Findings,
+    volume: Volume,
+    others: Sequence[Volume] = (),
+    *,
+    form: Form | None = USUAL,
 ) -> None:
     """Return if SEG and SR say what the findings say, on the right images and in the right place.
 
     Positions agree within half a voxel, voxels exactly, reported numbers to four digits. `others` are the volumes that the model was
-    given beside the first: the SR names their images too.
+    given beside the first: the SR names their images too. `form` says whether there is a SEG of all findings, or one of each, with empty
+    frames or without; None: there is none, and the SR refers to none.
 
     Raises:
         ProofFailed: one sentence says what differs; neither object may leave.
     """
-    expect((segmentation is None) == (not findings.findings), "there must be a SEG exactly when there are findings")
+    segs = (segmentation,) if isinstance(segmentation, ResultObject) else tuple(segmentation or ())
+    wanted = 0 if form is None or not findings.findings else 1 if form.per == "model" else len(findings.findings)
+    expect(len(segs) == wanted, f"there must be a SEG exactly when there are findings: {wanted} and not {len(segs)}")
     expect(tuple(o.series_instance_uid for o in others) == findings.other_series, "the findings name other series than the model was given")
-    segments: dict[int, DecodedSegment] = {}
-    if segmentation is not None:
-        seg = read(segmentation.data)
-        expect(str(seg.SOPInstanceUID) == segmentation.sop_instance_uid, "the SEG's bytes hold another SOP Instance UID than was announced")
-        segments = {s.number: s for s in decode_segmentation(seg, volume)}
+    segments: dict[int, tuple[DecodedSegment, ResultObject]] = {}  # of each finding
+    for ordinal, one in enumerate(segs, start=1):
+        seg = read(one.data)
+        expect(str(seg.SOPInstanceUID) == one.sop_instance_uid, "the SEG's bytes hold another SOP Instance UID than was announced")
+        decoded = {s.number: s for s in decode_segmentation(seg, volume, empty_frames=form is not None and form.empty_frames)}
         _compare_images(_named_by_segmentation(seg), {*volume.sop_instance_uids}, "SEG")
-        wanted = {f.number for f in findings.findings}
-        expect(set(segments) == wanted, f"the SEG has the segments {sorted(segments)}, the findings are {sorted(wanted)}")
-        for finding in findings.findings:
-            _compare_segment(segments[finding.number], finding, volume)
+        numbers = {f.number for f in findings.findings} if wanted == 1 else {1}
+        expect(set(decoded) == numbers, f"the SEG has the segments {sorted(decoded)}, the findings are {sorted(numbers)}")
+        segments |= {number if wanted == 1 else ordinal: (segment, one) for number, segment in decoded.items()}
+    for finding in findings.findings if segs else ():
+        _compare_segment(segments[finding.number][0], finding, volume)
     document = _read(report, volume)
     groups = list(decode_report(document))
-    for finding in findings.findings:
-        segment = segments[finding.number]
-        _compare_groups([g for g in groups if g.tracking_uid == segment.tracking_uid], finding, segment, segmentation, volume)
-    known = {s.tracking_uid for s in segments.values()}
+    known = [segments[f.number][0].tracking_uid if segs else g.tracking_uid for f, g in zip(findings.findings, groups, strict=False)]
+    expect(len(set(known)) == len(findings.findings), "the SR has fewer groups than findings, or two findings have one Tracking UID")
+    for finding, tracking_uid in zip(findings.findings, known, strict=True):
+        mine = [g for g in groups if g.tracking_uid == tracking_uid]
+        _compare_groups(mine, finding, segments.get(finding.number), volume)
     _compare_study([g for g in groups if g.tracking_uid not in known], findings)
-    _compare_comments(comments_of(document), findings, volume)
-    _compare_evidence(document, volume, others, segmentation)
+    compare_comments(comments_of(document), findings, volume)
+    _compare_evidence(document, volume, others, segs)
 
 
 def prove_selection(selection: ResultObject | None, findings: Findings, volume: Volume) -> None:
@@ -88,7 +109,7 @@ def prove_selection(selection: ResultObject | None, findings: Findings, volume: 
     expect(document.StudyInstanceUID == volume.study_instance_uid, "the key objects belong to another study than the volume")
     expect(str(document.get("ContentQualification")) == "RESEARCH", "the key objects' Content Qualification isn't RESEARCH")
     said = [str(item.TextValue) for item in items_below(document) if item.ValueType == "TEXT"]
-    expect(any(_WARNING in text for text in said), "the key objects don't say that they are for research only")
+    expect(any(WARNING in text for text in said), "the key objects don't say that they are for research only")
     flagged = set()
     for item in items_below(document):
         if item.ValueType == "IMAGE":
@@ -179,36 +200,53 @@ def _compare_voxels(segment: DecodedSegment, finding: Finding) -> None:
 
 
 def _compare_groups(
-    groups: Sequence[DecodedGroup],
-    finding: Finding,
-    segment: DecodedSegment,
-    segmentation: ResultObject | None,
-    volume: Volume,
+    groups: Sequence[DecodedGroup], finding: Finding, segment: tuple[DecodedSegment, ResultObject] | None, volume: Volume
 ) -> None:
-    """The SR's groups under a finding's Tracking UID: one with the segment and the numbers, one with a line on an image."""
+    """The SR's groups under a finding's Tracking UID: one with the segment and the numbers, one with a line on an image.
+
+    Where there is no SEG, one with the line and the numbers.
+    """
     name = f"finding {finding.number}"
-    expect(len(groups) == 2, f"the SR has {len(groups)} groups under the Tracking UID of {name}, not two")
     by_segment = [g for g in groups if g.segment is not None]
     by_region = [g for g in groups if g.region is not None]
-    expect(len(by_segment) == 1 and len(by_region) == 1, f"the SR doesn't reference {name} once as segment and once as region")
-    uid = segmentation.sop_instance_uid if segmentation else ""
-    frame = segment.frames[0].number
-    right = (uid, None, frame) if volume.is_projection else (uid, finding.number, None)
-    expect(by_segment[0].segment == right, f"the SR references another segment for {name}: {by_segment[0].segment}")
+    wanted = 1 if segment is None else 2
+    expect(
+        len(groups) == wanted, f"the SR has {len(groups)} groups under the Tracking UID of {name}, not {'one' if wanted == 1 else 'two'}"
+    )
+    once = len(by_region) == 1 and len(by_segment) == wanted - 1
+    expect(once, f"the SR doesn't reference {name} once as segment and once as region")
+    measured = _measured(finding, volume)
+    if segment is not None:
+        decoded, seg = segment
+        right = (seg.sop_instance_uid, *((None, decoded.frames[0].number) if volume.is_projection else (decoded.number, None)))
+        expect(by_segment[0].segment == right, f"the SR references another segment for {name}: {by_segment[0].segment}")
+        measured = _measured_again(decoded)
     for group in groups:
         sides = tuple(s for s in (finding.side,) if s and finding.site)
         expect(group.sides == sides, f"the SR says {group.sides or 'no side'} for {name}, which is {sides or 'neither'}")
         for concept, code in ((_TYPE, finding.type), (_CATEGORY, finding.category)):
             said = [value for c, value in group.codes if c == concept]
             expect(said == [code.value], f"the SR says {said} of ({concept}) for {name}, which is {code.value}")
-    _compare_numbers(by_segment[0], by_region[0], finding, segment, volume)
+    _compare_numbers((by_segment or by_region)[0], by_region[0], finding, measured, volume)
     if finding.shape == "outline":
         _compare_line(by_region[0], finding, volume)
     else:
-        _compare_rectangle(by_region[0], segment, finding, volume)
+        _compare_rectangle(by_region[0], measured, finding, volume)
 
 
-def _compare_numbers(by_segment: DecodedGroup, by_region: DecodedGroup, finding: Finding, segment: DecodedSegment, volume: Volume) -> None:
+def _measured(finding: Finding, volume: Volume) -> _Measured:
+    left, top, right, bottom = (edge + _HALF for edge in finding.bounds_px)
+    count = finding.segment.voxel_count
+    return _Measured(count=count, volume_ml=count * volume.voxel_ml, edges=(left, top, right, bottom))
+
+
+def _measured_again(segment: DecodedSegment) -> _Measured:
+    bounds = np.array([frame.bounds for frame in segment.frames])
+    left, top, right, bottom = bounds[:, 2].min(), bounds[:, 0].min(), bounds[:, 3].max() + 1, bounds[:, 1].max() + 1
+    return _Measured(count=segment.count, volume_ml=segment.volume_ml, edges=(float(left), float(top), float(right), float(bottom)))
+
+
+def _compare_numbers(by_segment: DecodedGroup, by_region: DecodedGroup, finding: Finding, segment: _Measured, volume: Volume) -> None:
     """Each number in each group; those that the SEG's voxels give are computed from them again."""
     name = f"finding {finding.number}"
     in_pixels = volume.calibration == "none"
@@ -262,15 +300,14 @@ def _compare_line(group: DecodedGroup, finding: Finding, volume: Volume) -> None
         expect(nearest <= 1.0, f"the SR's line of {name} ends {nearest:.1f} pixels away from its segment")
 
 
-def _compare_rectangle(group: DecodedGroup, segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
+def _compare_rectangle(group: DecodedGroup, segment: _Measured, finding: Finding, volume: Volume) -> None:
     """A closed rectangle around all of the segment's pixels, on its middle slice."""
     name = f"finding {finding.number}"
     plane, points = _on_a_slice(group, volume, name)
     closed = len(points) == 5 and bool((points[0] == points[-1]).all())
     expect(closed, f"the SR's region of {name}, a {finding.shape}, is no closed rectangle")
     expect(plane == finding.middle_slice, f"the SR's rectangle of {name} lies on slice {plane}, its middle is {finding.middle_slice}")
-    bounds = np.array([frame.bounds for frame in segment.frames])
-    top, bottom, left, right = bounds[:, 0].min(), bounds[:, 1].max() + 1, bounds[:, 2].min(), bounds[:, 3].max() + 1
+    left, top, right, bottom = segment.edges
     corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
     off = float(np.abs(points[:4] - corners).max())
     expect(off <= 0.01, f"the SR's rectangle of {name} lies {off:.2f} pixels away from its segment")
@@ -298,42 +335,16 @@ def _compare_study(groups: Sequence[DecodedGroup], findings: Findings) -> None:
         expect(right, f"the SR says {said} % for {score.label}, which is {100.0 * score.probability:.4g} %")
 
 
-def _compare_comments(comments: Sequence[str], findings: Findings, volume: Volume) -> None:
-    """What must be told in words is told: the warning, each note, each class, what was left out, what a number means."""
-    expect(_WARNING in comments, "the SR doesn't say that it is for research only")
-    for note in findings.notes:
-        expect(any(_says(comment, note) for comment in comments), f"the SR doesn't say: {note}")
-    for score in findings.scores:
-        words = f"{score.label}: {100.0 * score.probability:.1f} %, {'positive' if score.positive else 'negative'}"
-        expect(any(_says(comment, words) for comment in comments), f"the SR doesn't say in words: {words}")
-    left_out = any(comment.startswith(f"{findings.omitted} further finding") for comment in comments)
-    expect(left_out == (findings.omitted > 0), f"the SR doesn't say that {findings.omitted} findings are omitted")
-    for calibration, words in (("detector", "at the detector"), ("none", "in pixels")):
-        must = bool(findings.findings) and volume.calibration == calibration
-        expect(not must or any(words in comment for comment in comments), f"the SR doesn't say that it measures {words}")
-
-
-def _says(comment: str, words: str) -> bool:
-    """Whether a comment begins with the letters and digits of `words`, whatever became of those that ASCII lacks."""
-    left = iter(_letters(comment))
-    return all(letter in left for letter in _letters(words))
-
-
-def _letters(text: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if c.isascii() and c.isalnum())
-
-
 def _compare_images(named: Iterator[str], known: set[str], what: str) -> None:
     """Every instance that an object names as its source or evidence is one of those the model was given, or the SEG beside it."""
     for uid in named:
         expect(uid in known, f"the {what} references {uid}, which is no image of the volume")
 
 
-def _compare_evidence(document: Dataset, volume: Volume, others: Sequence[Volume], segmentation: ResultObject | None) -> None:
+def _compare_evidence(document: Dataset, volume: Volume, others: Sequence[Volume], segs: Sequence[ResultObject]) -> None:
     """The SR names the images that were analysed, all of them, each in its series."""
     series = {uid: v.series_instance_uid for v in (volume, *others) for uid in v.sop_instance_uids}
-    if segmentation is not None:
-        series[segmentation.sop_instance_uid] = segmentation.series_instance_uid
+    series |= {seg.sop_instance_uid: seg.series_instance_uid for seg in segs}
     _compare_images(
         (str(i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for i in items_below(document) if i.ValueType == "IMAGE"), {*series}, "SR"
     )

@@ -29,16 +29,18 @@ def encode_report(
     volume: Volume,
     headers: Sequence[Dataset],
     identity: RunIdentity,
-    segmentation: ResultObject | None,
+    segmentation: ResultObject | Sequence[ResultObject] | None,
     *,
     kind: str = "sr",
+    variant: str = "",
     supersedes: Sequence[Reference] = (),
 ) -> ResultObject:
     """Return the report of a finished analysis; "no finding" is a report too.
 
     Each finding has two measurement groups under one Tracking UID. The first references its segment and holds its numbers (TID 1411;
     of a projection TID 1410). The second, TID 1410, draws on an image: the long axis of an outline, a closed rectangle of a box or a
-    heat map. (A viewer in wide use loses a report whose only group has no image region.) A TID 1501 group for each class of a
+    heat map. (A viewer in wide use loses a report whose only group has no image region.) For a reader that is given no SEG the second
+    stands alone, with all numbers. A TID 1501 group for each class of a
     classification gives its probability, and the last one says how the algorithm ended.
 
     Args:
@@ -46,12 +48,14 @@ def encode_report(
         volume: gives slices their images.
         headers: the images' headers, in any order: the volume's, and those of `findings.other_series`; more are ignored.
         identity: everything UIDs and dates derive from.
-        segmentation: the SEG of the same findings; None where there are none.
+        segmentation: the SEG of the same findings, or one for each of them; None for a report that refers to none.
         kind: a key of CLASSES.
+        variant: what tells the report's UIDs from those of one that refers to another form of SEG (see `profile.Form`).
         supersedes: the reports on what the study was before, in the order in which a run makes them.
     """
-    if (segmentation is None) != (not findings.findings):
-        raise ValueError("a report refers to the segmentation of its findings, and to none without findings")
+    segmentations = (segmentation,) if isinstance(segmentation, ResultObject) else tuple(segmentation or ())
+    if len(segmentations) not in {0, min(1, len(findings.findings)), len(findings.findings)}:
+        raise ValueError("a report refers to one segmentation of its findings, to one for each of them, or to none")
     images = provenance.source_images(volume, headers)
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
     others = [
@@ -59,20 +63,24 @@ def encode_report(
     ]
     evidence = [*images, *(image for series in others for image in series)]
     groups: list[Dataset] = []
-    if segmentation is not None:
-        evidence.append(_named(segmentation, volume.study_instance_uid))
-        for finding in findings.findings:
-            about = _about(finding, findings, identity)
-            groups += [_segment_group(finding, segmentation, volume, images, about), _region_group(finding, volume, images, about)]
+    evidence += [_named(one, volume.study_instance_uid) for one in segmentations]
+    for finding in findings.findings:
+        about = _about(finding, findings, identity)
+        if segmentations:
+            one, segment = (segmentations[0], finding.number) if len(segmentations) == 1 else (segmentations[finding.number - 1], 1)
+            groups.append(_segment_group(finding, one, segment, volume, images, about))
+        groups.append(_region_group(finding, volume, images, about, alone=not segmentations))
     groups += [_class_group(number, score, findings, identity) for number, score in enumerate(findings.scores, start=1)]
     evaluation = codes.WITH_FINDINGS if findings.findings else codes.WITHOUT_FINDINGS
     groups.append(_summary_group(evaluation, findings.algorithm_name, identity))
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     content = _measurement_report(origin, identity, groups, said(findings, volume), **made_by)
     content[0].ContentSequence.insert(-2, image_library(images, [series for series in others if series], volume))  # TID 1500 row 5
-    ordinal = 1 if segmentation is None or segmentation.sop_class_uid == SegmentationStorage else 2  # each SEG has a report of its own
+    ordinal, variant = 1, variant if segmentations else ""  # each SEG has a report of its own
+    if findings.findings and (not segmentations or segmentations[0].sop_class_uid != SegmentationStorage):
+        ordinal = 2 if segmentations else 3
     former = _predecessors(supersedes, CLASSES[kind], ordinal)
-    return _document(content, evidence, origin, identity, CLASSES[kind], ordinal, former, **made_by)
+    return _document(content, evidence, origin, identity, CLASSES[kind], ordinal, former, variant=variant, **made_by)
 
 
 def encode_refusal(
@@ -122,21 +130,17 @@ def device_observer(identity: RunIdentity, *, manufacturer: str, model: str) -> 
 
 
 def _segment_group(
-    finding: Finding, segmentation: ResultObject, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any]
+    finding: Finding, segmentation: ResultObject, number: int, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any]
 ) -> Dataset:
-    """TID 1411, of a projection TID 1410: the segment and every number about it."""
-    measurements = list(finding.measurements)
-    if finding.long_axis is not None and not any(m.name.value == codes.LONG_AXIS.value for m in measurements):
-        measurements.append(_long_axis(finding, volume))
-    measurements.append(_certainty(finding.probability))
-    numbers = [_measurement(m) for m in measurements]
+    """TID 1411, of a projection TID 1410: the segment of this number, and every number about it."""
+    numbers = [_measurement(m) for m in _numbers(finding, volume)]
     if volume.is_projection:
         image = images[0]
         frame = sr.ReferencedSegmentationFrame(
             sop_class_uid=segmentation.sop_class_uid,
             sop_instance_uid=segmentation.sop_instance_uid,
-            frame_number=finding.number,  # a projection is one slice, so each segment has one frame
-            segment_number=finding.number,
+            frame_number=number,  # a projection is one slice, so each segment has one frame
+            segment_number=number,
             source_image=sr.SourceImageForSegmentation(image.SOPClassUID, image.SOPInstanceUID, _frames(volume, 0)),
         )
         del frame[0].ReferencedSOPSequence[0].ReferencedSegmentNumber  # not beside a frame number (PS3.3 C.18.4)
@@ -145,15 +149,26 @@ def _segment_group(
     segment = sr.ReferencedSegment(
         sop_class_uid=segmentation.sop_class_uid,
         sop_instance_uid=segmentation.sop_instance_uid,
-        segment_number=finding.number,
+        segment_number=number,
         source_series=sr.SourceSeriesForSegmentation(volume.series_instance_uid),
     )
     group: Dataset = sr.VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, measurements=numbers, **about)
     return group
 
 
-def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any]) -> Dataset:
-    """TID 1410: a line or a closed rectangle on an image. SCOORD counts from the corner of the first pixel (PS3.3 C.18.6.1.2)."""
+def _numbers(finding: Finding, volume: Volume) -> list[Measurement]:
+    """Every number about a finding."""
+    measurements = list(finding.measurements)
+    if finding.long_axis is not None and not any(m.name.value == codes.LONG_AXIS.value for m in measurements):
+        measurements.append(_long_axis(finding, volume))
+    return [*measurements, _certainty(finding.probability)]
+
+
+def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any], *, alone: bool) -> Dataset:
+    """TID 1410: a line or a closed rectangle on an image, with its number, or all where it stands `alone`.
+
+    SCOORD counts from the corner of the first pixel (PS3.3 C.18.6.1.2).
+    """
     if finding.long_axis is not None:
         slice_index, points = finding.long_axis.slice_index, list(finding.long_axis.points_px)
         number, purpose = _long_axis(finding, volume), None
@@ -168,7 +183,10 @@ def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], a
         source_image=sr.SourceImageForRegion(image.SOPClassUID, image.SOPInstanceUID, _frames(volume, slice_index)),
     )
     group: Dataset = sr.PlanarROIMeasurementsAndQualitativeEvaluations(
-        referenced_region=region, measurements=[_measurement(number)], geometric_purpose=purpose, **about
+        referenced_region=region,
+        measurements=[_measurement(m) for m in (_numbers(finding, volume) if alone else [number])],
+        geometric_purpose=purpose,
+        **about,
     )
     return group
 
@@ -269,6 +287,7 @@ def _document(
     ordinal: int,
     predecessors: Sequence[Reference],
     *,
+    variant: str = "",
     manufacturer: str,
     model: str,
 ) -> ResultObject:
@@ -277,12 +296,12 @@ def _document(
     Its predecessors are the documents whose content it has taken over or replaced.
     """
     arguments = provenance.common_arguments(header, identity, "SR", manufacturer=manufacturer, model=model)
-    variant = "SR" if (sop_class, ordinal) == (Comprehensive3DSRStorage, 1) else f"SR {sop_class} {ordinal}"
-    arguments["series_instance_uid"] = uids.series_uid(identity, variant)
+    series = "SR" if (sop_class, ordinal) == (Comprehensive3DSRStorage, 1) else f"SR {sop_class} {ordinal}"
+    arguments["series_instance_uid"] = uids.series_uid(identity, series + variant)
     document = _DOCUMENTS[sop_class](
         evidence=evidence,
         content=content[0],
-        sop_instance_uid=uids.object_uid(identity, sop_class, ExplicitVRLittleEndian, ordinal),
+        sop_instance_uid=uids.object_uid(identity, sop_class, ExplicitVRLittleEndian + variant, ordinal),
         is_complete=True,
         is_final=False,
         is_verified=False,

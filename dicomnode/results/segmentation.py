@@ -6,6 +6,7 @@ Must never decide what is a finding, read a clock or draw a random number: the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import highdicom
 import numpy as np
@@ -20,6 +21,7 @@ from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, Explici
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentity, Volume
 from dicomnode.results import codes, frame_bytes, identity as uids, label_map, provenance
+from dicomnode.results.profile import Form
 
 _ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
 _EXPLANATIONS = {
@@ -28,14 +30,32 @@ _EXPLANATIONS = {
 }
 
 
+def encode_segmentations(
+    findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity, form: Form
+) -> tuple[ResultObject, ...]:
+    """Return the SEG of all findings, or one SEG for each of them in their order; none where nothing was found."""
+    if form.per == "model":
+        made = encode_segmentation(findings, volume, headers, identity, kind=form.kind, empty_frames=form.empty_frames)
+        return () if made is None else (made,)
+    alone = [replace(findings, findings=(finding,)) for finding in findings.findings]
+    return tuple(_encoded(one, volume, headers, identity, form, ordinal) for ordinal, one in enumerate(alone, start=1))
+
+
 def encode_segmentation(
-    findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity, *, kind: str = "seg"
+    findings: Findings,
+    volume: Volume,
+    headers: Sequence[Dataset],
+    identity: RunIdentity,
+    *,
+    kind: str = "seg",
+    empty_frames: bool = False,
 ) -> ResultObject | None:
     """Return the SEG of all findings, or None where there are none: a study without a finding gets no SEG.
 
-    A segment has a frame for each slice in which it has a voxel, a label map one for each slice with a finding. A box or a heat map is
-    called so in its label: neither may pass for an outline. Of a projection the SEG has neither frame of reference nor plane positions
-    nor pixel measures (PS3.3 A.51.5.1), and is always BINARY; so it is where findings overlap or are more than a byte can number.
+    A segment has a frame for each slice in which it has a voxel, a label map one for each slice with a finding; with `empty_frames` for
+    each slice of the volume. A box or a heat map is called so in its label: neither may pass for an outline. Of a projection the SEG
+    has neither frame of reference nor plane positions nor pixel measures (PS3.3 A.51.5.1), and is always BINARY; so it is where
+    findings overlap or are more than a byte can number.
 
     Args:
         findings: what to encode; `finding.number` counts from 1 without a gap and becomes the segment number.
@@ -43,25 +63,41 @@ def encode_segmentation(
         headers: the source images' headers, in any order; more than the volume's are ignored.
         identity: everything UIDs and dates derive from.
         kind: "seg" for BINARY, "seg-labelmap" for LABELMAP in RLE Lossless.
+        empty_frames: whether slices without a finding have frames, too.
 
     Segments may overlap. Memory is that of the object's packed bits, held twice while they are written.
     """
     if not findings.findings:
         return None
+    return _encoded(findings, volume, headers, identity, Form(kind=kind, empty_frames=empty_frames), 1)
+
+
+def coded(code: Code) -> CodedConcept:
+    """Return a code as the encoder wants it, its meaning in ASCII (VR LO)."""
+    return CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=provenance.ascii_text(code.meaning, 64))
+
+
+def _encoded(
+    findings: Findings, volume: Volume, headers: Sequence[Dataset], identity: RunIdentity, form: Form, ordinal: int
+) -> ResultObject:
+    """One SEG, whose segments count from 1 whatever the findings' numbers are."""
     overlapping = _overlap(findings.findings)
-    as_labels = kind == "seg-labelmap" and not (overlapping or volume.is_projection or len(findings.findings) > label_map.MOST)
+    as_labels = form.kind == "seg-labelmap" and not (overlapping or volume.is_projection or len(findings.findings) > label_map.MOST)
     sop_class, syntax = (label_map.SOP_CLASS, RLELossless) if as_labels else (SegmentationStorage, ExplicitVRLittleEndian)
     images = provenance.source_images(volume, headers)
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     arguments = provenance.common_arguments(origin, identity, "SEG", **made_by)
-    arguments["series_instance_uid"] = uids.series_uid(identity, "SEG LABELMAP" if as_labels else "SEG")
+    arguments["series_instance_uid"] = uids.series_uid(identity, ("SEG LABELMAP" if as_labels else "SEG") + form.variant)
+    arguments["instance_number"] = ordinal
+    segments = [replace(finding, number=number) for number, finding in enumerate(findings.findings, start=1)]
+    planes = range(len(volume.sop_instance_uids)) if form.empty_frames else None
     result = Segmentation(
         source_images=[_plain(images[findings.findings[0].segment.origin[0]], volume)],
         pixel_array=_one_pixel(volume.voxels.shape[1:]),
         segmentation_type=SegmentationTypeValues.LABELMAP if as_labels else SegmentationTypeValues.BINARY,
-        segment_descriptions=[_describe(finding, findings, identity) for finding in findings.findings],
-        sop_instance_uid=uids.object_uid(identity, sop_class, syntax),
+        segment_descriptions=[_describe(finding, number, findings, identity) for number, finding in enumerate(findings.findings, start=1)],
+        sop_instance_uid=uids.object_uid(identity, sop_class, syntax + form.variant, ordinal),
         transfer_syntax_uid=syntax,
         omit_empty_frames=True,
         content_label=provenance.content_label(identity.package),
@@ -70,7 +106,7 @@ def encode_segmentation(
     )
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
     result.ContentCreatorName = ""  # type 2: no person made this
-    result.NumberOfFrames, ending = (_label_frames if as_labels else _frames)(findings.findings, images, volume)
+    result.NumberOfFrames, ending = (_label_frames if as_labels else _frames)(segments, images, volume, planes)
     result.SegmentsOverlap = "YES" if overlapping else "NO"
     del result.PerFrameFunctionalGroupsSequence, result.PixelData  # `ending` is in their place
     if volume.is_projection:  # type 2C (PS3.3 C.7.6.1): without a place in space an image says which way its rows and columns run
@@ -79,11 +115,6 @@ def encode_segmentation(
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
     return provenance.encode(result, ending)
-
-
-def coded(code: Code) -> CodedConcept:
-    """Return a code as the encoder wants it, its meaning in ASCII (VR LO)."""
-    return CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=provenance.ascii_text(code.meaning, 64))
 
 
 def _plain(image: Dataset, volume: Volume) -> Dataset:
@@ -100,12 +131,12 @@ def _one_pixel(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> tuple[int, bytes]:
-    """Each segment's non-empty slices as frames, with their pixels (PS3.5 8.1.1): how many, and their bytes.
+def _frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume, every: Sequence[int] | None) -> tuple[int, bytes]:
+    """Each segment's non-empty slices, or `every` one, as frames, with their pixels (PS3.5 8.1.1): how many, and their bytes.
 
     highdicom would hold every slice of every segment at once where segments overlap: 50 on 300 slices are 4 GB.
     """
-    frames = [(finding, k) for finding in findings for k in _slices(finding)]
+    frames = [(finding, k) for finding in findings for k in every or _slices(finding)]
     planes = sorted({k for _, k in frames})
     ranks = {k: rank for rank, k in enumerate(planes, start=1)}
     places = {k: frame_bytes.place(images[k], provenance.frame_number(volume, k)) for k in planes}
@@ -121,9 +152,9 @@ def _frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volu
     return len(frames), frame_bytes.ending(groups, _packed(frames, volume.voxels.shape[1:]), encapsulated=False)
 
 
-def _label_frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume) -> tuple[int, bytes]:
-    """Each slice with a finding as a frame of labels: how many, and their bytes."""
-    planes = sorted({k for finding in findings for k in _slices(finding)})
+def _label_frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume, every: Sequence[int] | None) -> tuple[int, bytes]:
+    """Each slice with a finding, or `every` one, as a frame of labels: how many, and their bytes."""
+    planes = every or sorted({k for finding in findings for k in _slices(finding)})
     groups = [
         frame_bytes.frame(frame_bytes.place(images[k], provenance.frame_number(volume, k)), [rank], None)
         for rank, k in enumerate(planes, start=1)
@@ -137,6 +168,8 @@ def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> by
     size = shape[0] * shape[1]
     data = np.zeros((len(frames) * size + 15) // 16 * 2, dtype=np.uint8)  # of even length
     for number, (finding, k) in enumerate(frames):
+        if not 0 <= k - finding.segment.origin[0] < len(finding.segment.mask):
+            continue
         _, row, column = finding.segment.origin
         mask = finding.segment.mask[k - finding.segment.origin[0]]
         first, shift = divmod(number * size + row * shape[1], 8)
@@ -168,7 +201,7 @@ def _overlap(findings: Sequence[Finding]) -> bool:
     return False
 
 
-def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> SegmentDescription:
+def _describe(finding: Finding, number: int, findings: Findings, identity: RunIdentity) -> SegmentDescription:
     """One item of the Segment Sequence (PS3.3 C.8.20.2, C.8.20.4)."""
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=provenance.long_string(findings.algorithm_name),
@@ -178,7 +211,7 @@ def _describe(finding: Finding, findings: Findings, identity: RunIdentity) -> Se
         parameters=dict(provenance.algorithm_parameters(identity, findings)),
     )
     description = SegmentDescription(
-        segment_number=finding.number,
+        segment_number=number,
         segment_label=provenance.long_string(finding.label, ending=_ENDINGS[finding.shape].format(finding.number)),
         segmented_property_category=coded(finding.category),
         segmented_property_type=coded(finding.type),

@@ -17,11 +17,12 @@ from dicomnode.errors import ProofFailed
 from dicomnode.findings import Finding, Findings, Reference, ResultObject, Segment, Volume
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.presentation import encode_presentations
+from dicomnode.results.profile import Form
 from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.proof_presentations import prove_presentations
 from dicomnode.results.report import encode_refusal, encode_report
-from dicomnode.results.segmentation import encode_segmentation
+from dicomnode.results.segmentation import encode_segmentation, encode_segmentations
 from dicomnode.results.selection import encode_selection
 from results_cases import Case, another_series, box_of, enhanced, finding_of, heat_map_of, projection, scores, synthetic
 
@@ -185,6 +186,16 @@ def in_the_place_of_another(name: str) -> ResultObject:
     return made
 
 
+def other_forms(name: str) -> tuple[ResultObject, ...]:
+    """A SEG of each finding with empty frames and the report that refers to them, and a report that refers to none."""
+    source, form = source_of(name), Form(per="finding", empty_frames=True)
+    segs = encode_segmentations(source.findings, source.case.volume, source.headers, source.case.identity, form)
+    made = [encode_report(source.findings, source.case.volume, source.headers, source.case.identity, given) for given in (segs, None)]
+    for one, given in zip(made, (form, None), strict=True):
+        prove(segs if given else (), one, source.findings, source.case.volume, source.volumes[1:], form=given)
+    return *segs, *made
+
+
 def presentation_states(name: str) -> tuple[ResultObject, ...]:
     source = source_of(name)
     made = encode_presentations(source.findings, source.case.volume, source.headers, source.case.identity)
@@ -234,9 +245,16 @@ KINDS: dict[str, Callable[[str], tuple[ResultObject, ...]]] = {
     "reason in a picture": reason_in_a_picture,
     "presentation states": presentation_states,
     "key objects": lambda name: (key_objects(name),),
+    "other forms": other_forms,
 }
 OF_VOLUMES_ONLY = {"label map", "report on a label map"}
-EVERY = [(name, kind) for name in SOURCES for kind in KINDS if name in VOLUMES or kind not in OF_VOLUMES_ONLY]
+OF_SOME = {"other forms": {"CT", "enhanced MR", "DX at the detector"}}  # for a source of each way to place a finding
+EVERY = [
+    (name, kind)
+    for name in SOURCES
+    for kind in KINDS
+    if (name in VOLUMES or kind not in OF_VOLUMES_ONLY) and name in OF_SOME.get(kind, SOURCES)
+]
 
 # What a checker of templates can tell apart: it is slow, so these are ten at most, and each small.
 SHAPES: dict[str, Callable[[], ResultObject]] = {

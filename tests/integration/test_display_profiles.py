@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pydicom
 import pytest
 
 from dicomnode.cli import run
-from dicomnode.completion import close_complete_studies
+from dicomnode.completion import close_complete_studies, reanalyse
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
 from dicomnode.phantoms.studies import write_check_study
@@ -42,12 +43,12 @@ def modality(image: pydicom.Dataset) -> str:
 class Site(Desk):
     """A desk whose route has a destination for each profile."""
 
-    def __init__(self, folder: Path, studies: Path, **profiles: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, studies: Path, *, form: dict[str, Any] | None = None, **profiles: tuple[str, ...]) -> None:
         super().__init__(folder, studies)
         self.client = EngineClient(self.url)
         for name, objects in profiles.items():
             peer = Peer(ae_title=name, host="127.0.0.1", port=104, sends=False, receives=True, tls=False, client_cert=None)
-            self.storage.registry.add_peer(replace(peer, objects=objects))
+            self.storage.registry.add_peer(replace(peer, objects=objects, **(form or {})))
         (route,) = self.storage.registry.routes()
         self.storage.registry.add_route(replace(route, to_ae_titles=tuple(profiles), report_refusals=True))
 
@@ -112,6 +113,34 @@ def test_pictures_are_made_only_where_somebody_is_given_them(tmp_path: Path, stu
     site.storage.database.close()
 
 
+def test_a_route_gives_its_peers_what_it_names_and_each_peer_its_own_form(tmp_path: Path, study: Path) -> None:
+    site = Site(tmp_path, study, form={"seg_per": "finding", "empty_frames": True}, VIEWER=("seg", "sr"), ARCHIVE=("sr",))
+    (route,) = site.storage.registry.routes()
+    site.storage.registry.add_route(replace(route, name="a", to_ae_titles=("VIEWER",), objects=("sr", "presentation-state")))
+    site.storage.registry.add_route(replace(route, name="b", to_ae_titles=("VIEWER",), objects=("key-image",)))  # named later
+    assert site.analyse(site.files) == "done"
+    assert site.given() == {"VIEWER": sorted([STATE, REPORT]), "ARCHIVE": [REPORT]}
+    (job,) = site.storage.jobs.jobs(study_instance_uid=site.study, kind="analyse")
+    assert job.objects == {"VIEWER": ("sr", "presentation-state")}
+    for name in ("a", "b"):
+        site.storage.registry.remove_route(name)
+    (key,) = reanalyse(site.storage, site.client, next(iter(site.storage.index.studies())))
+    Analyser(Settings.model_validate({"analysis": {"device": "cpu"}}), site.storage, site.client).analyse(key, 0)
+    made = {result.sop_instance_uid: result for result in site.storage.jobs.results(job_key=key)}
+    rows = [
+        row for row in site.storage.jobs.deliveries(study_instance_uid=site.study) if row.peer == "VIEWER" and row.sop_instance_uid in made
+    ]
+    objects = [pydicom.dcmread(site.storage.objects.path(made[row.sop_instance_uid].stored.object_id)) for row in rows]
+    (report,) = (one for one in objects if one.Modality == "SR")
+    segmentations = [one for one in objects if one.Modality == "SEG"]
+    assert [len(one.SegmentSequence) for one in segmentations] == [1] * len(job.detail["findings"])
+    for one in segmentations:
+        assert one.NumberOfFrames == len(site.files)
+        assert str(one.SOPInstanceUID) in report.to_json()
+    site.client.close()
+    site.storage.database.close()
+
+
 def test_a_profile_is_a_field_of_the_peer_for_the_administrator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["init", str(tmp_path / "node")]) == 0
     config = ["--config", str(tmp_path / "node" / "dicomnode.toml")]
@@ -119,7 +148,9 @@ def test_a_profile_is_a_field_of_the_peer_for_the_administrator(tmp_path: Path, 
     for options, said in (
         (["--sends", "--profile", "plain"], "need --receives"),
         (["--receives", "--profile", "fancy"], "'fancy' is no display profile: standard, plain"),
-        (["--receives", "--object", "sr"], "sr needs seg"),
+        (["--receives", "--object", "seg"], "no finding must be said"),
+        (["--sends", "--empty-frames"], "need --receives"),
+        (["--receives", "--seg-per", "slice"], "'slice'"),
         (["--receives", "--object", "gif"], "'gif' is no kind of result object"),
     ):
         assert run([*add, *options]) == 2
@@ -135,6 +166,12 @@ def test_a_profile_is_a_field_of_the_peer_for_the_administrator(tmp_path: Path, 
         assert run(["registry", "import", str(file), *config]) == 0
     assert run(["peer", "list", *config]) == 0
     assert "seg, key-image" in capsys.readouterr().out
+    assert run([*add, "--receives", "--seg-per", "finding", "--empty-frames"]) == 0
+    assert run(["registry", "export", str(site.with_stem("form")), *config]) == 0
+    assert 'seg_per = "finding"\nempty_frames = true\n' in site.with_stem("form").read_text(encoding="utf-8")
+    assert run(["registry", "import", str(site.with_stem("form")), *config]) == 0
+    assert run(["peer", "list", "--json", *config]) == 0
+    assert '"seg_per": "finding"' in capsys.readouterr().out
     file.write_text(file.read_text(encoding="utf-8").replace('"seg", "key-image"', '"seg"'), encoding="utf-8")
     assert run(["registry", "import", str(file), *config]) == 2
     assert "no finding must be said" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""A display profile holds together: each peer hears of no finding, and no report speaks of a segmentation that isn't sent."""
+"""A display profile holds together: each peer hears of no finding, and each report speaks of the segmentation that goes with it."""
 
 from __future__ import annotations
 
 import pytest
 
-from dicomnode.results.profile import PROFILES, check_objects, chosen, parts
+from dicomnode.results.profile import PROFILES, USUAL, Form, check_objects, chosen, parts
 from storage.records import STANDARD_OBJECTS
 
 
@@ -24,7 +24,6 @@ def test_kinds_are_put_in_order_each_once() -> None:
     [
         (["seg", "gif"], "'gif' is no kind"),
         (["seg"], "no finding must be said"),
-        (["sr"], "sr needs seg or seg-labelmap"),
         (["seg", "seg-labelmap", "sr"], "seg and seg-labelmap say the same"),
         (["seg", "sr", "sr-comprehensive"], "sr and sr-comprehensive say the same"),
         ([], "no finding must be said"),
@@ -36,7 +35,10 @@ def test_what_does_not_go_together_is_refused(kinds: list[str], why: str) -> Non
 
 
 def test_a_report_refers_to_the_segmentation_of_its_own_profile() -> None:
-    assert parts(("seg", "sr-comprehensive", "key-image")) == (("seg", None), ("sr-comprehensive", "seg"), ("key-image", None))
+    assert parts(("seg", "sr-comprehensive", "key-image")) == (("seg", USUAL), ("sr-comprehensive", USUAL), ("key-image", None))
+    form = Form(kind="seg-labelmap", per="finding", empty_frames=True)
+    assert parts(("seg-labelmap", "sr"), seg_per="finding", empty_frames=True) == (("seg-labelmap", form), ("sr", form))
+    assert parts(("sr", "key-image"), seg_per="finding") == (("sr", None), ("key-image", None))
 
 
 def test_a_name_and_a_list_are_not_both_given() -> None:

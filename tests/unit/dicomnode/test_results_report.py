@@ -188,9 +188,13 @@ def test_further_measurements_are_reported_and_concepts_have_the_standards_words
     assert {i.ConceptNameCodeSequence[0].CodeMeaning for i in found(case, "103339001", report)} == {"Long axis"}
 
 
-def test_a_report_of_findings_needs_their_segmentation(case: Case) -> None:
-    with pytest.raises(ValueError, match="segmentation"):
-        encode_report(case.findings(sphere(case, (0, -10, 110), 9)), case.volume, case.headers, case.identity, None)
+def test_a_report_refers_to_no_segmentation_of_other_findings(case: Case) -> None:
+    findings = case.findings(sphere(case, (0, -10, 110), 9))
+    segmentation = encode_segmentation(findings, case.volume, case.headers, case.identity)
+    assert segmentation is not None
+    for said, given in ((case.findings(), segmentation), (findings, (segmentation, segmentation))):
+        with pytest.raises(ValueError, match="segmentation"):
+            encode_report(said, case.volume, case.headers, case.identity, given)
 
 
 def test_a_refusal_needs_an_image_of_the_study(case: Case) -> None:

@@ -42,6 +42,9 @@ def test_a_peer_is_kept_replaced_and_removed(storage: Storage) -> None:
         networks=("10.0.0.0/8", "fd00::/8"),
         user="ct",
         passcode_hash="x",
+        objects=("seg-labelmap", "sr"),
+        seg_per="finding",
+        empty_frames=True,
     )
     registry.add_peer(moved)
     registry.add_peer(dataclasses.replace(PACS, ae_title="ARCHIVE"))
@@ -68,7 +71,7 @@ def test_a_route_is_kept_replaced_and_removed_with_its_destinations_in_order(sto
     registry = storage.registry
     for name in ("PACS", "ARCHIVE", "AAA"):
         registry.add_peer(dataclasses.replace(PACS, ae_title=name))
-    route = dataclasses.replace(ROUTE, to_ae_titles=("PACS", "ARCHIVE", "AAA"), priority="stat", version="1.0")
+    route = dataclasses.replace(ROUTE, to_ae_titles=("PACS", "ARCHIVE", "AAA"), priority="stat", version="1.0", objects=("key-image",))
     registry.add_route(route)
     assert registry.routes() == [route]
     registry.add_route(ROUTE)
