@@ -1,4 +1,4 @@
-"""One SEG of all findings or one for each, with empty frames or without, or none at all: each with a report that refers to what there is."""
+"""One SEG of all findings or one for each, with empty frames or without, or none: each with a report that refers to what there is."""
 
 from __future__ import annotations
 
