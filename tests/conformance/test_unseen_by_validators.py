@@ -57,7 +57,7 @@ def template(group: Dataset) -> str:
     return str(group.ContentTemplateSequence[0].TemplateIdentifier)
 
 
-@pytest.mark.parametrize(("source", "kind"), SEGMENTATIONS, ids=" | ".join)
+@pytest.mark.parametrize(("source", "kind"), SEGMENTATIONS, ids=[" | ".join(each) for each in SEGMENTATIONS])
 def test_a_finding_has_one_tracking_uid_in_its_segment_and_in_both_of_its_groups(source: str, kind: str) -> None:
     segments = [item for item in read(segmentation(source, kind)).SegmentSequence if item.SegmentNumber != 0]
     tracked = {str(item.TrackingUID): str(item.TrackingID) for item in segments}
@@ -97,7 +97,7 @@ def test_every_report_names_its_procedure_and_in_each_group_algorithm_and_units(
         assert concepts == measured if kind in OF_FINDINGS else concepts <= {CERTAINTY}
 
 
-@pytest.mark.parametrize(("source", "kind"), SEGMENTATIONS, ids=" | ".join)
+@pytest.mark.parametrize(("source", "kind"), SEGMENTATIONS, ids=[" | ".join(each) for each in SEGMENTATIONS])
 def test_every_segment_names_the_algorithm_its_version_and_its_weights(source: str, kind: str) -> None:
     for segment in (item for item in read(segmentation(source, kind)).SegmentSequence if item.SegmentNumber != 0):
         assert (segment.SegmentAlgorithmType, segment.SegmentAlgorithmName) == ("AUTOMATIC", ALGORITHM)

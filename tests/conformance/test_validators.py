@@ -25,7 +25,7 @@ from validators import complaints, run, template_complaints
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.parametrize(("source", "kind"), EVERY, ids=str)
+@pytest.mark.parametrize(("source", "kind"), EVERY, ids=[" | ".join(each) for each in EVERY])
 def test_programs_find_nothing_wrong(source: str, kind: str, tmp_path: Path) -> None:
     patient = str(source_of(source).case.headers[0].PatientName)
     made = KINDS[kind](source)
