@@ -9,15 +9,19 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone, tzinfo
 from io import BytesIO
+from typing import Any
 
 import highdicom
 import numpy as np
 from pydicom import DataElement, Dataset
+from pydicom.charset import convert_encodings
 from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.errors import BytesLengthException
-from pydicom.filewriter import dcmwrite
+from pydicom.filewriter import correct_ambiguous_vr, dcmwrite
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 from pydicom.tag import Tag
@@ -45,6 +49,19 @@ _PATIENT_AND_STUDY_KEYWORDS = (
 
 _IMAGE_TAGS = [Tag(keyword) for keyword in _IMAGE_KEYWORDS]  # found at once: a name would be looked up for each of 500 slices
 _EMPTY = [DataElement(Tag(keyword), dictionary_VR(keyword), "") for keyword in _PATIENT_AND_STUDY_KEYWORDS]
+_SOP_CLASS, _POSITION, _ORIENTATION, _SPACING = (
+    Tag(keyword) for keyword in ("SOPClassUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """An image, or a frame of one, that a result stands on."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    frame_number: int | None  # None: the image has one frame
+    position: str | None  # Image Position (Patient) as VR DS; None of a projection
 
 
 def ascii_text(text: str, limit: int) -> str:
@@ -66,29 +83,41 @@ def content_label(package: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in ascii_text(package, 16).upper()).rstrip("_")
 
 
-def source_images(volume: Volume, headers: Sequence[Dataset]) -> list[Dataset]:
-    """Return one reduced header for each slice of the volume, in its order, with the plane's geometry as a classic image has it.
+def planes(volume: Volume, headers: Sequence[Dataset]) -> list[Plane]:
+    """Return the image plane of each slice of the volume, in its order. Its position is the image's own, of a frame the frame's."""
+    by_uid = {str(header.SOPInstanceUID): header for header in headers}
+    found = []
+    for k, uid in enumerate(volume.sop_instance_uids):
+        header, number, position = by_uid[uid], frame_number(volume, k), None
+        if not volume.is_projection:
+            values = header[_POSITION].value if number is None else _position_of_frame(header, number, volume, k)
+            position = "\\".join(getattr(value, "original_string", None) or str(value) for value in values)
+        found.append(Plane(sop_class_uid=str(header[_SOP_CLASS].value), sop_instance_uid=uid, frame_number=number, position=position))
+    return found
+
+
+def source_images(volume: Volume, headers: Sequence[Dataset], slices: Sequence[int] | None = None) -> list[Dataset]:
+    """Return one reduced header for each slice of the volume, or of `slices` alone, with the plane's geometry as a classic image has it.
 
     The position stays the image's own, of a multi-frame image the frame's. Orientation and pixel spacing are for all those of the
     plane that the volume's axes follow: images of one series may differ in the last digits. A projection has no position, no frame of
     reference and no pixel spacing. Patient and study attributes are left empty (see `stamp`).
     """
     by_uid = {str(header.SOPInstanceUID): header for header in headers}
-    whole = {uid: reduced_header(by_uid[uid]) for uid in dict.fromkeys(volume.sop_instance_uids)}
+    if slices is None:
+        slices = range(len(volume.sop_instance_uids))
+    uids = [volume.sop_instance_uids[k] for k in slices]
+    whole = {uid: reduced_header(by_uid[uid]) for uid in dict.fromkeys(uids)}
     if volume.is_projection:
-        return [_of_projection(whole[uid]) for uid in volume.sop_instance_uids]
-    if volume.frame_numbers is None:
-        images = list(whole.values())
-    else:
-        images = [
-            _of_frame(whole[uid], by_uid[uid], number, volume, k)
-            for k, (uid, number) in enumerate(zip(volume.sop_instance_uids, volume.frame_numbers, strict=True))
-        ]
-    first = min(images, key=lambda image: _distance(image, volume))
+        return [_of_projection(whole[uid]) for uid in uids]
+    images = [
+        whole[uid] if (number := frame_number(volume, k)) is None else _of_frame(whole[uid], by_uid[uid], number, volume, k)
+        for k, uid in zip(slices, uids, strict=True)
+    ]
     slice_mm = f"{volume.spacing_mm[0]:.10g}"
     shared = Dataset()
     shared.FrameOfReferenceUID = volume.frame_of_reference_uid
-    shared.ImageOrientationPatient, shared.PixelSpacing = first.ImageOrientationPatient, first.PixelSpacing
+    shared.ImageOrientationPatient, shared.PixelSpacing = _axes(volume, by_uid)
     shared.SpacingBetweenSlices = slice_mm
     elements = list(shared)  # converted and checked once: of 500 slices that would take as long as all the rest
     for image in images:
@@ -234,9 +263,23 @@ def algorithm_parameters(identity: RunIdentity, findings: Findings | None) -> Ma
     return parameters
 
 
-def encode(result: Dataset, ending: bytes = b"") -> ResultObject:
-    """Return the Part 10 file of an object: the same data set gives the same bytes. `ending` is written behind its last element."""
+def encode(result: Dataset, *, sequences: Mapping[int, bytes] | None = None, ending: Sequence[bytes | memoryview] = ()) -> ResultObject:
+    """Return the Part 10 file of an object: the same data set gives the same bytes.
+
+    Args:
+        result: a data set in Explicit VR Little Endian; it is changed.
+        sequences: the items of further sequences by their tag, encoded.
+        ending: what is written behind the last element.
+    """
     buffer = BytesIO()
+    if sequences:
+        result = correct_ambiguous_vr(result, True)  # as pydicom does where it takes nothing as it is
+        if result.get("SpecificCharacterSet"):
+            result.set_original_encoding(False, True, convert_encodings(result.SpecificCharacterSet))
+        else:
+            result.set_original_encoding(False, True)
+        for tag, items in sequences.items():
+            result[tag] = RawDataElement(Tag(tag), "SQ", len(items), items, 0, False, True)
     dcmwrite(buffer, result, enforce_file_format=True)
     return ResultObject(
         sop_instance_uid=str(result.SOPInstanceUID),
@@ -244,7 +287,7 @@ def encode(result: Dataset, ending: bytes = b"") -> ResultObject:
         transfer_syntax_uid=str(result.file_meta.TransferSyntaxUID),
         series_instance_uid=str(result.SeriesInstanceUID),
         modality=str(result.Modality),
-        data=buffer.getvalue() + ending if ending else buffer.getvalue(),
+        data=b"".join((buffer.getbuffer(), *ending)),
     )
 
 
@@ -259,25 +302,40 @@ def _of_projection(image: Dataset) -> Dataset:
 
 
 def _of_frame(image: Dataset, header: Dataset, number: int, volume: Volume, slice_index: int) -> Dataset:
-    """The plane of one frame: its own functional groups (PS3.3 C.7.6.16) where it has them, else where the volume puts it."""
+    """The plane of one frame, but for what all planes share."""
     plane = copied(image)
-    column_step, row_step = (volume.affine[:3, axis] / np.linalg.norm(volume.affine[:3, axis]) for axis in (2, 1))
-    position = volume.to_lps(np.array([slice_index, 0.0, 0.0]))
-    groups: dict[str, list[str]] = {
-        "ImagePositionPatient": [_decimal(v) for v in position],
-        "ImageOrientationPatient": [_decimal(v) for v in (*column_step, *row_step)],
-        "PixelSpacing": [_decimal(v) for v in volume.spacing_mm[1:]],
-    }
-    for keyword, values in groups.items():
-        own = _of_functional_groups(header, number, keyword)
-        setattr(plane, keyword, values if own is None else own)
+    plane.ImagePositionPatient = _position_of_frame(header, number, volume, slice_index)
     thickness = _of_functional_groups(header, number, "SliceThickness")
     if thickness is not None:
         plane.SliceThickness = thickness
     return plane
 
 
-def _of_functional_groups(header: Dataset, number: int, keyword: str) -> object:
+def _position_of_frame(header: Dataset, number: int, volume: Volume, slice_index: int) -> Sequence[object]:
+    """A frame's position by its own functional groups (PS3.3 C.7.6.16) where it has them, else where the volume puts it."""
+    own = _of_functional_groups(header, number, "ImagePositionPatient")
+    return own or [_decimal(v) for v in volume.to_lps(np.array([slice_index, 0.0, 0.0]))]
+
+
+def _axes(volume: Volume, by_uid: Mapping[str, Dataset]) -> tuple[Sequence[object], Sequence[object]]:
+    """Orientation and pixel spacing of the plane that the volume's axes follow best; of a frame without its own, those of the volume."""
+    known: dict[tuple[object, ...], tuple[Sequence[object], Sequence[object]]] = {}
+    steps = (volume.affine[:3, axis] / np.linalg.norm(volume.affine[:3, axis]) for axis in (2, 1))
+    cosines, spacing = [_decimal(v) for step in steps for v in step], [_decimal(v) for v in volume.spacing_mm[1:]]
+    for k, uid in enumerate(volume.sop_instance_uids):
+        header, number = by_uid[uid], frame_number(volume, k)
+        if number is None:
+            said = header[_ORIENTATION].value, header[_SPACING].value
+        else:
+            said = (
+                _of_functional_groups(header, number, "ImageOrientationPatient") or cosines,
+                _of_functional_groups(header, number, "PixelSpacing") or spacing,
+            )
+        known.setdefault((*said[0], *said[1]), said)
+    return min(known.values(), key=lambda said: _distance(said[0], said[1], volume))
+
+
+def _of_functional_groups(header: Dataset, number: int, keyword: str) -> Any:
     """A value of a frame, from its own functional groups or from the shared ones; None where neither has it."""
     sequence = {"ImagePositionPatient": "PlanePositionSequence", "ImageOrientationPatient": "PlaneOrientationSequence"}.get(
         keyword, "PixelMeasuresSequence"
@@ -295,11 +353,11 @@ def _decimal(value: float) -> str:
     return f"{value + 0.0:.10g}"
 
 
-def _distance(image: Dataset, volume: Volume) -> float:
-    """How far an image's orientation and pixel spacing are from the volume's axes."""
-    spacing = np.array(image.PixelSpacing, dtype=np.float64)
-    cosines = np.array(image.ImageOrientationPatient, dtype=np.float64)
-    axes = [cosines[3:] * spacing[0] - volume.affine[:3, 1], cosines[:3] * spacing[1] - volume.affine[:3, 2]]
+def _distance(orientation: Sequence[object], spacing: Sequence[object], volume: Volume) -> float:
+    """How far an orientation and a pixel spacing are from the volume's axes."""
+    row_mm, column_mm = np.array(spacing, dtype=np.float64)
+    cosines = np.array(orientation, dtype=np.float64)
+    axes = [cosines[3:] * row_mm - volume.affine[:3, 1], cosines[:3] * column_mm - volume.affine[:3, 2]]
     return float(np.abs(axes).max())
 
 

@@ -14,14 +14,15 @@ from highdicom.color import CIELabColor
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
-from pydicom import DataElement, Dataset
-from pydicom.config import IGNORE
-from pydicom.datadict import tag_for_keyword
+from pydicom import Dataset
 from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, ExplicitVRLittleEndian, RLELossless, SegmentationStorage
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentity, Volume
 from dicomnode.results import codes, frame_bytes, identity as uids, label_map, provenance
 from dicomnode.results.profile import Form
+from dicomnode.results.provenance import Plane
+
+Parts = Sequence[bytes | memoryview]  # of a file
 
 _ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
 _EXPLANATIONS = {
@@ -84,16 +85,16 @@ def _encoded(
     overlapping = _overlap(findings.findings)
     as_labels = form.kind == "seg-labelmap" and not (overlapping or volume.is_projection or len(findings.findings) > label_map.MOST)
     sop_class, syntax = (label_map.SOP_CLASS, RLELossless) if as_labels else (SegmentationStorage, ExplicitVRLittleEndian)
-    images = provenance.source_images(volume, headers)
+    planes = provenance.planes(volume, headers)
+    image = provenance.source_images(volume, headers, [findings.findings[0].segment.origin[0]])[0]
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     arguments = provenance.common_arguments(origin, identity, "SEG", **made_by)
     arguments["series_instance_uid"] = uids.series_uid(identity, ("SEG LABELMAP" if as_labels else "SEG") + form.variant)
     arguments["instance_number"] = ordinal
     segments = [replace(finding, number=number) for number, finding in enumerate(findings.findings, start=1)]
-    planes = range(len(volume.sop_instance_uids)) if form.empty_frames else None
     result = Segmentation(
-        source_images=[_plain(images[findings.findings[0].segment.origin[0]], volume)],
+        source_images=[_plain(image, volume)],
         pixel_array=_one_pixel(volume.voxels.shape[1:]),
         segmentation_type=SegmentationTypeValues.LABELMAP if as_labels else SegmentationTypeValues.BINARY,
         segment_descriptions=[_describe(finding, number, findings, identity) for number, finding in enumerate(findings.findings, start=1)],
@@ -106,15 +107,17 @@ def _encoded(
     )
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
     result.ContentCreatorName = ""  # type 2: no person made this
-    result.NumberOfFrames, ending = (_label_frames if as_labels else _frames)(segments, images, volume, planes)
+    every = range(len(planes)) if form.empty_frames else None
+    result.NumberOfFrames, ending = (_label_frames if as_labels else _frames)(segments, planes, volume, every)
     result.SegmentsOverlap = "YES" if overlapping else "NO"
     del result.PerFrameFunctionalGroupsSequence, result.PixelData  # `ending` is in their place
     if volume.is_projection:  # type 2C (PS3.3 C.7.6.1): without a place in space an image says which way its rows and columns run
-        result.PatientOrientation = images[0].get("PatientOrientation", "")
-    _reference_whole_series(result, images)
+        result.PatientOrientation = image.get("PatientOrientation", "")
+    images = frame_bytes.references(planes)  # each that was analysed, not only those under a frame (PS3.3 C.12.2, C.7.6.1.1)
+    sequences = {0x00082112: images, 0x00081115: frame_bytes.referenced_series(volume.series_instance_uid, images)}
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
-    return provenance.encode(result, ending)
+    return provenance.encode(result, sequences=sequences, ending=ending)
 
 
 def _plain(image: Dataset, volume: Volume) -> Dataset:
@@ -131,39 +134,32 @@ def _one_pixel(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume, every: Sequence[int] | None) -> tuple[int, bytes]:
+def _frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: Volume, every: Sequence[int] | None) -> tuple[int, Parts]:
     """Each segment's non-empty slices, or `every` one, as frames, with their pixels (PS3.5 8.1.1): how many, and their bytes.
 
     highdicom would hold every slice of every segment at once where segments overlap: 50 on 300 slices are 4 GB.
     """
     frames = [(finding, k) for finding in findings for k in every or _slices(finding)]
-    planes = sorted({k for _, k in frames})
-    ranks = {k: rank for rank, k in enumerate(planes, start=1)}
-    places = {k: frame_bytes.place(images[k], provenance.frame_number(volume, k)) for k in planes}
+    ranks = {k: rank for rank, k in enumerate(sorted({k for _, k in frames}), start=1)}
+    places = {k: frame_bytes.place(planes[k]) for k in ranks}
     several = len(findings) > 1  # the segment of a single one stands in the shared groups
+    belongs = {finding.number: frame_bytes.segment(finding.number) if several else b"" for finding in findings}
     groups = [
-        frame_bytes.frame(
-            places[k],
-            [finding.number] if volume.is_projection else [finding.number, ranks[k]],
-            finding.number if several else None,
-        )
+        frame_bytes.frame(places[k], [finding.number] if volume.is_projection else [finding.number, ranks[k]], belongs[finding.number])
         for finding, k in frames
     ]
     return len(frames), frame_bytes.ending(groups, _packed(frames, volume.voxels.shape[1:]), encapsulated=False)
 
 
-def _label_frames(findings: Sequence[Finding], images: Sequence[Dataset], volume: Volume, every: Sequence[int] | None) -> tuple[int, bytes]:
+def _label_frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: Volume, every: Sequence[int] | None) -> tuple[int, Parts]:
     """Each slice with a finding, or `every` one, as a frame of labels: how many, and their bytes."""
-    planes = every or sorted({k for finding in findings for k in _slices(finding)})
-    groups = [
-        frame_bytes.frame(frame_bytes.place(images[k], provenance.frame_number(volume, k)), [rank], None)
-        for rank, k in enumerate(planes, start=1)
-    ]
+    slices = every or sorted({k for finding in findings for k in _slices(finding)})
+    groups = [frame_bytes.frame(frame_bytes.place(planes[k]), [rank]) for rank, k in enumerate(slices, start=1)]
     rows, columns = volume.voxels.shape[1:]
-    return len(planes), frame_bytes.ending(groups, label_map.label_frames(findings, planes, (rows, columns)), encapsulated=True)
+    return len(slices), frame_bytes.ending(groups, label_map.label_frames(findings, slices, (rows, columns)), encapsulated=True)
 
 
-def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> bytes:
+def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> memoryview:
     """The frames' pixels as bits that follow each other without padding between frames, lowest bit first."""
     size = shape[0] * shape[1]
     data = np.zeros((len(frames) * size + 15) // 16 * 2, dtype=np.uint8)  # of even length
@@ -177,7 +173,7 @@ def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> by
         bits[shift:].reshape(len(mask), shape[1])[:, column : column + mask.shape[1]] = mask
         packed = np.packbits(bits, bitorder="little")
         data[first : first + len(packed)] |= packed
-    return data.tobytes()
+    return data.data
 
 
 def _slices(finding: Finding) -> list[int]:
@@ -227,19 +223,6 @@ def _describe(finding: Finding, number: int, findings: Findings, identity: RunId
     if finding.site and finding.side:
         description.AnatomicRegionSequence[0].AnatomicRegionModifierSequence = [coded(codes.LATERALITY[finding.side])]
     return description
-
-
-def _reference_whole_series(result: Dataset, images: Sequence[Dataset]) -> None:
-    """Name every image that was analysed, not only those under a frame (PS3.3 C.12.2, C.7.6.1.1)."""
-    references = []
-    for image in {str(image.SOPInstanceUID): image for image in images}.values():
-        reference = Dataset()
-        for keyword in ("SOPClassUID", "SOPInstanceUID"):  # values that a data set has held already
-            tag = tag_for_keyword(f"Referenced{keyword}") or 0
-            reference.add(DataElement(tag, "UI", image[keyword].value, validation_mode=IGNORE))
-        references.append(reference)
-    result.SourceImageSequence = references
-    result.ReferencedSeriesSequence[0].ReferencedInstanceSequence = references
 
 
 def _derive_dimension_uid(result: Dataset, uid: str) -> None:

@@ -40,9 +40,9 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from dicomnode.findings import Findings, Segment  # noqa: E402
+from dicomnode.findings import Findings, LongAxis, Segment  # noqa: E402
 from dicomnode.results.segmentation import encode_segmentation  # noqa: E402
-from results_cases import Case, finding_of, synthetic  # noqa: E402
+from results_cases import Case, finding_of, measured, synthetic  # noqa: E402
 
 SIDE = 512
 Encoder = Callable[[], int]  # encodes once, returns the bytes of the file
@@ -56,12 +56,27 @@ def study(slices: int, segments: int) -> tuple[Case, Findings]:
     grid = np.meshgrid(*(np.linspace(-1, 1, n) for n in (depth, cell, cell)), indexing="ij", sparse=True)
     mask = (grid[0] ** 2 + grid[1] ** 2 + grid[2] ** 2 <= 1).astype(np.bool_)
     mask[depth // 2, 0, cell // 2] = mask[depth // 2, -1, cell // 2] = True
-    first = finding_of(case, Segment(mask=np.ones((1, 2, 2), dtype=np.bool_), origin=(0, 0, 0)))
-    found = [
-        replace(first, segment=Segment(mask=mask, origin=(depth * (n % 4), cell * (n // across), cell * (n % across))))
-        for n in range(segments)
-    ]
+    example = finding_of(case, Segment(mask=np.ones((1, 2, 2), dtype=np.bool_), origin=(0, 0, 0)))
+    found = []
+    for n in range(segments):
+        k, r, c = origin = (depth * (n % 4), cell * (n // across), cell * (n % across))
+        ends = [(k + depth // 2, row, c + cell // 2) for row in (r, r + cell - 1)]
+        index = np.argwhere(mask) + origin
+        length = (cell - 1) * 0.7
+        first, last, centre = (_point(case, np.asarray(place, dtype=np.float64)) for place in (*ends, index.mean(axis=0)))
+        axis = LongAxis(
+            slice_index=k + depth // 2, points_lps_mm=(first, last), length_mm=length,
+            points_px=((ends[0][2], ends[0][1]), (ends[1][2], ends[1][1])),
+        )  # fmt: skip
+        segment = Segment(mask=mask, origin=origin)
+        numbers = measured(case.volume, len(index), length)
+        found.append(replace(example, segment=segment, centre_lps_mm=centre, long_axis=axis, measurements=numbers))
     return case, case.findings(*found)
+
+
+def _point(case: Case, index: NDArray[np.float64]) -> tuple[float, float, float]:
+    x, y, z = case.volume.to_lps(index).tolist()
+    return x, y, z
 
 
 def label_map(case: Case, findings: Findings) -> NDArray[np.uint8]:
