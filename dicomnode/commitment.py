@@ -1,24 +1,38 @@
-"""Storage commitment (PS3.4 J): whether a peer holds what it was sent, and what happens when it doesn't.
+"""Storage commitment (PS3.4 J), both ways: whether a peer holds what it was sent, and whether we hold what a peer sent.
 
 SENT is not COMMITTED: a delivery to a peer that commits is done when the peer says so. What was asked and answered are rows; nothing
-waits in a thread or on an association. Must never take a peer's word for a transaction that wasn't asked of that peer.
+waits in a thread or on an association. Must never take a peer's word for a transaction that wasn't asked of that peer, nor give ours
+for bytes that weren't read again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from dicomnode.config import Settings
-from dicomnode.dimse.commitment import CommitmentReport, Reference, failure_in_words
-from dicomnode.dimse.scu import ask_commitment
+from dicomnode.dimse.commitment import (
+    CLASS_INSTANCE_CONFLICT,
+    DUPLICATE_TRANSACTION,
+    NO_SUCH_INSTANCE,
+    PROCESSING_FAILURE,
+    Asked,
+    CommitmentReport,
+    Reference,
+    failure_in_words,
+)
+from dicomnode.dimse.scu import ask_commitment, report_commitment
 from dicomnode.engine import EngineClient
-from dicomnode.errors import InvalidArgument
+from dicomnode.errors import InvalidArgument, ResourceLimitation
 from dicomnode.logs import get_logger
 from storage import Storage
-from storage.records import Delivery, Job, Peer
+from storage.errors import StorageError
+from storage.records import CommitmentRequest, Delivery, Instance, Job, Peer
 
+CRASHES_ALLOWED = 10  # an answer that ends its worker more often than this is dead-lettered
 NOT_COMMITTED = "not-committed"  # reason code of a delivery whose peer took everything and commits to less
 
 log = get_logger(__name__)
@@ -135,3 +149,99 @@ class StorageCommitment:
         reason = f"{len(deliveries)} object(s) not committed to by {peer}: {deliveries[0].error}"
         self._storage.jobs.finish(key, "failed", reason_code=NOT_COMMITTED, reason=reason, connection=transaction)
         log.warning("not committed", job=key, peer=peer, count=len(deliveries))
+
+    def request(self, asked: Asked) -> None:
+        """Note for good what a peer asks this node to commit to; it is looked at and reported later.
+
+        Raises:
+            ResourceLimitation: more is asked than a peer may ask at once.
+        """
+        limits, requests, database = self._settings.commitment, self._storage.requests, self._storage.database
+        references = sorted({(reference.sop_class_uid, reference.sop_instance_uid) for reference in asked.references})
+        if len(references) > limits.maximum_references:
+            raise ResourceLimitation(f"more than {limits.maximum_references} instances in a request")
+        digest = hashlib.sha256(json.dumps(references).encode()).hexdigest()
+        with database.writing() as transaction:
+            requests.lock(transaction, asked.ae_title)
+            known = requests.of_transaction(transaction, asked.ae_title, asked.transaction_uid)
+            same = next((request for request in known if request.digest == digest), None)
+            if same is not None and same.state == "waiting":
+                return
+            if same is None and requests.waiting(transaction, asked.ae_title) >= limits.maximum_waiting:
+                raise ResourceLimitation("too many requests wait to be answered")
+            key = same.key if same is not None else f"commit/{uuid.uuid4().hex}"
+            if same is not None and same.key == known[0].key:
+                requests.renew(transaction, key, references)
+            else:
+                identity = {"peer": asked.ae_title, "transaction_uid": asked.transaction_uid, "digest": digest}
+                # A Transaction UID that was used for something else: the peer is told so, and the first request stays what it was.
+                failures = [(uid, DUPLICATE_TRANSACTION) for _, uid in references] if known else None
+                requests.add(transaction, key, **identity, references=references, failures=failures)
+            self._client.enqueue(transaction, key, "commit", "routine", ticket=uuid.uuid4().hex)
+        log.info("commitment asked", key=key, peer=asked.ae_title, count=len(references))
+
+    def answer(self, key: str, attempt: int) -> float | None:
+        """Look at what a peer asked about, and report to it; None when the row says how it ended, else seconds until the next try."""
+        requests = self._storage.requests
+        request = requests.start(key)
+        if request is None:
+            return None
+        if request.attempts > attempt + CRASHES_ALLOWED:
+            requests.finish(key, "failed", reason=f"the answer ended its worker {CRASHES_ALLOWED} times: dead-lettered")
+            return None
+        peer = self._storage.registry.peer(request.peer)
+        if peer is None or not peer.sends:
+            requests.finish(key, "failed", reason=f"{request.peer} is not a peer that sends")
+            return None
+        failures = dict(request.failures) if request.failures is not None else self._verify(request)
+        if request.failures is None:
+            requests.verified(key, list(failures.items()))
+        references = [
+            Reference(sop_class_uid=sop_class, sop_instance_uid=uid, failure=failures.get(uid)) for sop_class, uid in request.references
+        ]
+        outcome = report_commitment(
+            peer, request.transaction_uid, references, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls
+        )
+        schedule = self._settings.engine.retry_schedule_seconds
+        reason = f"{peer.ae_title} at {peer.host}:{peer.port} did not take the report: {outcome.error}"
+        if outcome.state == "accepted":
+            requests.finish(key, "reported")
+            log.info("commitment answered", key=key, peer=peer.ae_title, count=len(references) - len(failures))
+        elif outcome.state == "transient" and attempt < len(schedule):
+            requests.postpone(key, reason)
+            return schedule[attempt]
+        else:
+            requests.finish(key, "failed", reason=reason)
+            log.warning("commitment not answered", key=key, peer=peer.ae_title, attempt=attempt)
+        return None
+
+    def _verify(self, request: CommitmentRequest) -> dict[str, int]:
+        """Read the stored bytes of each instance again; return the Failure Reason of each that is not committed to."""
+        held = self._storage.index.find_all([uid for _, uid in request.references])
+        failures = {}
+        for sop_class, uid in request.references:
+            instance = held.get(uid)
+            if instance is None:
+                failures[uid] = NO_SUCH_INSTANCE
+            elif instance.sop_class_uid != sop_class:
+                failures[uid] = CLASS_INSTANCE_CONFLICT
+            elif not self._is_whole(instance):
+                failures[uid] = PROCESSING_FAILURE
+        return failures
+
+    def _is_whole(self, instance: Instance) -> bool:
+        """Whether the file still holds the data set that was received."""
+        try:
+            is_whole = self._storage.objects.digest(instance.stored.object_id) == instance.stored.sha256
+        except StorageError:
+            is_whole = False
+        if not is_whole:
+            log.error("a stored object is not what was received", sop_instance_uid=instance.sop_instance_uid)
+        return is_whole
+
+
+def answer_again(storage: Storage, client: EngineClient, request: CommitmentRequest) -> None:
+    """Send a report that was given up once more, its tries counted from 0."""
+    with storage.database.writing() as transaction:
+        storage.requests.reopen(transaction, request.key)
+        client.enqueue(transaction, request.key, "commit", "routine", ticket=uuid.uuid4().hex)

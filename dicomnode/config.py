@@ -119,11 +119,13 @@ class EngineSection(_Section):
 
 
 class CommitmentSection(_Section):
-    """Storage commitment: peers that are asked whether they hold what they were sent."""
+    """Storage commitment: peers that are asked whether they hold what they were sent, and peers that ask us."""
 
     report_seconds: float = Field(3, ge=0, description="an association stays open for so long after a request, for a report on it")
     answer_seconds: float = Field(3600, gt=0, description="a peer that hasn't reported after this is asked again")
     rounds: int = Field(5, ge=0, description="how often an object is sent again that its peer says it doesn't hold; then it has failed")
+    maximum_references: int = Field(5000, ge=1, description="instances that one request of a peer may name")
+    maximum_waiting: int = Field(1000, ge=1, description="requests of one peer that may wait for our report")
 
 
 class AnalysisSection(_Section):

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions
 
@@ -38,6 +38,7 @@ AWAY_SECONDS = 5.0  # until a job that the database left in the middle is tried 
 # A workflow that kills its worker is dead-lettered by the job's own count of attempts; the engine's limit must never come first.
 RECOVERY_ATTEMPTS = 1_000_000
 
+QueueKind = JobKind | Literal["commit"]
 Work = Callable[[str, int], float | None]
 """Do the job of that key on its n-th try (0, 1, …). None when its row says how it ended, else seconds until the next try."""
 
@@ -51,7 +52,15 @@ class EngineClient:
         self._client = DBOSClient(system_database_url=database_url, serializer=SERIALIZER)
 
     def enqueue(
-        self, connection: Any, key: str, kind: JobKind, priority: Priority, *, ticket: str = "0", attempt: int = 0, delay_seconds: float = 0
+        self,
+        connection: Any,
+        key: str,
+        kind: QueueKind,
+        priority: Priority,
+        *,
+        ticket: str = "0",
+        attempt: int = 0,
+        delay_seconds: float = 0,
     ) -> None:
         """Put a job on its queue within the caller's transaction; doing it again with the same ticket and attempt changes nothing.
 
@@ -96,13 +105,24 @@ def prepare_engine(database_url: str) -> None:
     DBOS.migrate(database_url)
 
 
+class Rows(Protocol):
+    """The rows that say what became of a queue's work, where they aren't jobs."""
+
+    def postpone(self, key: str, reason: str) -> None:
+        """Note why the work waits for its next try."""
+
+    def finish(self, key: str, state: Literal["failed"], *, reason_code: str, reason: str) -> bool:
+        """Note that the work was given up."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """A kind of job that this worker takes, and how many of them at a time."""
+    """A kind of work that this worker takes, and how many of it at a time."""
 
-    kind: JobKind
+    kind: QueueKind
     work: Work
     concurrency: int
+    rows: Rows | None = None  # None: the jobs
 
 
 class Worker:
@@ -202,26 +222,27 @@ class Worker:
                 self._work_ended.notify_all()
 
     def _work(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
-        jobs = self._storage.jobs
+        rows = queue.rows or self._storage.jobs
         try:
             wait = queue.work(key, attempt)
         except Unavailable as error:  # nothing is wrong with the job: it is done again when the database is back
             log.warning("the database was away", job=key, attempt=attempt)
             wait, away = AWAY_SECONDS, str(error)
-            self._once_possible(lambda: jobs.postpone(key, away))
+            self._once_possible(lambda: rows.postpone(key, away))
         except Exception as error:  # the workflow boundary: whatever a job does, its row says so and the worker lives on
             log.exception("job failed", job=key, attempt=attempt)
             reason = f"{type(error).__name__}: see the log"
-            self._once_possible(lambda: jobs.finish(key, "failed", reason_code="internal-error", reason=reason))
+            self._once_possible(lambda: rows.finish(key, "failed", reason_code="internal-error", reason=reason))
             return
         if wait is not None and ticket is not None:
             self._once_possible(lambda: self._enqueue_again(queue, key, ticket, attempt + 1, wait))
 
     def _enqueue_again(self, queue: Queue, key: str, ticket: str, attempt: int, wait: float) -> None:
         job = self._storage.jobs.job(key)
-        if job is not None:
+        if job is not None or queue.rows is not None:
+            priority = job.priority if job is not None else "routine"
             with self._storage.database.writing() as transaction:
-                self._client.enqueue(transaction, key, queue.kind, job.priority, ticket=ticket, attempt=attempt, delay_seconds=wait)
+                self._client.enqueue(transaction, key, queue.kind, priority, ticket=ticket, attempt=attempt, delay_seconds=wait)
 
     def _once_possible(self, action: Callable[[], object]) -> None:
         """Do what a job's row needs, however long the database is away; a job whose row says nothing would never end."""

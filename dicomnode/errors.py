@@ -102,10 +102,22 @@ class NoSuchClass(CommitmentRefused):
     dimse_status = 0x0118  # PS3.7 C.5.7 No such SOP Class
 
 
+class NoSuchAction(CommitmentRefused):
+    """The action type is not 1 (Request Storage Commitment)."""
+
+    dimse_status = 0x0123  # PS3.7 C.5.6 No such action
+
+
 class NotAuthorized(CommitmentRefused):
     """The caller may not send this message: it is not registered for it, or sends it outside a context of the class."""
 
     dimse_status = 0x0124  # PS3.7 C.5.22 Refused: Not authorized
+
+
+class ResourceLimitation(CommitmentRefused):
+    """The request names more instances than a request may, or too many requests of its peer wait to be answered."""
+
+    dimse_status = 0x0213  # PS3.7 C.5.19 Resource limitation
 
 
 class PackageError(UsageError):

@@ -19,6 +19,7 @@ from storage.jobs import Jobs
 from storage.leases import Leases
 from storage.objects import ObjectStore
 from storage.registry import Registry
+from storage.requests import CommitmentRequests
 from storage.upgrade import is_current, upgrade
 
 
@@ -33,6 +34,7 @@ class Storage:
     registry: Registry
     jobs: Jobs
     commitments: Commitments
+    requests: CommitmentRequests
     leases: Leases
     counters: Counters
 
@@ -82,6 +84,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
         commitments=Commitments(database),
+        requests=CommitmentRequests(database),
         leases=Leases(database),
         counters=Counters(database),
     )

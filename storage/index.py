@@ -78,6 +78,16 @@ class Index:
             row = connection.execute(_select_instances().where(INSTANCE.c.sop_instance_uid == sop_instance_uid)).one_or_none()
         return _instance(row) if row else None
 
+    def find_all(self, sop_instance_uids: Sequence[str]) -> dict[str, Instance]:
+        """Return the stored instances with these UIDs, by UID."""
+        found = {}
+        with self._database.reading() as connection:
+            for start in range(0, len(sop_instance_uids), _BATCH):
+                batch = sop_instance_uids[start : start + _BATCH]
+                for row in connection.execute(_select_instances().where(INSTANCE.c.sop_instance_uid.in_(batch))):
+                    found[row.sop_instance_uid] = _instance(row)
+        return found
+
     def holds(self, header: InstanceHeader) -> bool:
         """Return whether the same content (equal data set bytes in the same transfer syntax) is stored under this UID."""
         with self._database.reading() as connection:

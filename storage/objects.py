@@ -6,6 +6,7 @@ name, in `incoming`, on the same file system.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import weakref
@@ -110,6 +111,15 @@ class ObjectStore:
         """Return the object's bytes. Raises StorageError if it is absent or cannot be read."""
         try:
             return self.path(object_id).read_bytes()
+        except OSError as error:
+            raise StorageError(f"object {object_id} cannot be read: {error.strerror}") from error
+
+    def digest(self, object_id: str) -> str:
+        """Return the SHA-256 of the data set as it lies on the disk now. Raises StorageError if it is absent or cannot be read."""
+        try:
+            with self.path(object_id).open("rb") as file:
+                file.seek(meta_length(file.read(144)))
+                return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise StorageError(f"object {object_id} cannot be read: {error.strerror}") from error
 

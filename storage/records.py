@@ -251,3 +251,21 @@ class Commitment:
     due_at: datetime | None  # when it counts as unanswered
     answered_at: datetime | None
     error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitmentRequest:
+    """One request of a peer that this node commit to instances it received (PS3.4 J.3)."""
+
+    key: str
+    peer: str
+    transaction_uid: str
+    digest: str  # of the references
+    instances: int  # how many references it had
+    references: tuple[tuple[str, str], ...]  # SOP Class and SOP Instance UID; none once it is reported
+    failures: tuple[tuple[str, int], ...] | None  # SOP Instance UID and Failure Reason (PS3.3 C.14.1.1); None: not looked at yet
+    state: Literal["waiting", "reported", "failed"]  # failed: the report was given up
+    attempts: int
+    reason: str | None
+    asked_at: datetime
+    ended_at: datetime | None

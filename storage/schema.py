@@ -299,6 +299,24 @@ COMMITMENT = Table(
     Index(None, "job_key"),
 )
 
+COMMITMENT_REQUEST = Table(
+    "commitment_request",
+    METADATA,
+    Column("key", Text, primary_key=True),
+    Column("peer", Text, nullable=False),
+    Column("transaction_uid", Text, nullable=False),
+    Column("digest", Text, nullable=False),  # of the references, which a reported one no longer has
+    Column("instances", Integer, nullable=False),
+    Column("references", JSON, nullable=False),
+    Column("failures", JSON(none_as_null=True)),  # null: not looked at yet
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("reason", WireText),
+    Column("asked_at", UtcTime, nullable=False),
+    Column("ended_at", UtcTime),
+    Index(None, "peer", "transaction_uid"),
+)
+
 LEASE = Table(
     "lease",
     METADATA,

@@ -208,9 +208,14 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
 
 
 def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
+    from dicomnode.commitment import StorageCommitment
     from dicomnode.delivery import Sender
 
-    queues = (Queue(kind="deliver", work=Sender(settings, storage, client).deliver, concurrency=SENDER_CONCURRENCY),)
+    commitment = StorageCommitment(settings, storage, client)
+    queues = (
+        Queue(kind="deliver", work=Sender(settings, storage, client).deliver, concurrency=SENDER_CONCURRENCY),
+        Queue(kind="commit", work=commitment.answer, concurrency=SENDER_CONCURRENCY, rows=storage.requests),
+    )
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
     worker.start()
     return lambda: worker.stop(DRAIN_SECONDS)

@@ -15,9 +15,10 @@ from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.errors import UsageError
 from storage import Storage
-from storage.records import Job, JobKind, JobState, Study
+from storage.records import Commitment, CommitmentRequest, Job, JobKind, JobState, Study
 
 study = typer.Typer(no_args_is_help=True, help="Studies: list, show all that is known of one, analyse one again.")
+commitment = typer.Typer(no_args_is_help=True, help="Storage commitment: what peers were asked, and what they ask this node.")
 job = typer.Typer(no_args_is_help=True, help="Jobs: list, retry, cancel, change the priority.")
 
 
@@ -25,6 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.add_typer(study, name="study")
     app.add_typer(job, name="job")
+    app.add_typer(commitment, name="commitment")
 
 
 @study.command("list")
@@ -57,7 +59,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
             "results": (storage.jobs.results(study_instance_uid=uid), ["modality", "sop_instance_uid", "created_at"]),
             "deliveries": (
                 storage.jobs.deliveries(study_instance_uid=uid),
-                ["sop_instance_uid", "peer", "state", "attempts", "error", "next_at"],
+                ["sop_instance_uid", "peer", "state", "attempts", "error", "next_at", "committed_at"],
             ),
             "refused": (refused, ["sop_instance_uid", "calling_ae_title", "dimse_status", "reason", "received_at"]),
         }
@@ -143,6 +145,59 @@ def job_priority(key: str, priority: Literal["stat", "routine"], config: ConfigO
         if found.state not in {"queued", "running"}:
             raise UsageError(f"the job is {found.state}, it has nothing to wait for")
         prioritise(storage, client, found, priority)
+
+
+@commitment.command("list")
+def commitment_list(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List what peers were asked to commit to (role SCU), and what they ask this node to commit to (role SCP)."""
+    with opened(config) as (_, storage):
+        rows = [_as_scu(storage, asked) for asked in storage.commitments.commitments()] + list(map(_as_scp, storage.requests.requests()))
+        show(rows, ["key", "role", "peer", "state", "instances", "not_committed", "reason", "asked_at", "ended_at"], as_json=json)
+
+
+@commitment.command("retry")
+def commitment_retry(key: str, config: ConfigOption = None) -> None:
+    """Send a report to a peer once more that was given up; a delivery that wasn't committed to: `dicomnode job retry`."""
+    from dicomnode.commitment import answer_again
+
+    with _with_engine(config) as (storage, client):
+        found = storage.requests.request(key)
+        if found is None:
+            raise UsageError(f"there is no request {key!r}; `dicomnode commitment list` shows their keys")
+        if found.state != "failed":
+            raise UsageError(f"the request is {found.state}, there is nothing to repeat")
+        answer_again(storage, client, found)
+
+
+def _as_scu(storage: Storage, asked: Commitment) -> dict[str, Any]:
+    deliveries = [row for row in storage.jobs.deliveries(job_key=asked.job_key) if row.transaction_uid == asked.transaction_uid]
+    return {
+        "key": asked.job_key,
+        "role": "SCU",
+        "peer": asked.peer,
+        "transaction_uid": asked.transaction_uid,
+        "state": asked.state,
+        "instances": len(deliveries),
+        "not_committed": sum(row.state != "committed" for row in deliveries),
+        "reason": asked.error,
+        "asked_at": asked.asked_at,
+        "ended_at": asked.answered_at,
+    }
+
+
+def _as_scp(request: CommitmentRequest) -> dict[str, Any]:
+    return {
+        "key": request.key,
+        "role": "SCP",
+        "peer": request.peer,
+        "transaction_uid": request.transaction_uid,
+        "state": request.state,
+        "instances": request.instances,
+        "not_committed": None if request.failures is None else len(request.failures),
+        "reason": request.reason,
+        "asked_at": request.asked_at,
+        "ended_at": request.ended_at,
+    }
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pynetdicom.pdu_primitives import A_ABORT, A_ASSOCIATE, A_P_ABORT, A_RELEASE
 from pynetdicom.transport import AddressInformation
 
 from dicomnode.dimse import command as commands
-from dicomnode.dimse.commitment import read_report
+from dicomnode.dimse.commitment import read_report, read_request
 from dicomnode.dimse.scp import ReceivedInstance, StoreRequest
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
 from dicomnode.errors import CommitmentFailure, CommitmentRefused, InvalidArgument, NotAuthorized, ProcessingFailure, StoreRefused
@@ -70,7 +70,7 @@ class Caller:
 class Grants:
     """What a caller that was let in may do, besides C-ECHO."""
 
-    stores: bool  # send instances
+    stores: bool  # send instances, and ask this node to commit to them
     commits: bool  # report what it commits to
 
 
@@ -192,6 +192,7 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         self._received = 0
         self._abort_asked = False
         self._grants = Grants(stores=False, commits=False)
+        self.bind(evt.EVT_N_ACTION, self._asked_to_commit)
         self.bind(evt.EVT_N_EVENT_REPORT, self._reported)
 
     def serve(self, request: bytes) -> None:
@@ -509,6 +510,13 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         return ProcessingFailure("the node failed; send again later")
 
     # storage commitment: pynetdicom's service class calls these
+
+    def _asked_to_commit(self, event: Any) -> tuple[Dataset, None]:
+        """Handle EVT_N_ACTION: a peer asks this node to commit to what it sent."""
+        service = self._listener.commitment
+        if service is None or not self._grants.stores:
+            return refused(NotAuthorized("this AE may not ask for storage commitment")), None
+        return answered(lambda: read_request(event, self._calling), service.request), None
 
     def _reported(self, event: Any) -> tuple[Dataset, None]:
         """Handle EVT_N_EVENT_REPORT: a peer says what it commits to."""

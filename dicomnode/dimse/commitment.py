@@ -13,18 +13,19 @@ from pydicom.dataset import Dataset
 
 from dicomnode.dimse.contexts import STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE
 from dicomnode.dimse.scp import is_uid
-from dicomnode.errors import InvalidArgument, NoSuchClass, NoSuchEventType, NoSuchInstance, NotAuthorized
+from dicomnode.errors import InvalidArgument, NoSuchAction, NoSuchClass, NoSuchEventType, NoSuchInstance, NotAuthorized
 
 REQUEST: Final = 1  # the one action type, Request Storage Commitment
 ALL_COMMITTED, FAILURES_EXIST = 1, 2  # the event types
 
 # PS3.3 C.14.1.1 Failure Reason (0008,1197)
+PROCESSING_FAILURE, NO_SUCH_INSTANCE, CLASS_INSTANCE_CONFLICT, DUPLICATE_TRANSACTION = 0x0110, 0x0112, 0x0119, 0x0131
 FAILURE_REASONS: Final[Mapping[int, str]] = {
-    0x0110: "processing failure",
-    0x0112: "no such object instance",
-    0x0119: "class / instance conflict",
+    PROCESSING_FAILURE: "processing failure",
+    NO_SUCH_INSTANCE: "no such object instance",
+    CLASS_INSTANCE_CONFLICT: "class / instance conflict",
     0x0122: "referenced SOP class not supported",
-    0x0131: "duplicate transaction UID",
+    DUPLICATE_TRANSACTION: "duplicate transaction UID",
     0x0213: "resource limitation",
 }
 
@@ -47,11 +48,23 @@ class CommitmentReport:
     references: tuple[Reference, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a peer asks this node to commit to (N-ACTION)."""
+
+    ae_title: str  # who asks
+    transaction_uid: str
+    references: tuple[Reference, ...]
+
+
 class CommitmentService(Protocol):
     """What the messages of peers mean. Each returns when it is noted for good, or raises CommitmentRefused."""
 
     def report(self, report: CommitmentReport) -> None:
         """Take a peer's answer to what it was asked."""
+
+    def request(self, asked: Asked) -> None:
+        """Take a peer's request; it is answered later."""
 
 
 def failure_in_words(reason: int) -> str:
@@ -65,6 +78,35 @@ def action_information(transaction_uid: str, references: Sequence[Reference]) ->
     dataset.TransactionUID = transaction_uid
     dataset.ReferencedSOPSequence = [_item(reference) for reference in references]
     return dataset
+
+
+def event_information(transaction_uid: str, references: Sequence[Reference]) -> Dataset:
+    """The data set of an N-EVENT-REPORT request (PS3.4 Table J.3-2)."""
+    dataset = Dataset()
+    dataset.TransactionUID = transaction_uid
+    committed = [_item(reference) for reference in references if reference.failure is None]
+    failed = [_item(reference) for reference in references if reference.failure is not None]
+    if failed:
+        dataset.FailedSOPSequence = failed
+    if committed:
+        dataset.ReferencedSOPSequence = committed
+    return dataset
+
+
+def read_request(event: Any, ae_title: str) -> Asked:
+    """Read an N-ACTION request (PS3.4 Table J.3-1), pynetdicom's event, of an AE that is known.
+
+    Raises:
+        CommitmentRefused: the message is not one of the class, or malformed; what pydicom raises comes through.
+    """
+    _check_context(event, event.request.RequestedSOPClassUID, event.request.RequestedSOPInstanceUID)
+    if event.action_type != REQUEST:
+        raise NoSuchAction(f"there is no action type {event.action_type}")
+    dataset = event.action_information
+    references = tuple(_references(dataset, "ReferencedSOPSequence"))
+    if not references:
+        raise InvalidArgument("the request names no instance")
+    return Asked(ae_title=ae_title, transaction_uid=_transaction_uid(dataset), references=references)
 
 
 def read_report(event: Any, ae_title: str) -> CommitmentReport:

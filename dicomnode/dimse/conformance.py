@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dicomnode.config import CommitmentSection, ListenerSection, Settings, TlsSection
+from dicomnode.dimse.commitment import CLASS_INSTANCE_CONFLICT, DUPLICATE_TRANSACTION, NO_SUCH_INSTANCE, PROCESSING_FAILURE
 from dicomnode.dimse.contexts import (
     DEFLATED,
     EXCLUDED_TRANSFER_SYNTAXES,
@@ -51,7 +52,7 @@ def _lines(settings: Settings) -> Iterator[str]:
         [
             ("Verification", f"`{VERIFICATION}`", "yes", "yes"),
             ("Storage", f"the {len(STORAGE_CLASSES)} below", "yes, in the transfer syntax an object is stored in", "yes"),
-            ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "no"),
+            ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "yes"),
         ],
     )
     yield from _associations(settings)
@@ -80,7 +81,7 @@ def _associations(settings: Settings) -> Iterator[str]:
             ("TCP port of DICOM over TLS", _tls_port(settings.tls)),
             ("Asynchronous operations", "one at a time"),
             ("Extended negotiation", "not used"),
-            ("Role selection", "as acceptor, for storage commitment: a peer that reports proposes itself as its SCP"),
+            ("Role selection", "for storage commitment: who opens an association to report proposes itself as SCP of the class"),
             ("User identity", "as acceptor: types 1 and 2, for peers that are registered with a user name; no positive response is sent"),
         ],
     )
@@ -170,7 +171,23 @@ def _commitment(settings: Settings) -> Iterator[str]:
             ("any other, or a context that is not accepted", "failed: a person must look"),
         ],
     )
-    yield "A report is answered with Success once it is noted, also one that comes twice. Other answers:"
+    yield "A report is answered with Success once it is noted, also one that comes twice; other answers stand below."
+    yield ""
+    yield "## Storage commitment: SCP"
+    yield "A peer that may send may ask (N-ACTION, action type 1). The request is noted for good before Success. Then the stored"
+    yield "bytes of each instance are read again, and their SHA-256 is compared with that of what was received. The report (N-EVENT-REPORT)"
+    yield "goes to the peer's registered host and port on a new association, by `engine.retry_schedule_seconds`; one given up is seen"
+    yield "in `dicomnode commitment list`. The same request again is Success: it is answered once, or once more if it was answered before."
+    yield from _table(
+        ("Failure Reason (0008,1197)", "When"),
+        [
+            (f"{NO_SUCH_INSTANCE:04X}", "the node doesn't hold this instance"),
+            (f"{CLASS_INSTANCE_CONFLICT:04X}", "the node holds it as an instance of another SOP class"),
+            (f"{PROCESSING_FAILURE:04X}", "the stored bytes can't be read, or aren't those that were received"),
+            (f"{DUPLICATE_TRANSACTION:04X}", "this peer has used the Transaction UID for other instances"),
+        ],
+    )
+    yield "Answers to N-ACTION and N-EVENT-REPORT other than Success, with an Error Comment (0000,0902):"
     yield from _table(("Status", "Meaning"), _refusals(CommitmentRefused))
 
 

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 VERIFICATION: Final = "1.2.840.10008.1.1"  # SCP and SCU
 
-# PS3.4 J.3: the class, and the one instance of it that every message names. SCU of it to peers that commit.
+# PS3.4 J.3: the class, and the one instance of it that every message names. SCU and SCP.
 STORAGE_COMMITMENT: Final = "1.2.840.10008.1.20.1"
 STORAGE_COMMITMENT_INSTANCE: Final = "1.2.840.10008.1.20.1.1"
 COMMITMENT_SYNTAXES: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")  # Explicit and Implicit VR Little Endian

@@ -181,7 +181,8 @@ class _Contexts:
         self._made: dict[str, Any] = {}
         self._verification = build_context(VERIFICATION)
         self._commitment = build_context(STORAGE_COMMITMENT, list(COMMITMENT_SYNTAXES))
-        # PS3.4 J.3.3: who reports on an association of its own proposes itself as SCP. Some forget to, so either role is taken.
+        # PS3.4 J.3.3: who reports on an association of its own proposes itself as SCP. Some forget to, so either role is taken; what
+        # the caller may say in which one is judged by the message.
         self._commitment.scu_role = self._commitment.scp_role = True
 
     def of(self, requested: set[str], grants: Grants) -> list[Any]:
@@ -192,7 +193,7 @@ class _Contexts:
         contexts = [self._verification]
         if grants.stores:
             contexts += [self._made[uid] for uid in sorted(requested) if uid in self._made]
-        if grants.commits and STORAGE_COMMITMENT in requested:
+        if (grants.stores or grants.commits) and STORAGE_COMMITMENT in requested:
             contexts.append(self._commitment)
         return contexts
 

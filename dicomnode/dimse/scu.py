@@ -15,13 +15,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from pynetdicom import AE, _config, evt
+from pynetdicom import AE, _config, build_role, evt
 from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import build_context
 
 from dicomnode.config import TlsSection
 from dicomnode.dimse.association import answered
-from dicomnode.dimse.commitment import REQUEST, CommitmentReport, Reference, action_information, read_report
+from dicomnode.dimse.commitment import (
+    ALL_COMMITTED,
+    FAILURES_EXIST,
+    REQUEST,
+    CommitmentReport,
+    Reference,
+    action_information,
+    event_information,
+    read_report,
+)
 from dicomnode.dimse.contexts import (
     COMMITMENT_SYNTAXES,
     IMPLEMENTATION_CLASS_UID,
@@ -119,8 +128,8 @@ def send_each(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskOutcome:
-    """How a peer took the request to commit. "transient": asking again later can work."""
+class CommitmentOutcome:
+    """How a peer took a message of storage commitment. "transient": sending it again later can work."""
 
     state: Literal["accepted", "transient", "permanent"]
     error: str | None
@@ -137,40 +146,88 @@ def ask_commitment(
     tls: TlsSection | None = None,
     timeout_seconds: float = 30,
     report_seconds: float = 3,
-) -> AskOutcome:
+) -> CommitmentOutcome:
     """Ask `peer` to commit to instances that it received (N-ACTION, PS3.4 J.3.2), and return how it took the request.
 
     The association stays open for up to `report_seconds`, for a peer that reports on it: `report` is then called in another thread, and
     raises CommitmentRefused or returns once that is noted. `has_report` says whether one has come, in whichever way.
     """
-    if _lacks_certificate(peer, tls):
-        return AskOutcome(state="permanent", error=_LACKING.format(peer.ae_title))
+    information = action_information(transaction_uid, references)
 
     def reported(event: Any) -> tuple[Any, None]:
         return answered(lambda: read_report(event, peer.ae_title), report), None
 
-    pairs = [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES]
-    handlers = [(evt.EVT_N_EVENT_REPORT, reported)]
-    with _association(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers) as (association, trouble):
-        if trouble is not None:
-            return AskOutcome(state="transient", error=trouble)
-        if not association.accepted_contexts:
-            return AskOutcome(state="permanent", error="the peer does not accept the Storage Commitment Push Model")
-        broken = AskOutcome(state="transient", error="the association broke before the peer had answered the request to commit")
-        answer = None
-        with suppress(AttributeError, ValueError, RuntimeError):  # what pynetdicom raises on a broken association
-            answer, _ = association.send_n_action(
-                action_information(transaction_uid, references), REQUEST, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE
-            )
-        if answer is None or "Status" not in answer:
-            return broken
-        if answer.Status != SUCCESS:
-            state: Literal["transient", "permanent"] = "transient" if answer.Status in COMMITMENT_TRANSIENT else "permanent"
-            return AskOutcome(state=state, error=f"the peer refused the request to commit: {_status_in_words(answer)}")
-        until = time.monotonic() + report_seconds
+    def ask(association: Any) -> Any:
+        return association.send_n_action(information, REQUEST, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE)[0]
+
+    with _commitment_message(peer, ask, calling_ae_title, tls, timeout_seconds, handler=reported) as (association, outcome):
+        until = time.monotonic() + (report_seconds if outcome.state == "accepted" else 0)
         while association.is_established and not has_report() and time.monotonic() < until:
             time.sleep(_LOOK_SECONDS)
-    return AskOutcome(state="accepted", error=None)
+    return outcome
+
+
+def report_commitment(
+    peer: Peer,
+    transaction_uid: str,
+    references: Sequence[Reference],
+    *,
+    calling_ae_title: str,
+    tls: TlsSection | None = None,
+    timeout_seconds: float = 30,
+) -> CommitmentOutcome:
+    """Tell `peer` what this node commits to of what it asked for (N-EVENT-REPORT, PS3.4 J.3.3), and return how it took that.
+
+    The association proposes this node as the SCP of the class.
+    """
+    information = event_information(transaction_uid, references)
+    kind = ALL_COMMITTED if all(reference.failure is None for reference in references) else FAILURES_EXIST
+
+    def tell(association: Any) -> Any:
+        return association.send_n_event_report(information, kind, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE)[0]
+
+    with _commitment_message(peer, tell, calling_ae_title, tls, timeout_seconds, as_scp=True) as (_, outcome):
+        return outcome
+
+
+@contextmanager
+def _commitment_message(
+    peer: Peer,
+    send_message: Callable[[Any], Any],
+    calling_ae_title: str,
+    tls: TlsSection | None,
+    timeout_seconds: float,
+    *,
+    handler: Callable[[Any], Any] | None = None,
+    as_scp: bool = False,
+) -> Iterator[tuple[Any, CommitmentOutcome]]:
+    """Open an association for storage commitment and send one message; give both, the association still open, and how that was taken."""
+    nothing = SimpleNamespace(is_established=False)
+    if _lacks_certificate(peer, tls):
+        yield nothing, CommitmentOutcome(state="permanent", error=_LACKING.format(peer.ae_title))
+        return
+    pairs = [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES]
+    handlers = [(evt.EVT_N_EVENT_REPORT, handler)] if handler is not None else []
+    roles = [build_role(STORAGE_COMMITMENT, scp_role=True)] if as_scp else []
+    with _association(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers, roles) as (association, trouble):
+        if trouble is not None:
+            yield nothing, CommitmentOutcome(state="transient", error=trouble)
+        elif not association.accepted_contexts:
+            yield nothing, CommitmentOutcome(state="permanent", error="the peer does not accept the Storage Commitment Push Model")
+        else:
+            answer = None
+            with suppress(AttributeError, ValueError, RuntimeError):  # what pynetdicom raises on a broken association
+                answer = send_message(association)
+            yield association, _commitment_outcome(answer)
+
+
+def _commitment_outcome(answer: Any) -> CommitmentOutcome:
+    if answer is None or "Status" not in answer:
+        return CommitmentOutcome(state="transient", error="the association broke before the peer had answered")
+    if answer.Status == SUCCESS:
+        return CommitmentOutcome(state="accepted", error=None)
+    state: Literal["transient", "permanent"] = "transient" if answer.Status in COMMITMENT_TRANSIENT else "permanent"
+    return CommitmentOutcome(state=state, error=f"the peer answered with {_status_in_words(answer)}")
 
 
 def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> bool:
@@ -213,6 +270,7 @@ def _association(
     tls: TlsSection | None,
     timeout_seconds: float,
     handlers: Sequence[tuple[Any, Callable[[Any], Any]]] = (),
+    roles: Sequence[Any] = (),
 ) -> Iterator[tuple[Any, str | None]]:
     """Open an association; give it, and in words why nothing can be sent on it, or None; release it at the end.
 
@@ -242,6 +300,7 @@ def _association(
             contexts=[build_context(sop_class, syntax) for sop_class, syntax in pairs],
             ae_title=peer.ae_title,
             max_pdu=_MAXIMUM_PDU_BYTES,
+            ext_neg=list(roles),
             tls_args=None if context is None else (context, peer.host),
             evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection), *handlers],
         )

@@ -368,7 +368,8 @@ def test_who_may_report_may_not_send_and_who_may_send_may_not_report(site: Site,
     with association_to(site.receiver.port, "STRANGER") as association:
         assert not association.is_established
     with association_to(site.receiver.port, "SCANNER") as association:
-        assert not association.accepted_contexts
+        assert send_report(association, report(pacs.requests[0], site.uids)) == 0x0124
+    assert site.states == ["sent"] * 2
     granted = {name: site.receiver._listener.grants(name) for name in ("PACS", "SCANNER", "STRANGER")}
     assert {name: (grants.stores, grants.commits) for name, grants in granted.items()} == {
         "PACS": (False, True), "SCANNER": (True, False), "STRANGER": (False, False),
