@@ -31,4 +31,4 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("key", name="pk_commitment_request"),
     )
-    op.create_index("ix_commitment_request_peer", "commitment_request", ["peer", "transaction_uid"])
+    op.create_index("ix_commitment_request_peer_transaction_uid", "commitment_request", ["peer", "transaction_uid"])
