@@ -222,7 +222,7 @@ def test_the_same_request_is_answered_once_or_once_more_and_another_one_under_it
     assert site.scanner.reports[-1].failed == {site.uids[0]: 0x0131}
 
 
-def test_a_report_that_is_not_taken_is_repeated_then_given_up_seen_and_replayed(site: Site, tmp_path: Path, capsys: Any) -> None:
+def test_a_report_that_is_not_taken_is_repeated_then_given_up_seen_and_replayed(site: Site) -> None:
     site.scanner.status = 0x0110
     assert site.ask("1.2.3", site.cts()) == 0
     given_up = site.settle()
@@ -304,7 +304,8 @@ def test_a_failure_of_the_node_is_told_so_that_the_peer_asks_again(site: Site, m
     assert site.requests == []
 
 
-def test_the_commands_show_what_was_asked_and_answer_again(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("logs_restored")
+def test_the_commands_show_what_was_asked_and_answer_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["init", str(tmp_path / "node")]) == 0
     config = ["--config", str(tmp_path / "node" / "dicomnode.toml")]
     assert run(["peer", "add", "PACS", "127.0.0.1", "104", "--receives", "--commits", *config]) == 0
