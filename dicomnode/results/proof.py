@@ -90,7 +90,7 @@ def prove(
     for finding, tracking_uid in zip(findings.findings, known, strict=True):
         mine = [g for g in groups if g.tracking_uid == tracking_uid]
         _compare_groups(mine, finding, segments.get(finding.number), volume)
-    _compare_study([g for g in groups if g.tracking_uid not in known], findings)
+    _compare_study([g for g in groups if g.tracking_uid not in known], findings, volume)
     compare_comments(comments_of(document), findings, volume)
     _compare_evidence(document, volume, others, segs)
 
@@ -304,13 +304,19 @@ def _compare_rectangle(group: DecodedGroup, segment: _Measured, finding: Finding
     """A closed rectangle around all of the segment's pixels, on its middle slice."""
     name = f"finding {finding.number}"
     plane, points = _on_a_slice(group, volume, name)
-    closed = len(points) == 5 and bool((points[0] == points[-1]).all())
-    expect(closed, f"the SR's region of {name}, a {finding.shape}, is no closed rectangle")
     expect(plane == finding.middle_slice, f"the SR's rectangle of {name} lies on slice {plane}, its middle is {finding.middle_slice}")
-    left, top, right, bottom = segment.edges
-    corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=np.float64)
-    off = float(np.abs(points[:4] - corners).max())
+    off = _off_rectangle(points, *segment.edges)
+    expect(off < np.inf, f"the SR's region of {name}, a {finding.shape}, is no closed rectangle")
     expect(off <= 0.01, f"the SR's rectangle of {name} lies {off:.2f} pixels away from its segment")
+
+
+def _off_rectangle(points: NDArray[np.float64], left: float, top: float, right: float, bottom: float) -> float:
+    """How far a closed line of six points, which begins on an edge, is from a rectangle, in pixels; infinite for another line."""
+    if len(points) != 6 or not (points[0] == points[-1]).all():
+        return np.inf
+    corners = np.array([(right, top), (right, bottom), (left, bottom), (left, top)], dtype=np.float64)
+    on_edge = max(abs(points[0, 1] - top), left - points[0, 0], points[0, 0] - right)
+    return float(max(np.abs(points[1:5] - corners).max(), on_edge))
 
 
 def _on_a_slice(group: DecodedGroup, volume: Volume, name: str) -> tuple[int, NDArray[np.float64]]:
@@ -321,13 +327,18 @@ def _on_a_slice(group: DecodedGroup, volume: Volume, name: str) -> tuple[int, ND
     return slices[image], points
 
 
-def _compare_study(groups: Sequence[DecodedGroup], findings: Findings) -> None:
-    """The groups about the study: one for each class of a classification in their order, then the summary."""
+def _compare_study(groups: Sequence[DecodedGroup], findings: Findings, volume: Volume) -> None:
+    """The groups about the study: one for each class of a classification in their order, then the summary; each is of a whole image."""
     expected = len(findings.scores) + 1
     expect(len(groups) == expected, f"the SR has {len(groups)} groups that belong to no finding, and not {expected}")
     expect(len({g.tracking_uid for g in groups}) == expected, "two groups of the SR that belong to no finding have one Tracking UID")
     ending = _FINISHED[bool(findings.findings)]
     expect((_SUMMARY, ending) in groups[-1].codes, f"the SR's summary isn't ({ending}, DCM)")
+    rows, columns = volume.voxels.shape[1:]
+    for group in groups:
+        _, points = _on_a_slice(group, volume, "the study")
+        off = _off_rectangle(points, 0, 0, columns, rows)
+        expect(off <= 0.01, "the SR's region of the study isn't the border of an image")
     for group, score in zip(groups, findings.scores, strict=False):
         expect((_TYPE, score.type.value) in group.codes, f"the SR's class is {group.codes}, not {score.type.value} ({score.label})")
         said = [_converted(number, _TO_PERCENT, score.label) for number in group.numbers if number[0] == _CERTAINTY]

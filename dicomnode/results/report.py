@@ -39,9 +39,9 @@ def encode_report(
 
     Each finding has two measurement groups under one Tracking UID. The first references its segment and holds its numbers (TID 1411;
     of a projection TID 1410). The second, TID 1410, draws on an image: the long axis of an outline, a closed rectangle of a box or a
-    heat map. (A viewer in wide use loses a report whose only group has no image region.) For a reader that is given no SEG the second
-    stands alone, with all numbers. A TID 1501 group for each class of a
-    classification gives its probability, and the last one says how the algorithm ended.
+    heat map; for a reader that is given no SEG it stands alone, with all numbers. Then, TID 1410 on the border of an image, one for each
+    class of a classification gives its probability, and the last says how the algorithm ended. (OHIF opens no report in which a
+    Tracking UID has no coordinates.)
 
     Args:
         findings: what to report.
@@ -70,9 +70,11 @@ def encode_report(
             one, segment = (segmentations[0], finding.number) if len(segmentations) == 1 else (segmentations[finding.number - 1], 1)
             groups.append(_segment_group(finding, one, segment, volume, images, about))
         groups.append(_region_group(finding, volume, images, about, alone=not segmentations))
-    groups += [_class_group(number, score, findings, identity) for number, score in enumerate(findings.scores, start=1)]
+    shown = findings.findings[0].key_slice if findings.findings else len(images) // 2
+    whole = _whole_image(images[shown], _frames(volume, shown))
+    groups += [_class_group(number, score, findings, identity, whole) for number, score in enumerate(findings.scores, start=1)]
     evaluation = codes.WITH_FINDINGS if findings.findings else codes.WITHOUT_FINDINGS
-    groups.append(_summary_group(evaluation, findings.algorithm_name, identity))
+    groups.append(_summary_group(evaluation, findings.algorithm_name, identity, whole))
     made_by = {"manufacturer": findings.manufacturer, "model": findings.algorithm_name}
     content = _measurement_report(origin, identity, groups, said(findings, volume), **made_by)
     content[0].ContentSequence.insert(-2, image_library(images, [series for series in others if series], volume))  # TID 1500 row 5
@@ -110,7 +112,9 @@ def encode_refusal(
         raise ValueError("a report needs at least one image of its study")
     images = [provenance.reduced_header(header) for header in headers]
     comments = [provenance.RESEARCH, f"Not analysed ({code}): {reason}"]
-    group = _summary_group(codes.NO_ALGORITHM_SUCCEEDED, algorithm_name, identity)
+    wholes = [_whole_image(image, [1] if "NumberOfFrames" in header else None) for image, header in zip(images, headers, strict=True)]
+    whole = next(filter(None, wholes[len(wholes) // 2 :] + wholes), None)
+    group = _summary_group(codes.NO_ALGORITHM_SUCCEEDED, algorithm_name, identity, whole)
     made_by = {"manufacturer": manufacturer, "model": algorithm_name}
     content = _measurement_report(headers[0], identity, [group], comments, **made_by)
     former = _predecessors(supersedes, CLASSES[kind], 1)
@@ -173,8 +177,7 @@ def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], a
         slice_index, points = finding.long_axis.slice_index, list(finding.long_axis.points_px)
         number, purpose = _long_axis(finding, volume), None
     else:
-        left, top, right, bottom = finding.bounds_px
-        slice_index, points = finding.middle_slice, [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+        slice_index, points = finding.middle_slice, _rectangle(*finding.bounds_px)
         number, purpose = _certainty(finding.probability), coded(codes.BOUNDED_BY)
     image = images[slice_index]
     region = sr.ImageRegion(
@@ -189,6 +192,15 @@ def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], a
         **about,
     )
     return group
+
+
+def _rectangle(left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
+    """A closed line of six points that begins in the middle of the upper edge.
+
+    Four or five points are a tool of OHIF's own, which it offers to take over; it then loses what isn't written as it writes itself.
+    """
+    middle = (left + right) / 2
+    return [(middle, top), (right, top), (right, bottom), (left, bottom), (left, top), (middle, top)]
 
 
 def _frames(volume: Volume, slice_index: int) -> list[int] | None:
@@ -208,24 +220,47 @@ def _about(finding: Finding, findings: Findings, identity: RunIdentity) -> dict[
     }
 
 
-def _class_group(number: int, score: Score, findings: Findings, identity: RunIdentity) -> sr.MeasurementsAndQualitativeEvaluations:
-    """TID 1501: the probability of one class of a classification, positive or not."""
-    return sr.MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=sr.TrackingIdentifier(
-            uid=uids.class_tracking_uid(identity, number), identifier=uids.class_tracking_id(identity, number)
-        ),
+def _class_group(number: int, score: Score, findings: Findings, identity: RunIdentity, whole: sr.ImageRegion | None) -> Dataset:
+    """The probability of one class of a classification, positive or not."""
+    tracking = sr.TrackingIdentifier(uid=uids.class_tracking_uid(identity, number), identifier=uids.class_tracking_id(identity, number))
+    return _study_group(
+        whole,
+        tracking_identifier=tracking,
         finding_type=coded(score.type),
         algorithm_id=_algorithm(findings.algorithm_name, identity),
         measurements=[_measurement(_certainty(score.probability))],
     )
 
 
-def _summary_group(evaluation: Code, algorithm_name: str, identity: RunIdentity) -> sr.MeasurementsAndQualitativeEvaluations:
-    """TID 1501: how the algorithm ended. Silence never means normal."""
-    return sr.MeasurementsAndQualitativeEvaluations(
+def _summary_group(evaluation: Code, algorithm_name: str, identity: RunIdentity, whole: sr.ImageRegion | None) -> Dataset:
+    """How the algorithm ended. Silence never means normal."""
+    return _study_group(
+        whole,
         tracking_identifier=_tracking(identity, 0),
         algorithm_id=_algorithm(algorithm_name, identity),
         qualitative_evaluations=[sr.QualitativeEvaluation(coded(codes.SUMMARY), coded(evaluation))],
+    )
+
+
+def _study_group(whole: sr.ImageRegion | None, **said: Any) -> Dataset:
+    """What is said of all that was looked at: TID 1410 on the border of an image, or TID 1501 where no image has a size."""
+    group: Dataset = (
+        sr.PlanarROIMeasurementsAndQualitativeEvaluations(referenced_region=whole, **said)
+        if whole is not None
+        else sr.MeasurementsAndQualitativeEvaluations(**said)
+    )
+    return group
+
+
+def _whole_image(image: Dataset, frames: list[int] | None) -> sr.ImageRegion | None:
+    """The border of an image or a frame, as a closed line; None of what says no size."""
+    rows, columns = image.get("Rows"), image.get("Columns")
+    if not (isinstance(rows, int) and isinstance(columns, int) and rows and columns):
+        return None
+    return sr.ImageRegion(
+        graphic_type=sr.GraphicTypeValues.POLYLINE,
+        graphic_data=np.array(_rectangle(0, 0, columns, rows), dtype=np.float64),
+        source_image=sr.SourceImageForRegion(image.SOPClassUID, image.SOPInstanceUID, frames),
     )
 
 

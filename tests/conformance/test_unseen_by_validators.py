@@ -70,7 +70,7 @@ def test_a_finding_has_one_tracking_uid_in_its_segment_and_in_both_of_its_groups
         by_uid.setdefault(uid, []).append(template(group))
     of_findings = ["1411", "1410"] if source in VOLUMES else ["1410", "1410"]
     assert {uid: by_uid[uid] for uid in tracked} == dict.fromkeys(tracked, of_findings)
-    assert {uid: by_uid[uid] for uid in by_uid if uid not in tracked} == {uid: ["1501"] for uid in by_uid if uid not in tracked}
+    assert {uid: by_uid[uid] for uid in by_uid if uid not in tracked} == {uid: ["1410"] for uid in by_uid if uid not in tracked}
     assert len(by_uid) == len(tracked) + len(source_of(source).findings.scores) + 1
 
 

@@ -68,7 +68,7 @@ def test_a_frame_of_the_segmentation_names_its_frame_and_lies_where_that_lies() 
         there = case.headers[0].PerFrameFunctionalGroupsSequence[source.ReferencedFrameNumber - 1].PlanePositionSequence[0]
         assert item.PlanePositionSequence[0].ImagePositionPatient == there.ImagePositionPatient
     assert [str(r.ReferencedSOPInstanceUID) for r in seg.SourceImageSequence] == [str(case.headers[0].SOPInstanceUID)]
-    (line,) = (item for item in below(report) if item.ValueType == "SCOORD")
+    line, _ = (item for item in below(report) if item.ValueType == "SCOORD")  # and the border of the image
     assert line.ContentSequence[0].ReferencedSOPSequence[0].ReferencedFrameNumber == case.volume.frame_numbers[3]
 
 
@@ -137,7 +137,7 @@ def test_both_groups_of_a_radiograph_are_planar() -> None:
     """TID 1411 is of volumes; the segment is named by its frame, beside which no segment number may stand (PS3.3 C.18.4)."""
     case = projection("DX")
     seg, report = encode(case, outline(case, (0, 10, 20)), box_of(case, (0, 30, 30), (1, 5, 5)))
-    assert [group.ContentTemplateSequence[0].TemplateIdentifier for group in groups(report)] == ["1410", "1410", "1410", "1410", "1501"]
+    assert [group.ContentTemplateSequence[0].TemplateIdentifier for group in groups(report)] == ["1410", "1410", "1410", "1410", "1410"]
     references = [item.ReferencedSOPSequence[0] for item in below(report) if concept(item) == "121214"]
     assert [reference.ReferencedFrameNumber for reference in references] == [1, 2]
     assert not any("ReferencedSegmentNumber" in reference for reference in references)
@@ -161,7 +161,7 @@ def test_a_box_is_a_closed_rectangle_around_its_pixels_on_its_middle_slice(case:
     group = groups(report)[1]
     (region,) = (item for item in group.ContentSequence if item.ValueType == "SCOORD")
     assert region.GraphicType == "POLYLINE"
-    assert np.reshape(region.GraphicData, (-1, 2)).tolist() == [[20, 10], [28, 10], [28, 15], [20, 15], [20, 10]]
+    assert np.reshape(region.GraphicData, (-1, 2)).tolist() == [[24, 10], [28, 10], [28, 15], [20, 15], [20, 10], [24, 10]]
     middle = first[0] + shape[0] // 2
     reference = region.ContentSequence[0].ReferencedSOPSequence[0]
     assert reference.ReferencedSOPInstanceUID == case.volume.sop_instance_uids[middle]
@@ -179,7 +179,7 @@ def test_each_class_of_a_classification_gives_its_probability_positive_or_not(po
     findings = case.findings(scores=given)
     report = pydicom.dcmread(BytesIO(encode_report(findings, case.volume, case.headers, case.identity, None).data))
     classes = groups(report)[:-1]
-    assert [group.ContentTemplateSequence[0].TemplateIdentifier for group in classes] == ["1501"] * 3
+    assert [group.ContentTemplateSequence[0].TemplateIdentifier for group in classes] == ["1410"] * 3
     said = [
         (str(next(i for i in g.ContentSequence if concept(i) == "121071").ConceptCodeSequence[0].CodeMeaning), numbers(g)) for g in classes
     ]
@@ -192,6 +192,27 @@ def test_each_class_of_a_classification_gives_its_probability_positive_or_not(po
     assert first in texts(report)
     tracking = [str(item.UID) for group in groups(report) for item in group.ContentSequence if concept(item) == "112040"]
     assert len(set(tracking)) == 4
+
+
+@pytest.mark.parametrize("case", [synthetic(), enhanced("MR"), projection("DX")], ids=["slices", "frames", "radiograph"])
+def test_each_tracking_uid_of_a_report_has_coordinates_on_an_image(case: Case) -> None:
+    """OHIF 3.13 opens no report without them, not even one that finds nothing; what is of the whole image has its border."""
+    silent = pydicom.dcmread(BytesIO(encode_report(case.findings(), case.volume, case.headers, case.identity, None).data))
+    _, found = encode(case, outline(case, (0, 10, 20)), scores=scores())
+    refused = encode_refusal("too-few", "few", case.headers, case.identity, manufacturer="dicomnode", algorithm_name="U-Net")
+    for report in (silent, found, pydicom.dcmread(BytesIO(refused.data))):
+        lines: dict[str, list[Dataset]] = {}
+        for group in groups(report):
+            (tracking,) = (str(item.UID) for item in group.ContentSequence if concept(item) == "112040")
+            lines.setdefault(tracking, []).extend(item for item in below(group) if item.ValueType == "SCOORD")
+        assert [len(of_one) for of_one in lines.values()] == [1] * len(lines)
+        border = list(lines.values())[-1][0]
+        rows, columns = case.headers[0].Rows, case.headers[0].Columns
+        around = [[columns / 2, 0], [columns, 0], [columns, rows], [0, rows], [0, 0], [columns / 2, 0]]
+        assert np.reshape(border.GraphicData, (-1, 2)).tolist() == around
+        reference = border.ContentSequence[0].ReferencedSOPSequence[0]
+        assert reference.ReferencedSOPInstanceUID in case.volume.sop_instance_uids
+        assert ("ReferencedFrameNumber" in reference) == (case.volume.frame_numbers is not None)
 
 
 def test_notes_are_told_whole() -> None:

@@ -370,6 +370,8 @@ def test_a_wrong_report_on_frames_is_withheld(frames: Objects, change: Change, s
         (unit("103339001", "{pixels}"), "isn't one of"),
         (other_segment, "another segment"),
         (swap_scores, "% for Pneumothorax"),
+        (points(-1, lambda p: p + 1), "border of an image"),
+        (points(-2, lambda p: p / 2), "border of an image"),
         (swap_classes, "not 36118008"),
         (value("111012", "80", -3), r"80.0\] % for Pneumothorax"),
         (without_class, "groups that belong to no finding"),

@@ -84,7 +84,7 @@ def test_each_finding_has_a_segment_group_and_a_line_group_under_the_tracking_ui
     assert tracking[:4] == [[first], [first], [second], [second]]
     assert len(groups) == 5
     templates = [g.ContentTemplateSequence[0].TemplateIdentifier for g in groups]
-    assert templates == ["1411", "1410", "1411", "1410", "1501"]
+    assert templates == ["1411", "1410", "1411", "1410", "1410"]
 
 
 def test_numbers_stand_with_their_ucum_units(case: Case, two: tuple[Dataset, Dataset]) -> None:
