@@ -75,12 +75,18 @@ class Volume:
         return np.asarray((position - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T, dtype=np.float64)
 
 
+def probability_bytes(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return probabilities as a segment keeps them: 255 is 1, 0 is outside of the mask, and a voxel of the mask has at least 1."""
+    return np.where(mask, np.rint(np.clip(values * 255.0, 1, 255)), 0).astype(np.uint8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """A mask inside a volume: a boolean box and where its first voxel lies in the volume."""
 
     mask: NDArray[np.bool_]  # (k, r, c), cropped to its bounds; never empty
     origin: tuple[int, int, int]  # index of mask[0, 0, 0] in the volume
+    probability: NDArray[np.uint8] | None = None  # of each voxel of the mask, 1..255 for 0..1, and 0 outside; None: the model gives none
 
     @property
     def voxel_count(self) -> int:

@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 
 from dicomnode.analysis.grid import Grid, Triple
 from dicomnode.analysis.manifest import OutputSection
-from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Shape, Volume
+from dicomnode.findings import Code, Finding, Laterality, LongAxis, Measurement, Segment, Shape, Volume, probability_bytes
 
 VOLUME = Code(value="118565006", scheme="SCT", meaning="Volume")
 AREA = Code(value="42798000", scheme="SCT", meaning="Area")
@@ -177,13 +177,16 @@ def _together(parts: Sequence[tuple[Segment, float, Laterality | None]]) -> tupl
     """Return all parts as one segment; its score is the mean of theirs, weighed by their voxels, its side theirs if they share one."""
     starts = np.min([segment.origin for segment, _, _ in parts], axis=0)
     ends = np.max([np.add(segment.origin, segment.mask.shape) for segment, _, _ in parts], axis=0)
-    mask = np.zeros(ends - starts, dtype=np.bool_)
+    each = np.zeros(ends - starts, dtype=np.uint8)  # the largest probability that a part gives a voxel
     for segment, _, _ in parts:
-        mask[tuple(slice(o - s, o - s + n) for o, s, n in zip(segment.origin, starts, segment.mask.shape, strict=True))] |= segment.mask
+        there = each[tuple(slice(o - s, o - s + n) for o, s, n in zip(segment.origin, starts, segment.mask.shape, strict=True))]
+        np.maximum(there, segment.mask if segment.probability is None else segment.probability, out=there)
+    mask = each > 0
     voxels = [segment.voxel_count for segment, _, _ in parts]
     score = float(np.average([score for _, score, _ in parts], weights=voxels))
     sides = {side for _, _, side in parts}
-    whole = Segment(mask=mask, origin=(int(starts[0]), int(starts[1]), int(starts[2])))
+    known = all(segment.probability is not None for segment, _, _ in parts)
+    whole = Segment(mask=mask, origin=(int(starts[0]), int(starts[1]), int(starts[2])), probability=each if known else None)
     return whole, score, sides.pop() if len(sides) == 1 else None
 
 
@@ -228,7 +231,8 @@ def _on_the_volume(
         mask = parts[tight] == part
         first, second, third = (s.start + t.start for s, t in zip(tight, turned, strict=True))
         mask_there, origin = grid.turn_back(mask, (first, second, third))
-        yield Segment(mask=mask_there, origin=origin), mean_of_top_quarter(scores[tight][mask])
+        each, _ = grid.turn_back(probability_bytes(scores[tight], mask), (first, second, third))
+        yield Segment(mask=mask_there, origin=origin, probability=each), mean_of_top_quarter(scores[tight][mask])
 
 
 def _apply(matrices: list[NDArray[np.float32]], values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ SAME_GRID = 1e-3  # voxels: two grids that differ by less anywhere are one
 SLAB_VOXELS = 2**22  # resampled at a time
 
 Triple = tuple[int, int, int]
+_Voxel = TypeVar("_Voxel", bound=np.generic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +65,16 @@ class Grid:
         last = self.offset[axis] + grid.stop * self.step[axis]
         return slice(max(0, int(np.ceil(first))), min(self.source_shape[axis], int(np.floor(last)) + 1))
 
-    def turn_back(self, mask: NDArray[np.bool_], origin: Triple) -> tuple[NDArray[np.bool_], Triple]:
+    def turn_back(self, box: NDArray[_Voxel], origin: Triple) -> tuple[NDArray[_Voxel], Triple]:
         """Turn a box of the turned volume, at `origin` there, into a box of the volume and its origin in the volume."""
         flips = tuple(slice(None, None, -1) if flipped else slice(None) for flipped in self.reversed_)
         starts = [
             size - start - length if flipped else start
-            for size, start, length, flipped in zip(self.source_shape, origin, mask.shape, self.reversed_, strict=True)
+            for size, start, length, flipped in zip(self.source_shape, origin, box.shape, self.reversed_, strict=True)
         ]
         order = np.argsort(self.source_axis)
         first, second, third = (starts[int(axis)] for axis in order)
-        return np.ascontiguousarray(mask[flips].transpose(order)), (first, second, third)
+        return np.ascontiguousarray(box[flips].transpose(order)), (first, second, third)
 
 
 def grid_of(volume: Volume, preprocessing: PreprocessingSection) -> Grid:

@@ -39,6 +39,7 @@ class DecodedFrame:
     high: NDArray[np.float64]
     bounds: tuple[int, int, int, int]  # first and last row, first and last column
     mask: NDArray[np.bool_]  # the pixels within these bounds
+    values: NDArray[np.uint8] | None  # of a FRACTIONAL SEG: their probabilities, 255 for 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class DecodedGroup:
 
 
 def decode_segmentation(seg: Dataset, volume: Volume, *, empty_frames: bool = False) -> list[DecodedSegment]:
-    """Read a BINARY or LABELMAP SEG alone; the volume says only which image and plane a frame must lie on.
+    """Read a BINARY, FRACTIONAL or LABELMAP SEG alone; the volume says only which image and plane a frame must lie on.
 
     With `empty_frames` there must be a frame for each image (of a BINARY SEG for each of each segment), else none without a pixel.
 
@@ -105,36 +106,40 @@ def decode_segmentation(seg: Dataset, volume: Volume, *, empty_frames: bool = Fa
         ProofFailed: a frame lies elsewhere than the image it names, names none of the volume's, or the frame of reference differs.
     """
     kind = str(seg.get("SegmentationType"))
-    expect(kind in ("BINARY", "LABELMAP"), "the SEG is neither BINARY nor LABELMAP")
+    expect(kind in ("BINARY", "FRACTIONAL", "LABELMAP"), "the SEG is neither BINARY nor FRACTIONAL nor LABELMAP")
+    if kind == "FRACTIONAL":
+        fractions = str(seg.get("SegmentationFractionalType")), int(seg.get("MaximumFractionalValue", 0)), int(seg.BitsAllocated)
+        expect(fractions == ("PROBABILITY", 255, 8), f"the SEG's fractions are {fractions}, no probabilities up to 255 in 8 bits")
     expect(str(seg.get("ContentQualification")) == "RESEARCH", "the SEG's Content Qualification isn't RESEARCH")
     said = seg.get("FrameOfReferenceUID")
     expect(said == volume.frame_of_reference_uid, f"the SEG's Frame of Reference is {said}, the volume's {volume.frame_of_reference_uid}")
     expect(seg.StudyInstanceUID == volume.study_instance_uid, "the SEG belongs to another study than the volume")
     slices = slices_of(volume)
     to_index = None if volume.is_projection else np.asarray(np.linalg.inv(volume.affine), dtype=np.float64)
-    described = [item for item in seg.SegmentSequence if kind == "BINARY" or int(item.SegmentNumber) != _BACKGROUND]
+    described = [item for item in seg.SegmentSequence if kind != "LABELMAP" or int(item.SegmentNumber) != _BACKGROUND]
     found: dict[int, dict[int, DecodedFrame]] = {int(item.SegmentNumber): {} for item in described}
     shared = seg.SharedFunctionalGroupsSequence[0]
     expect(len(seg.PerFrameFunctionalGroupsSequence) == int(seg.NumberOfFrames), "the SEG's number of frames isn't that of its items")
-    seen: dict[int, set[int]] = {number: set() for number in (found if kind == "BINARY" else [_BACKGROUND])}
-    labels = iter_pixels(seg) if kind == "LABELMAP" else None
+    seen: dict[int, set[int]] = {number: set() for number in ([_BACKGROUND] if kind == "LABELMAP" else found)}
+    encoded = None if kind == "BINARY" else iter_pixels(seg)
     for number, frame in enumerate(seg.PerFrameFunctionalGroupsSequence, start=1):
         name = f"frame {number} of the SEG"
         sources = [_plane(s) for d in frame.DerivationImageSequence for s in d.SourceImageSequence]
         expect(len(sources) == 1 and sources[0] in slices, f"{name} names {sources} as its source, no image of the volume")
         k = slices[sources[0]]
-        if labels is not None:
-            holder, masks = _BACKGROUND, _masks_of(next(labels))
+        pixels = None if encoded is None else next(encoded)
+        if pixels is not None and kind == "LABELMAP":
+            holder, masks = _BACKGROUND, _masks_of(pixels)
         else:
             holder = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
-            masks = {holder: frame_pixels(seg, number - 1)}
+            masks = {holder: frame_pixels(seg, number - 1) if pixels is None else pixels > 0}
             masks = {} if empty_frames and not masks[holder].any() else masks
         expect(bool(masks) or empty_frames, f"{name} is empty")
         expect(k not in seen.setdefault(holder, set()), f"{name} is the second of segment {holder} on one image")
         seen[holder].add(k)
         for segment, mask in masks.items():
             expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
-            found[segment][k] = _frame(seg, number, mask, k, to_index)
+            found[segment][k] = _frame(seg, number, mask, k, to_index, pixels if kind == "FRACTIONAL" else None)
     whole = all(planes == set(slices.values()) for planes in seen.values())
     expect(whole or not empty_frames, "the SEG doesn't have a frame for each image")
     return [_segment(item, tuple(found[int(item.SegmentNumber)].values()), shared) for item in described]
@@ -213,7 +218,14 @@ def expect(true: bool, otherwise: str) -> None:
         raise ProofFailed(f"{otherwise[0].upper()}{otherwise[1:]}.")
 
 
-def _frame(seg: Dataset, number: int, mask: NDArray[np.bool_], k: int, to_index: NDArray[np.float64] | None) -> DecodedFrame:
+def _frame(
+    seg: Dataset,
+    number: int,
+    mask: NDArray[np.bool_],
+    k: int,
+    to_index: NDArray[np.float64] | None,
+    values: NDArray[np.uint8] | None,
+) -> DecodedFrame:
     """Where the frame's pixels are. Its first and last pixel of each row are enough for extent and place, as positions are linear."""
     name = f"frame {number} of the SEG"
     frame, shared = seg.PerFrameFunctionalGroupsSequence[number - 1], seg.SharedFunctionalGroupsSequence[0]
@@ -242,6 +254,7 @@ def _frame(seg: Dataset, number: int, mask: NDArray[np.bool_], k: int, to_index:
         high=points.max(axis=0),
         bounds=(int(rows[0]), int(rows[-1]), int(left.min()), int(right.max())),
         mask=mask[rows[0] : rows[-1] + 1, left.min() : right.max() + 1].copy(),
+        values=None if values is None else values[rows[0] : rows[-1] + 1, left.min() : right.max() + 1].copy(),
     )
 
 

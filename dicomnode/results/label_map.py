@@ -1,4 +1,4 @@
-"""Findings as the frames of a Label Map Segmentation (PS3.3 A.51, C.8.20.2): one byte a voxel, RLE Lossless (PS3.5 Annex G).
+"""Findings as frames of a Segmentation with one byte a voxel (PS3.3 A.51, C.8.20.2) in RLE Lossless (PS3.5 Annex G): labels, probabilities.
 
 A label map holds one finding a voxel: where two overlap there is none. Must never change what a voxel belongs to.
 """
@@ -17,30 +17,50 @@ from dicomnode.findings import Finding
 
 SOP_CLASS = UID("1.2.840.10008.5.1.4.1.1.66.7")  # Label Map Segmentation Storage: pydicom has no name for it
 MOST = 255  # findings: a byte, and 0 is the background
+Patch = tuple[int, int, NDArray[np.uint8]]  # first row and column of some pixels of a frame, and their values
 _RUN = 128  # bytes that one run may stand for
 _HEADER = struct.pack("<16L", 1, 64, *[0] * 14)  # one segment, right after this header
 
 
 def label_frames(findings: Sequence[Finding], planes: Sequence[int], shape: tuple[int, int]) -> bytes:
     """Return the encapsulated pixel data of slices `planes`, each a frame of `shape` whose voxels hold their finding's number, else 0."""
+    return encapsulated([[patch(f, k, f.segment.mask, f.number) for f in findings if crosses(f, k)] for k in planes], shape)
+
+
+def probability_frames(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> bytes:
+    """Return the encapsulated pixel data of findings on slices, each a frame of `shape` whose voxels hold their probability, else 0."""
+    return encapsulated([[patch(f, k, f.segment.probability, 1)] if crosses(f, k) else [] for f, k in frames], shape)
+
+
+def crosses(finding: Finding, k: int) -> bool:
+    """Return whether the box of a finding reaches over a slice."""
+    return 0 <= k - finding.segment.origin[0] < len(finding.segment.mask)
+
+
+def patch(finding: Finding, k: int, box: NDArray[np.bool_] | NDArray[np.uint8] | None, factor: int) -> Patch:
+    """Return where a finding's box lies on a slice, and what it has there."""
+    first, row, column = finding.segment.origin
+    there = np.zeros(finding.segment.mask.shape[1:], dtype=np.bool_) if box is None else box[k - first]
+    return row, column, there * np.uint8(factor)
+
+
+def encapsulated(frames: Sequence[Sequence[Patch]], shape: tuple[int, int]) -> bytes:
+    """Return frames of bytes, each 0 but where its patches lie, as encapsulated pixel data."""
     blank = _runs(np.zeros((1, shape[1]), dtype=np.uint8))
-    return bytes(encapsulate([_HEADER + _frame(findings, k, shape, blank) for k in planes]))
+    return bytes(encapsulate([_HEADER + _frame(patches, shape, blank) for patches in frames]))
 
 
-def _frame(findings: Sequence[Finding], k: int, shape: tuple[int, int], blank: bytes) -> bytes:
-    """The runs of one slice. Rows above and below all findings are `blank`, and need no search for runs."""
-    here = [finding for finding in findings if 0 <= k - finding.segment.origin[0] < len(finding.segment.mask)]
-    if not here:
+def _frame(patches: Sequence[Patch], shape: tuple[int, int], blank: bytes) -> bytes:
+    """The runs of one frame. Rows above and below all patches are `blank`, and need no search for runs."""
+    if not patches:
         return blank * shape[0]
-    top = min(finding.segment.origin[1] for finding in here)
-    bottom = max(finding.segment.origin[1] + finding.segment.mask.shape[1] for finding in here)
-    labels = np.zeros((bottom - top, shape[1]), dtype=np.uint8)
-    for finding in here:
-        first, row, column = finding.segment.origin
-        mask = finding.segment.mask[k - first]
-        part = labels[row - top : row - top + mask.shape[0], column : column + mask.shape[1]]
-        np.putmask(part, mask, finding.number)
-    return b"".join((blank * top, _runs(labels), blank * (shape[0] - bottom)))
+    top = min(row for row, _, _ in patches)
+    bottom = max(row + len(values) for row, _, values in patches)
+    pixels = np.zeros((bottom - top, shape[1]), dtype=np.uint8)
+    for row, column, values in patches:
+        part = pixels[row - top : row - top + len(values), column : column + values.shape[1]]
+        np.maximum(part, values, out=part)
+    return b"".join((blank * top, _runs(pixels), blank * (shape[0] - bottom)))
 
 
 def _runs(labels: NDArray[np.uint8]) -> bytes:

@@ -13,6 +13,7 @@ Profile = tuple[str, ...]  # kinds, in the order of the table
 
 KINDS = {
     "seg": "Segmentation, BINARY",
+    "seg-fractional": "Segmentation, FRACTIONAL: each voxel's probability, RLE Lossless; BINARY where the model gives none",
     "seg-labelmap": "Label Map Segmentation in RLE Lossless; BINARY where findings overlap",
     "sr": "Comprehensive 3D SR, TID 1500",
     "sr-comprehensive": "Comprehensive SR, the same content",
@@ -25,7 +26,7 @@ PROFILES: dict[str, Profile] = {
     "plain": ("key-image",),  # a PACS that takes images only
 }
 OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, whoever is given it
-SEGMENTATIONS = ("seg", "seg-labelmap")
+SEGMENTATIONS = ("seg", "seg-fractional", "seg-labelmap")
 REPORTS = ("sr", "sr-comprehensive")
 _SPEAKING = {*REPORTS, "key-image"}  # these can say that nothing was found, or why nothing was analysed
 
@@ -41,7 +42,11 @@ class Form:
     @property
     def variant(self) -> str:
         """What tells its objects' UIDs from those of the usual form, for which it is empty."""
-        return " per finding" * (self.per == "finding") + " with empty frames" * self.empty_frames
+        return (
+            " fractional" * (self.kind == "seg-fractional")
+            + " per finding" * (self.per == "finding")
+            + " with empty frames" * self.empty_frames
+        )
 
 
 USUAL = Form()

@@ -196,6 +196,11 @@ def _compare_voxels(segment: DecodedSegment, finding: Finding) -> None:
             inside = row <= top <= bottom < row + rows and column <= left <= right < column + columns
             there = mask[top - row : bottom + 1 - row, left - column : right + 1 - column]
             same = inside and frame.count == np.count_nonzero(mask) and np.array_equal(frame.mask, there)
+            if same and frame.values is not None:
+                each = finding.segment.probability
+                shown = None if each is None else each[k][top - row : bottom + 1 - row, left - column : right + 1 - column]
+                said = shown is not None and np.array_equal(frame.values, shown)
+                expect(said, f"segment {segment.number} has other probabilities than its finding")
         expect(bool(same), f"segment {segment.number} has other voxels than its finding")
 
 

@@ -1,4 +1,4 @@
-"""Findings become one Segmentation object (PS3.3 A.51): BINARY or LABELMAP, a segment per finding, empty frames left out.
+"""Findings become one Segmentation object (PS3.3 A.51): BINARY, FRACTIONAL or LABELMAP, a segment per finding, empty frames left out.
 
 Must never decide what is a finding, read a clock or draw a random number: the same findings give the same bytes.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 import highdicom
 import numpy as np
 from highdicom.color import CIELabColor
-from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
+from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentDescription
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 from pydicom import Dataset
@@ -63,7 +63,8 @@ def encode_segmentation(
         volume: the voxels' geometry; its pixels aren't looked at.
         headers: the source images' headers, in any order; more than the volume's are ignored.
         identity: everything UIDs and dates derive from.
-        kind: "seg" for BINARY, "seg-labelmap" for LABELMAP in RLE Lossless.
+        kind: "seg" for BINARY, "seg-labelmap" for LABELMAP and "seg-fractional" for FRACTIONAL, both in RLE Lossless. FRACTIONAL holds
+            each voxel's probability, 255 for 1, where all findings have it, and else is BINARY.
         empty_frames: whether slices without a finding have frames, too.
 
     Segments may overlap. Memory is that of the object's packed bits, held twice while they are written.
@@ -84,7 +85,10 @@ def _encoded(
     """One SEG, whose segments count from 1 whatever the findings' numbers are."""
     overlapping = _overlap(findings.findings)
     as_labels = form.kind == "seg-labelmap" and not (overlapping or volume.is_projection or len(findings.findings) > label_map.MOST)
-    sop_class, syntax = (label_map.SOP_CLASS, RLELossless) if as_labels else (SegmentationStorage, ExplicitVRLittleEndian)
+    as_shares = form.kind == "seg-fractional" and all(finding.segment.probability is not None for finding in findings.findings)
+    sop_class, syntax = label_map.SOP_CLASS if as_labels else SegmentationStorage, ExplicitVRLittleEndian
+    if as_labels or as_shares:
+        syntax = RLELossless
     planes = provenance.planes(volume, headers)
     image = provenance.source_images(volume, headers, [findings.findings[0].segment.origin[0]])[0]
     origin = next(header for header in headers if header.SOPInstanceUID == volume.sop_instance_uids[0])
@@ -96,7 +100,9 @@ def _encoded(
     result = Segmentation(
         source_images=[_plain(image, volume)],
         pixel_array=_one_pixel(volume.voxels.shape[1:]),
-        segmentation_type=SegmentationTypeValues.LABELMAP if as_labels else SegmentationTypeValues.BINARY,
+        segmentation_type="LABELMAP" if as_labels else "FRACTIONAL" if as_shares else "BINARY",
+        fractional_type="PROBABILITY",  # of a FRACTIONAL one, as is its maximum
+        max_fractional_value=255,
         segment_descriptions=[_describe(finding, number, findings, identity) for number, finding in enumerate(findings.findings, start=1)],
         sop_instance_uid=uids.object_uid(identity, sop_class, syntax + form.variant, ordinal),
         transfer_syntax_uid=syntax,
@@ -108,7 +114,10 @@ def _encoded(
     result.ImageComments = f"{provenance.RESEARCH}. {identity.package} {identity.version}, weights sha256:{identity.digest}"
     result.ContentCreatorName = ""  # type 2: no person made this
     every = range(len(planes)) if form.empty_frames else None
-    result.NumberOfFrames, ending = (_label_frames if as_labels else _frames)(segments, planes, volume, every)
+    if as_labels:
+        result.NumberOfFrames, ending = _label_frames(segments, planes, volume, every)
+    else:
+        result.NumberOfFrames, ending = _frames(segments, planes, volume, every, as_shares=as_shares)
     result.SegmentsOverlap = "YES" if overlapping else "NO"
     del result.PerFrameFunctionalGroupsSequence, result.PixelData  # `ending` is in their place
     if volume.is_projection:  # type 2C (PS3.3 C.7.6.1): without a place in space an image says which way its rows and columns run
@@ -134,7 +143,9 @@ def _one_pixel(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: Volume, every: Sequence[int] | None) -> tuple[int, Parts]:
+def _frames(
+    findings: Sequence[Finding], planes: Sequence[Plane], volume: Volume, every: Sequence[int] | None, *, as_shares: bool
+) -> tuple[int, Parts]:
     """Each segment's non-empty slices, or `every` one, as frames, with their pixels (PS3.5 8.1.1): how many, and their bytes.
 
     highdicom would hold every slice of every segment at once where segments overlap: 50 on 300 slices are 4 GB.
@@ -148,7 +159,10 @@ def _frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: Volume
         frame_bytes.frame(places[k], [finding.number] if volume.is_projection else [finding.number, ranks[k]], belongs[finding.number])
         for finding, k in frames
     ]
-    return len(frames), frame_bytes.ending(groups, _packed(frames, volume.voxels.shape[1:]), encapsulated=False)
+    rows, columns = volume.voxels.shape[1:]
+    if as_shares:
+        return len(frames), frame_bytes.ending(groups, label_map.probability_frames(frames, (rows, columns)), encapsulated=True)
+    return len(frames), frame_bytes.ending(groups, _packed(frames, (rows, columns)), encapsulated=False)
 
 
 def _label_frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: Volume, every: Sequence[int] | None) -> tuple[int, Parts]:

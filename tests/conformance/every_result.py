@@ -6,7 +6,7 @@ Each source has a patient whose name is in a script of its own, and another way 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -187,13 +187,16 @@ def in_the_place_of_another(name: str) -> ResultObject:
 
 
 def other_forms(name: str) -> tuple[ResultObject, ...]:
-    """A SEG of each finding with empty frames and the report that refers to them, and a report that refers to none."""
+    """A SEG of each finding with empty frames and the report that refers to them, a report that refers to none, and probabilities."""
     source, form = source_of(name), Form(per="finding", empty_frames=True)
+    halves = [replace(f, segment=replace(f.segment, probability=f.segment.mask * np.uint8(127))) for f in source.findings.findings]
+    likely = replace(source.findings, findings=tuple(halves))
+    fractional = encode_segmentations(likely, source.case.volume, source.headers, source.case.identity, Form(kind="seg-fractional"))
     segs = encode_segmentations(source.findings, source.case.volume, source.headers, source.case.identity, form)
     made = [encode_report(source.findings, source.case.volume, source.headers, source.case.identity, given) for given in (segs, None)]
     for one, given in zip(made, (form, None), strict=True):
         prove(segs if given else (), one, source.findings, source.case.volume, source.volumes[1:], form=given)
-    return *segs, *made
+    return *segs, *made, *fractional
 
 
 def presentation_states(name: str) -> tuple[ResultObject, ...]:

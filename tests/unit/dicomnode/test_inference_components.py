@@ -1,13 +1,17 @@
 """Measuring a segment: the long axis of shapes whose diameter is known, and grids that lose no place."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from scipy.spatial import ConvexHull, distance_matrix
 from small_bundle import affine_of, volume_of
 
-from dicomnode.analysis.components import long_axis_of
+import dicomnode
+from dicomnode.analysis.components import ProbabilityMap, find, long_axis_of
 from dicomnode.analysis.grid import grid_over
+from dicomnode.analysis.package import load_package
 from dicomnode.findings import Segment
 
 AXIAL = np.array([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]])
@@ -77,3 +81,23 @@ def test_a_box_that_is_turned_back_holds_the_same_voxels(flips: tuple[bool, bool
     box = turned[1:3, 2:5, 1:4]
     mask, (k, r, c) = grid.turn_back(box, (1, 2, 1))
     np.testing.assert_array_equal(volume[k : k + mask.shape[0], r : r + mask.shape[1], c : c + mask.shape[2]], mask)
+
+
+def test_a_segment_of_a_map_holds_the_probability_of_each_of_its_voxels() -> None:
+    """On a volume that lies the other way round along each axis: they are turned back with the mask."""
+    volume = volume_of(np.zeros((4, 5, 6), dtype=np.float32), affine_of((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), -AXIAL))
+    grid = grid_over((4, 5, 6), volume.affine, (1.0, 1.0, 1.0))
+    values = np.zeros((4, 5, 6), dtype=np.float32)
+    values[1:3, 2:4, 1:4] = np.linspace(0.45, 1.0, 12).reshape(2, 2, 3)
+    turned = values.transpose(grid.source_axis)[tuple(slice(None, None, -1) if f else slice(None) for f in grid.reversed_)]
+    area = ProbabilityMap(grid=grid, origin=(0, 0, 0), values=np.ascontiguousarray(turned), region=None, side=None)
+    lung = load_package(Path(dicomnode.__file__).parent / "packages" / "lung-nodule-ct" / "0.2.0").manifest.outputs[0]
+    for components in ("each", "one"):
+        output = lung.model_copy(update={"threshold": 0.5, "minimum_ml": 0.0, "minimum_score": 0.0, "components": components})
+        ((finding,), _) = find(output, area, volume)
+        first, row, column = finding.segment.origin
+        there = values[first:, row:, column:][tuple(slice(n) for n in finding.segment.mask.shape)]
+        assert finding.segment.probability is not None
+        assert finding.segment.voxel_count == 10
+        np.testing.assert_array_equal(finding.segment.mask, there > 0.5)
+        np.testing.assert_allclose(finding.segment.probability / 255, np.where(there > 0.5, there, 0), atol=0.5 / 255 + 1e-6)

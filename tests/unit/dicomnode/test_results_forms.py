@@ -11,7 +11,7 @@ import pytest
 from pydicom import Dataset
 
 from dicomnode.errors import ProofFailed
-from dicomnode.findings import Finding, Findings, ResultObject, Segment
+from dicomnode.findings import Finding, Findings, ResultObject, Segment, probability_bytes
 from dicomnode.results.profile import USUAL, Form
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_report
@@ -144,6 +144,58 @@ def test_an_empty_frame_that_is_missing_does_not_leave() -> None:
     shorter.PixelData = shorter.PixelData[: size + size % 2]
     with pytest.raises(ProofFailed, match="a frame for each image"):
         prove([replace(seg, data=written_again(shorter))], report, findings, case.volume, form=EMPTY)
+
+
+def graded(finding: Finding) -> Finding:
+    """With a probability for each voxel, of which no flip is itself; the first is so small that it would round to nothing."""
+    mask = finding.segment.mask
+    values = np.linspace(0.0, 1.0, mask.size, dtype=np.float32).reshape(mask.shape)
+    return replace(finding, segment=replace(finding.segment, probability=probability_bytes(values, mask)))
+
+
+FRACTIONAL = Form(kind="seg-fractional")
+
+
+@pytest.mark.parametrize("case", [synthetic(), enhanced("MR"), projection("DX")], ids=["CT", "frames", "film"])
+@pytest.mark.parametrize("form", [FRACTIONAL, Form(kind="seg-fractional", per="finding", empty_frames=True)], ids=["together", "each"])
+def test_probabilities_of_voxels_are_fractions_of_255(case: Case, form: Form) -> None:
+    findings = replace(pair(case), findings=tuple(map(graded, pair(case).findings)))
+    segs, report = encoded(case, findings, form)
+    prove(segs, report, findings, case.volume, form=form)
+    first, segment = read(segs[0]), findings.findings[0].segment
+    assert (first.SegmentationType, first.SegmentationFractionalType, first.MaximumFractionalValue) == ("FRACTIONAL", "PROBABILITY", 255)
+    assert segment.probability is not None
+    assert ((segment.probability > 0) == segment.mask).all()
+    k = segment.origin[0] if form.empty_frames and not case.volume.is_projection else 0
+    shown = (first.pixel_array if first.NumberOfFrames > 1 else first.pixel_array[None])[k]
+    assert shown.sum() == segment.probability[0].sum()
+    assert (shown[20:29, 30:37] == segment.probability[0]).all()
+
+
+def test_where_a_finding_has_no_probabilities_all_are_binary() -> None:
+    case = synthetic()
+    findings = replace(pair(case), findings=(graded(pair(case).findings[0]), pair(case).findings[1]))
+    segs, report = encoded(case, findings, FRACTIONAL)
+    prove(segs, report, findings, case.volume, form=FRACTIONAL)
+    assert read(segs[0]).SegmentationType == "BINARY"
+
+
+def test_other_probabilities_do_not_leave() -> None:
+    case = synthetic()
+    findings = replace(pair(case), findings=tuple(map(graded, pair(case).findings)))
+    segs, report = encoded(case, findings, FRACTIONAL)
+    first, second = findings.findings
+    assert first.segment.probability is not None
+    one_more = first.segment.probability.copy()
+    one_more[0, 3, 2] += 1
+    for values in (one_more, np.where(first.segment.mask, first.segment.probability[::-1, ::-1], 0), None):
+        other = replace(first, segment=replace(first.segment, probability=values))
+        with pytest.raises(ProofFailed, match="other probabilities"):
+            prove(segs, report, replace(findings, findings=(other, second)), case.volume, form=FRACTIONAL)
+    seg = read(segs[0])
+    seg.SegmentationFractionalType = "OCCUPANCY"
+    with pytest.raises(ProofFailed, match="no probabilities"):
+        prove([replace(segs[0], data=written_again(seg))], report, findings, case.volume, form=FRACTIONAL)
 
 
 def moved(finding: Finding) -> Finding:
