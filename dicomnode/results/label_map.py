@@ -6,7 +6,7 @@ A label map holds one finding a voxel: where two overlap there is none. Must nev
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,12 @@ _HEADER = struct.pack("<16L", 1, 64, *[0] * 14)  # one segment, right after this
 
 def label_frames(findings: Sequence[Finding], planes: Sequence[int], shape: tuple[int, int]) -> bytes:
     """Return the encapsulated pixel data of slices `planes`, each a frame of `shape` whose voxels hold their finding's number, else 0."""
-    return encapsulated([[patch(f, k, f.segment.mask, f.number) for f in findings if crosses(f, k)] for k in planes], shape)
+    return encapsulated(([patch(f, k, f.segment.mask, f.number) for f in findings if crosses(f, k)] for k in planes), shape)
 
 
 def probability_frames(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> bytes:
     """Return the encapsulated pixel data of findings on slices, each a frame of `shape` whose voxels hold their probability, else 0."""
-    return encapsulated([[patch(f, k, f.segment.probability, 1)] if crosses(f, k) else [] for f, k in frames], shape)
+    return encapsulated(([patch(f, k, f.segment.probability, 1)] if crosses(f, k) else [] for f, k in frames), shape)
 
 
 def crosses(finding: Finding, k: int) -> bool:
@@ -44,7 +44,7 @@ def patch(finding: Finding, k: int, box: NDArray[np.bool_] | NDArray[np.uint8] |
     return row, column, there * np.uint8(factor)
 
 
-def encapsulated(frames: Sequence[Sequence[Patch]], shape: tuple[int, int]) -> bytes:
+def encapsulated(frames: Iterable[Sequence[Patch]], shape: tuple[int, int]) -> bytes:
     """Return frames of bytes, each 0 but where its patches lie, as encapsulated pixel data."""
     blank = _runs(np.zeros((1, shape[1]), dtype=np.uint8))
     return bytes(encapsulate([_HEADER + _frame(patches, shape, blank) for patches in frames]))
