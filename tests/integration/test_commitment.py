@@ -68,6 +68,11 @@ class Tickets(EngineClient):
         if key == KEY:
             self.drawn.append(options.get("ticket", "0"))
 
+    def waiting(self) -> list[str]:
+        """The tickets of the delivery that are on its queue."""
+        on_queue = self._client.list_workflows(workflow_id_prefix=f"{KEY}#", status=["ENQUEUED", "DELAYED"])
+        return sorted(ticket.workflow_id for ticket in on_queue)
+
 
 class Site:
     """A node with two results on their way to a PACS that commits."""
@@ -221,8 +226,12 @@ def test_a_pacs_that_reports_on_an_association_of_its_own_ends_what_waits(site: 
 
 def test_what_the_pacs_does_not_hold_is_sent_again_and_nothing_else(site: Site, pacs: LyingPacs) -> None:
     site.deliver()
+    with site.storage.database.writing() as transaction:  # as the engine does with what it was told to wait for
+        site.client.enqueue(transaction, KEY, "deliver", "routine", attempt=1, delay_seconds=GENEROUS)
+    site.client.drawn.clear()
     pacs.report_anew(pacs.requests[0], site.uids[:1], site.uids[1:])
     pacs.report_anew(pacs.requests[0], site.uids[:1], site.uids[1:])  # twice counts once
+    assert site.client.waiting() == [f"{KEY}#{pacs.requests[0].transaction_uid}.0"]
     assert site.states == ["committed", "waiting"]
     assert site.deliveries[1].error == "PACS does not commit to it: 0x0112 (no such object instance)"
     assert (site.job.state, site.deliveries[1].refusals) == ("queued", 1)
@@ -299,6 +308,23 @@ def test_a_pacs_that_aborts_or_breaks_off_is_asked_again_and_then_given_up(site:
     assert (site.job.state, site.job.reason_code) == ("failed", "not-committed")
     assert len(pacs.requests) == 4
     assert list(pacs.stored.values()) == [1, 1]
+
+
+def test_a_sender_that_dies_while_it_asks_leaves_a_request_that_is_made_again(
+    site: Site, pacs: LyingPacs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("storage.commitments.Commitments.acknowledged", die)
+        with pytest.raises(KeyboardInterrupt):
+            site.deliver()
+    site.attempt = 0  # the ticket comes back to whoever takes over
+    assert site.deliver() == GENEROUS
+    assert [asked.state for asked in site.storage.commitments.commitments()] == ["unanswered", "waiting"]
+    pacs.report_anew(pacs.requests[0], site.uids)  # it had heard the first request, too
+    assert (site.job.state, list(pacs.stored.values())) == ("done", [1, 1])
 
 
 @pytest.mark.parametrize(("status", "asked"), [(0x0213, 4), (0x0110, 4), (0x0124, 1), (0x0122, 1)])
