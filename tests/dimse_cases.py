@@ -22,6 +22,7 @@ from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotific
 from pynetdicom.presentation import build_context
 
 from dicomnode.dimse.scp import ReceivedInstance
+from dicomnode.dimse.scu import keep_responses
 
 IMPLICIT = "1.2.840.10008.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -131,8 +132,12 @@ def associate(port: int, pairs: list[tuple[str, str]], *, calling: str = "SCANNE
     """An association of a simulated scanner."""
     handlers = [(evt.EVT_CONN_OPEN, keep_connection)]
     entity = AE(calling)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 20
-    return entity.associate("127.0.0.1", port, contexts=[build_context(*pair) for pair in pairs], ae_title=called, evt_handlers=handlers)
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 120
+    association = entity.associate(
+        "127.0.0.1", port, contexts=[build_context(*pair) for pair in pairs], ae_title=called, evt_handlers=handlers
+    )
+    keep_responses(association)
+    return association
 
 
 def answer_to_request(port: int, pairs: list[tuple[str, str]], *, calling: str = "SCANNER", called: str = "DICOMNODE") -> bytes:

@@ -15,6 +15,7 @@ from pynetdicom import AE, build_role, evt
 from pynetdicom.presentation import build_context
 from pynetdicom.transport import ThreadedAssociationServer
 
+from dicomnode.dimse.scu import keep_responses
 from storage.records import Peer
 
 COMMITMENT, WELL_KNOWN = "1.2.840.10008.1.20.1", "1.2.840.10008.1.20.1.1"
@@ -111,6 +112,7 @@ def association_to(port: int, calling: str, *, scp: bool | None = True) -> Itera
         "127.0.0.1", port, contexts=[build_context(COMMITMENT)], ae_title="DICOMNODE", ext_neg=roles,
         evt_handlers=[(evt.EVT_CONN_OPEN, keep_connection)],
     )  # fmt: skip
+    keep_responses(association)
     try:
         yield association
     finally:

@@ -304,12 +304,24 @@ def _association(
             tls_args=None if context is None else (context, peer.host),
             evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection), *handlers],
         )
+        keep_responses(association)
         yield association, _trouble(association, context, entity.rejection)
         if association.is_established:
             association.release()
     finally:
         for connection in [*entity.connections, *(context.connections if context is not None else ())]:
             connection.close()
+
+
+def keep_responses(association: Any) -> None:
+    """Let the association's own thread take no response from whoever waits for it.
+
+    pynetdicom pauses that thread for each request. But if the thread has just passed its checkpoint and not said so yet, it goes on,
+    takes the response off the queue and drops it as unexpected: an object that the peer has stored counts as unanswered and is sent
+    again. That thread looks without blocking, requests wait; and on an association that we opened there is nothing for it to take.
+    """
+    take = association.dimse.get_msg
+    association.dimse.get_msg = lambda block=False: take(block) if block else (None, None)
 
 
 def _trouble(association: Any, context: PeerContext | None, rejection: A_ASSOCIATE_RJ | None) -> str | None:

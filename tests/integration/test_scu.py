@@ -159,6 +159,22 @@ def test_exactly_the_pairs_that_are_sent_are_proposed(pacs, tmp_path):
     assert [sorted(pairs) for pairs in pacs.proposed] == [sorted([(CT, EXPLICIT), (CT, IMPLICIT), (SEG, EXPLICIT)])]
 
 
+def test_no_response_is_lost_while_the_association_s_own_thread_is_awake(pacs, tmp_path, monkeypatch):
+    """As it may be on a busy machine: pynetdicom takes that thread for paused, and it isn't yet."""
+    associations: list[Any] = []
+    associate = AE.associate
+    monkeypatch.setattr(AE, "associate", lambda *args, **kwargs: associations.append(associate(*args, **kwargs)) or associations[-1])
+
+    def wake(_event: Any) -> int:
+        associations[0]._reactor_checkpoint.set()
+        return 0x0000
+
+    pacs.answer = wake
+    files = [stored(tmp_path)[0] for _ in range(40)]
+    outcomes = send(pacs.listen([(CT, EXPLICIT)]), files, calling_ae_title="DICOMNODE")
+    assert {(outcome.state, outcome.error) for outcome in outcomes} == {("sent", None)}
+
+
 def test_more_than_128_pairs_take_a_second_association(pacs, tmp_path):
     known = [row for row in STORAGE_CLASSES if row.uid in _STORAGE_CLASSES.values()]  # by the simulated PACS
     pairs = [(row.uid, syntax) for row in known[:65] for syntax in (EXPLICIT, IMPLICIT)]
