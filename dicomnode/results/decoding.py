@@ -137,9 +137,10 @@ def decode_segmentation(seg: Dataset, volume: Volume, *, empty_frames: bool = Fa
         expect(bool(masks) or empty_frames, f"{name} is empty")
         expect(k not in seen.setdefault(holder, set()), f"{name} is the second of segment {holder} on one image")
         seen[holder].add(k)
+        place = _place(name, frame, shared, projection=to_index is None)
         for segment, mask in masks.items():
             expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
-            found[segment][k] = _frame(seg, number, mask, k, to_index, pixels if kind == "FRACTIONAL" else None)
+            found[segment][k] = _frame(number, mask, k, place, to_index, pixels if kind == "FRACTIONAL" else None)
     whole = all(planes == set(slices.values()) for planes in seen.values())
     expect(whole or not empty_frames, "the SEG doesn't have a frame for each image")
     return [_segment(item, tuple(found[int(item.SegmentNumber)].values()), shared) for item in described]
@@ -189,8 +190,8 @@ def frame_pixels(seg: Dataset, frame: int) -> NDArray[np.bool_]:
 
 def _masks_of(labels: NDArray[np.uint8]) -> dict[int, NDArray[np.bool_]]:
     """Each segment of a frame of labels."""
-    present = np.flatnonzero(np.bincount(labels.ravel()))
-    return {int(number): labels == number for number in present if number != _BACKGROUND}
+    present = np.flatnonzero(np.bincount(labels[labels != _BACKGROUND]))
+    return {int(number): labels == number for number in present}
 
 
 def slices_of(volume: Volume) -> dict[Plane, int]:
@@ -218,59 +219,61 @@ def expect(true: bool, otherwise: str) -> None:
         raise ProofFailed(f"{otherwise[0].upper()}{otherwise[1:]}.")
 
 
-def _frame(
-    seg: Dataset,
-    number: int,
-    mask: NDArray[np.bool_],
-    k: int,
-    to_index: NDArray[np.float64] | None,
-    values: NDArray[np.uint8] | None,
-) -> DecodedFrame:
-    """Where the frame's pixels are. Its first and last pixel of each row are enough for extent and place, as positions are linear."""
-    name = f"frame {number} of the SEG"
-    frame, shared = seg.PerFrameFunctionalGroupsSequence[number - 1], seg.SharedFunctionalGroupsSequence[0]
-    rows = np.flatnonzero(mask.any(axis=1))
-    expect(len(rows) > 0, f"{name} is empty")
-    part = mask[rows]
-    left, right = part.argmax(axis=1), part.shape[1] - 1 - part[:, ::-1].argmax(axis=1)
-    ends = np.concatenate([np.column_stack([rows, left]), np.column_stack([rows, right])]).astype(np.float64)
-    count = int(np.count_nonzero(part))
-    middle = np.array([[rows @ part.sum(axis=1), part.sum(axis=0) @ np.arange(part.shape[1])]], dtype=np.float64) / count
-    if to_index is None:
+def _place(name: str, frame: Dataset, shared: Dataset, *, projection: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """The centre of a frame's first pixel (3,) and its steps (2, 3) along rows and columns of pixels, LPS mm (PS3.3 C.7.6.2.1.1).
+
+    Cosines are made orthogonal and of length one, since scanners round them. None of a projection.
+    """
+    if projection:
         for keyword in ("PlanePositionSequence", "PlaneOrientationSequence"):
             expect(keyword not in frame and keyword not in shared, f"{name} has a place in space, but lies on a projection")
-        points, centre = (np.column_stack([np.full(len(p), float(k)), p]) for p in (ends, middle))
-    else:
-        points, centre = (_points(p, frame, shared) for p in (ends, middle))
-        there = np.column_stack([np.full(len(ends), float(k)), ends])
-        off = float(np.abs(points @ to_index[:3, :3].T + to_index[:3, 3] - there).max())
-        expect(off <= _HALF + 1e-6, f"{name} lies {off:.2f} voxels away from its place on the image it names")
-    return DecodedFrame(
-        number=number,
-        slice_index=k,
-        count=count,
-        centre=centre[0],
-        low=points.min(axis=0),
-        high=points.max(axis=0),
-        bounds=(int(rows[0]), int(rows[-1]), int(left.min()), int(right.max())),
-        mask=mask[rows[0] : rows[-1] + 1, left.min() : right.max() + 1].copy(),
-        values=None if values is None else values[rows[0] : rows[-1] + 1, left.min() : right.max() + 1].copy(),
-    )
-
-
-def _points(pixels: NDArray[np.float64], frame: Dataset, shared: Dataset) -> NDArray[np.float64]:
-    """LPS mm of pixels (n, 2) (row, column) by PS3.3 C.7.6.2.1.1.
-
-    Cosines are made orthogonal and of length one, since scanners round them.
-    """
+        return None
     position = np.array(_group(frame, shared, "PlanePositionSequence").ImagePositionPatient, dtype=np.float64)
     cosines = np.array(_group(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=np.float64)
     row_mm, column_mm = map(float, _group(frame, shared, "PixelMeasuresSequence").PixelSpacing)
     along_row = cosines[:3] / np.linalg.norm(cosines[:3])
     along_column = cosines[3:] - along_row * (along_row @ cosines[3:])
     along_column /= np.linalg.norm(along_column)
-    points = position + np.outer(pixels[:, 1] * column_mm, along_row) + np.outer(pixels[:, 0] * row_mm, along_column)
-    return np.asarray(points, dtype=np.float64)
+    return position, np.stack([along_column * row_mm, along_row * column_mm])
+
+
+def _frame(
+    number: int,
+    mask: NDArray[np.bool_],
+    k: int,
+    place: tuple[NDArray[np.float64], NDArray[np.float64]] | None,
+    to_index: NDArray[np.float64] | None,
+    values: NDArray[np.uint8] | None,
+) -> DecodedFrame:
+    """Where the frame's pixels are. Its first and last pixel of each row are enough for extent and place, as positions are linear."""
+    name = f"frame {number} of the SEG"
+    rows = np.flatnonzero(mask.any(axis=1))
+    expect(len(rows) > 0, f"{name} is empty")
+    part = mask[rows[0] : rows[-1] + 1]
+    columns = np.flatnonzero(part.any(axis=0))
+    part = part[:, columns[0] : columns[-1] + 1].copy()
+    filled = part[rows - rows[0]]
+    left, right = columns[0] + filled.argmax(axis=1), columns[-1] - filled[:, ::-1].argmax(axis=1)
+    ends = np.concatenate([np.column_stack([rows, left]), np.column_stack([rows, right])]).astype(np.float64)
+    count = int(np.count_nonzero(part))
+    middle = np.array([part.sum(axis=1) @ np.arange(len(part)), part.sum(axis=0) @ np.arange(part.shape[1])]) / count
+    pixels = np.vstack([ends, middle + np.array([rows[0], columns[0]])])
+    points = np.column_stack([np.full(len(pixels), float(k)), pixels])  # of a projection
+    if place is not None and to_index is not None:
+        there, points = points[:-1], place[0] + pixels @ place[1]
+        off = float(np.abs(points[:-1] @ to_index[:3, :3].T + to_index[:3, 3] - there).max())
+        expect(off <= _HALF + 1e-6, f"{name} lies {off:.2f} voxels away from its place on the image it names")
+    return DecodedFrame(
+        number=number,
+        slice_index=k,
+        count=count,
+        centre=points[-1],
+        low=points[:-1].min(axis=0),
+        high=points[:-1].max(axis=0),
+        bounds=(int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])),
+        mask=part,
+        values=None if values is None else values[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].copy(),
+    )
 
 
 def _segment(item: Dataset, frames: tuple[DecodedFrame, ...], shared: Dataset) -> DecodedSegment:

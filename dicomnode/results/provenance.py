@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone, tzinfo
 from io import BytesIO
@@ -122,7 +121,7 @@ def source_images(volume: Volume, headers: Sequence[Dataset], slices: Sequence[i
     elements = list(shared)  # converted and checked once: of 500 slices that would take as long as all the rest
     for image in images:
         for element in elements:
-            image.add(copy(element))
+            image.add(_copy(element))
         if not image.get("SliceThickness"):
             image.SliceThickness = slice_mm
     return images
@@ -142,9 +141,9 @@ def reduced_header(header: Dataset) -> Dataset:
     for tag in _IMAGE_TAGS:
         element = _readable(header, tag)
         if element is not None:
-            image.add(copy(element))  # an element that two data sets share is changed in both
+            image.add(_copy(element))  # an element that two data sets share is changed in both
     for empty in _EMPTY:
-        image.add(copy(empty))
+        image.add(_copy(empty))
     return image
 
 
@@ -152,8 +151,15 @@ def copied(image: Dataset) -> Dataset:
     """Return a data set of its own with the same elements: what is set in one stays as it is in the other."""
     other = Dataset()
     for element in image:
-        other.add(copy(element))
+        other.add(_copy(element))
     return other
+
+
+def _copy(element: DataElement) -> DataElement:
+    """What `copy.copy` gives, without its detour over pickling: 500 slices have 10,000 elements."""
+    made = DataElement.__new__(type(element))
+    made.__dict__.update(element.__dict__)
+    return made
 
 
 def _readable(header: Dataset, tag: int) -> DataElement | None:
