@@ -24,6 +24,8 @@ KINDS = {
 PROFILES: dict[str, Profile] = {
     "standard": ("seg", "sr"),
     "plain": ("key-image",),  # a PACS that takes images only
+    "ohif": ("seg", "sr", "key-image"),  # OHIF 3.13 shows no SEG of a film, so its picture goes beside the report
+    "orthanc": ("seg", "sr", "key-image"),  # Orthanc's own viewer shows images alone; whoever reads from it gets the rest
 }
 OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, whoever is given it
 SEGMENTATIONS = ("seg", "seg-fractional", "seg-labelmap")

@@ -147,7 +147,7 @@ def test_a_profile_is_a_field_of_the_peer_for_the_administrator(tmp_path: Path, 
     add = ["peer", "add", "PACS", "pacs.example", "104", *config]
     for options, said in (
         (["--sends", "--profile", "plain"], "need --receives"),
-        (["--receives", "--profile", "fancy"], "'fancy' is no display profile: standard, plain"),
+        (["--receives", "--profile", "fancy"], "'fancy' is no display profile: standard, plain, ohif, orthanc"),
         (["--receives", "--object", "seg"], "no finding must be said"),
         (["--sends", "--empty-frames"], "need --receives"),
         (["--receives", "--seg-per", "slice"], "'slice'"),
