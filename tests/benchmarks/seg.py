@@ -109,7 +109,8 @@ def highdicom(case: Case, findings: Findings, labels: NDArray[np.uint8], kind: s
     images = provenance.source_images(case.volume, case.headers)
     seg = Segmentation(
         source_images=images, pixel_array=labels, segmentation_type="LABELMAP" if kind == "seg-labelmap" else "BINARY",
-        segment_descriptions=[_describe(finding, findings, case.identity) for finding in findings.findings], sop_instance_uid="2.25.2",
+        segment_descriptions=[_describe(finding, finding.number, findings, case.identity) for finding in findings.findings],
+        sop_instance_uid="2.25.2",
         transfer_syntax_uid=RLELossless if kind == "seg-labelmap" else ExplicitVRLittleEndian, **arguments,
     )  # fmt: skip
     buffer = BytesIO()
