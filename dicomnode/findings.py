@@ -115,6 +115,64 @@ class LongAxis:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A DICOM object of this node by its names, in whatever study."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    series_instance_uid: str
+    study_instance_uid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorFinding:
+    """What was found in an earlier study, and where in that study's patient space."""
+
+    tracking_uid: str
+    tracking_id: str
+    label: str
+    shape: Shape
+    category: Code
+    type: Code
+    site: Code | None
+    side: Laterality | None
+    centre_lps_mm: tuple[float, float, float]
+    volume_ml: float  # of its voxels: of a box no measurement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """What became of something since the study that was compared with."""
+
+    former: PriorFinding
+    percent: float | None  # by how much its volume changed; None: it has none that is measured
+    trend: Literal["grown", "shrunk", "unchanged"] | None  # unchanged: within what measuring it twice may differ by
+    doubling_days: float | None  # of something abnormal that has grown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """The earlier study of the same patient that findings are compared with, as the same package saw it."""
+
+    study_instance_uid: str
+    date: str  # of its acquisition, else of the study: YYYYMMDD
+    days: int | None  # from it to the study at hand; None: one of them has no date
+    version: str  # of the package then
+    reports: tuple[Reference, ...]  # what the node said of it, in the order in which a run makes them
+    findings: tuple[PriorFinding, ...]
+    to_current: tuple[tuple[float, float, float, float], ...]  # rows of the affine from its LPS mm to those of the study at hand
+    alignment: str  # how these were found, in words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What became of an earlier study's findings, beside those that are still there."""
+
+    prior: Prior
+    vanished: tuple[PriorFinding, ...]  # in the prior study, and nowhere in this one
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """One thing a model says about a study, and where.
 
@@ -135,6 +193,7 @@ class Finding:
     long_axis: LongAxis | None  # of an outline; None of a box or a heat map, whose extent measures nothing
     measurements: tuple[Measurement, ...]
     colour_cielab: tuple[float, float, float]
+    growth: Growth | None = None  # where the study that was compared with has it too
 
     @property
     def long_axis_mm(self) -> float | None:
@@ -194,6 +253,8 @@ class Findings:
     omitted: int = 0  # findings beyond the cap, counted and said
     other_series: tuple[str, ...] = ()  # Series Instance UIDs that the model was given beside the first
     notes: tuple[str, ...] = ()  # what the reader must be told, a sentence each, e.g. "FLAIR alone"
+    comparison: Comparison | None = None  # with an earlier study of the patient
+    not_compared: str = ""  # why there is none: a clause
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -208,16 +269,6 @@ class RunIdentity:
     digest: str
     run: int
     created_at: datetime  # aware; kept with the job, so a retry writes the same dates
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A DICOM object of this node by its names, in whatever study."""
-
-    sop_class_uid: str
-    sop_instance_uid: str
-    series_instance_uid: str
-    study_instance_uid: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,9 @@ from dicomnode.findings import Finding, Findings, Reference, ResultObject, RunId
 from dicomnode.logs import get_logger
 from dicomnode.pace import Pace
 from dicomnode.prefetch import Prefetched, Prefetcher
-from dicomnode.priors import identity_of, superseded
+from dicomnode.priors import compared, identity_of, superseded
 from dicomnode.results.capture import encode_captures, encode_reason
-from dicomnode.results.identity import tracking_uid
+from dicomnode.results.identity import tracking_of
 from dicomnode.results.presentation import encode_presentations
 from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, parts
 from dicomnode.results.proof import prove, prove_selection
@@ -149,6 +149,8 @@ class Analyser:
         clock.lap("inference")
         identity = identity_of(job)
         headers_of_all = [header for series in selection.series for header in series.headers]
+        findings = compared(self._storage, job, findings, next(iter(volumes.values())), selection.series[0].headers, self._decoder)
+        clock.lap("comparison")
         former = superseded(self._storage, job)
         objects = _encoded(findings, tuple(volumes.values()), headers_of_all, identity, wanted, former)
         clock.lap("results")
@@ -327,15 +329,16 @@ def _detail(selection: Selection, findings: Findings, identity: RunIdentity, sec
             {"label": score.label, "probability": round(score.probability, 4), "threshold": score.threshold, "positive": score.positive}
             for score in findings.scores
         ],
-        "findings": [_finding(finding, identity) for finding in findings.findings],
+        "findings": [_finding(finding, identity, findings) for finding in findings.findings],
+        "comparison": _comparison(findings),
         "seconds": dict(seconds),
         "model_seconds": {stage: round(value, 3) for stage, value in findings.seconds.items()},
     }
 
 
-def _finding(finding: Finding, identity: RunIdentity) -> dict[str, Any]:
+def _finding(finding: Finding, identity: RunIdentity, findings: Findings) -> dict[str, Any]:
     return {
-        "tracking_uid": tracking_uid(identity, finding.number),
+        "tracking_uid": tracking_of(identity, finding)[0],
         "label": finding.label,
         "probability": round(finding.probability, 4),
         "volume_ml": round(finding.volume_ml, 4),
@@ -343,4 +346,42 @@ def _finding(finding: Finding, identity: RunIdentity) -> dict[str, Any]:
         "centre_lps_mm": [round(value, 2) for value in finding.centre_lps_mm] if finding.centre_lps_mm else None,
         "box_px": list(finding.bounds_px) if finding.shape == "box" or finding.centre_lps_mm is None else None,
         "side": finding.side,
+        "change": None if findings.comparison is None else _change(finding),
+    }
+
+
+def _change(finding: Finding) -> dict[str, Any]:
+    """What became of it since the study that was compared with; "seen before" is said of what has no volume."""
+    growth = finding.growth
+    if growth is None:
+        return {"status": "new", "words": "new", "prior_volume_ml": None, "volume_change_percent": None, "doubling_days": None}
+    status: str = growth.trend or "seen before"
+    words = status
+    words += "" if growth.percent is None else f", {growth.percent:+.1f} %"
+    words += "" if growth.doubling_days is None else f", doubling in {growth.doubling_days:.0f} days"
+    return {
+        "status": status,
+        "words": words,
+        "prior_volume_ml": None if growth.percent is None else round(growth.former.volume_ml, 4),
+        "volume_change_percent": None if growth.percent is None else round(growth.percent, 2),
+        "doubling_days": None if growth.doubling_days is None else round(growth.doubling_days, 1),
+    }
+
+
+def _comparison(findings: Findings) -> dict[str, Any]:
+    """Which study was compared with, and what of it is no longer seen; or the reason why there is none."""
+    if findings.comparison is None:
+        return {"study_instance_uid": None, "reason": findings.not_compared}
+    prior = findings.comparison.prior
+    return {
+        "study_instance_uid": prior.study_instance_uid,
+        "date": prior.date,
+        "days": prior.days,
+        "version": prior.version,
+        "alignment": prior.alignment,
+        "vanished": [
+            {"tracking_uid": former.tracking_uid, "label": former.label, "side": former.side, "prior_volume_ml": round(former.volume_ml, 4)}
+            for former in findings.comparison.vanished
+        ],
+        "reason": None,
     }

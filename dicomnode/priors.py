@@ -1,23 +1,49 @@
-"""What a job's report refers to beside its own images: the reports that it takes the place of.
+"""What a job's report refers to beside its own images: the reports that it takes the place of, and an earlier study of the patient.
 
 Found once for a job and kept in its row, so that a job done again says the same, whatever arrived or went meanwhile.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pydicom
+from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
 
-from dicomnode.findings import Reference, RunIdentity
+from dicomnode.analysis.alignment import align
+from dicomnode.analysis.attributes import text_of
+from dicomnode.analysis.decoding import Decoder
+from dicomnode.analysis.eligibility import NotEligible
+from dicomnode.analysis.frames import frames_of, read_headers
+from dicomnode.analysis.geometry import stack_of
+from dicomnode.analysis.growth import compare
+from dicomnode.analysis.select import SelectedSeries
+from dicomnode.analysis.volume import read_volume
+from dicomnode.errors import AnalysisFailed, ProofFailed
+from dicomnode.findings import Code, Findings, Prior, PriorFinding, Reference, RunIdentity, Volume
+from dicomnode.results.former import read_former
 from dicomnode.results.identity import object_uid
 from storage import Storage
-from storage.records import Job, Result
+from storage.records import Instance, Job, Result
 
-SUPERSEDES = "supersedes"  # names of what a job's row keeps
+SUPERSEDES, PRIOR = "supersedes", "prior"  # names of what a job's row keeps
+_THINNED_MM = 4.0  # an alignment needs no thinner slices
+_SAME_SPACE = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
+_HEADER = [
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "IssuerOfPatientID", "PatientBirthDate",
+    "StudyDate", "StudyTime", "AcquisitionDate", "FrameOfReferenceUID",
+]  # fmt: skip
+
+
+class _NotComparable(Exception):
+    """There is no earlier study to compare with; the message is a clause that says why."""
 
 
 def identity_of(job: Job) -> RunIdentity:
@@ -48,27 +74,182 @@ def _former_reports(storage: Storage, job: Job) -> list[Reference]:
     same = [other for other in storage.jobs.jobs(study_instance_uid=job.study_instance_uid, kind="analyse") if other.package == job.package]
     before = [other for other in same if (other.revision, other.run) < (job.revision, job.run)]
     for former in sorted(before, key=lambda other: (other.revision, other.run), reverse=True):
-        results = [result for result in storage.jobs.results(job_key=former.key) if result.modality == "SR"]
-        identity = identity_of(former)
-        results.sort(key=lambda result: (result.sop_class_uid, result.sop_instance_uid != first_of(result, identity)))
-        references = [reference for result in results if (reference := reference_to(storage.objects.path(result.stored.object_id)))]
+        references = _reports(storage, former, storage.jobs.results(job_key=former.key))
         if references:
             return references
     return []
 
 
-def first_of(result: Result, identity: RunIdentity) -> str:
-    """Return the UID of the first report of the result's class that a run makes."""
-    return object_uid(identity, result.sop_class_uid, ExplicitVRLittleEndian)
+def _reports(storage: Storage, job: Job, results: Sequence[Result]) -> list[Reference]:
+    """The reports among a job's results: of one class the one on the BINARY segmentation first."""
+    identity = identity_of(job)
+
+    def order(result: Result) -> tuple[str, bool]:
+        first = object_uid(identity, result.sop_class_uid, ExplicitVRLittleEndian)
+        return result.sop_class_uid, result.sop_instance_uid != first
+
+    reports = sorted((result for result in results if result.modality == "SR"), key=order)
+    return [reference for result in reports if (reference := reference_to(storage.objects.path(result.stored.object_id)))]
 
 
 def reference_to(file: Path) -> Reference | None:
     """Return the names of a stored object; None if it isn't there any more or cannot be read."""
     try:
-        named = pydicom.dcmread(file, specific_tags=["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"])
+        named = _read(file)
         return Reference(
             sop_class_uid=str(named.SOPClassUID), sop_instance_uid=str(named.SOPInstanceUID),
             series_instance_uid=str(named.SeriesInstanceUID), study_instance_uid=str(named.StudyInstanceUID),
         )  # fmt: skip
     except (OSError, InvalidDicomError, AttributeError):
         return None
+
+
+def compared(
+    storage: Storage, job: Job, findings: Findings, volume: Volume, headers: Sequence[Dataset], decoder: Decoder | None
+) -> Findings:
+    """Return the findings compared with the patient's last earlier study that the job's package has analysed, or why they aren't.
+
+    The same patient has the same Patient ID and issuer, and no other date of birth. Earlier is by Study Date and Time. `headers` are
+    those of the volume.
+    """
+    noted = job.detail.get(PRIOR) or storage.jobs.remember(job.key, PRIOR, _noted(storage, job, findings, volume, headers[0], decoder))
+    if "reason" in noted:
+        return replace(findings, not_compared=noted["reason"])
+    return compare(findings, volume, _prior(noted))
+
+
+def _noted(storage: Storage, job: Job, findings: Findings, volume: Volume, header: Dataset, decoder: Decoder | None) -> dict[str, Any]:
+    """The prior study as data for the job's row, or the reason why there is none."""
+    try:
+        if volume.is_projection:
+            raise _NotComparable("one radiograph says nothing of where in the patient something lies")
+        if findings.scores and not findings.findings:
+            raise _NotComparable("what was asked is about the whole image")
+        return asdict(_find(storage, job, volume, header, decoder))
+    except _NotComparable as reason:
+        return {"reason": str(reason)}
+
+
+def _find(storage: Storage, job: Job, volume: Volume, header: Dataset, decoder: Decoder | None) -> Prior:
+    former, instances, there = _last_before(storage, job, header)
+    results = storage.jobs.results(job_key=former.key)
+    seg_uid = object_uid(identity_of(former), SegmentationStorage, ExplicitVRLittleEndian)
+    segmentations = [result for result in results if result.sop_instance_uid == seg_uid]
+    if bool(segmentations) != bool(former.detail.get("findings")):
+        raise _NotComparable(f"the segmentation of the study of {_day(there)} is no more")
+    try:
+        found = read_former(storage.objects.path(segmentations[0].stored.object_id).read_bytes()) if segmentations else ()
+    except (OSError, ProofFailed):
+        raise _NotComparable(f"the segmentation of the study of {_day(there)} can't be read") from None
+    to_current, alignment = _alignment(storage, instances, there, volume, decoder)
+    return Prior(
+        study_instance_uid=former.study_instance_uid,
+        date=_day(there),
+        days=_days(there, header),
+        version=former.version,
+        reports=tuple(_reports(storage, former, results)),
+        findings=tuple(finding for finding in found if finding.shape != "heat map"),
+        to_current=to_current,
+        alignment=alignment,
+    )
+
+
+def _last_before(storage: Storage, job: Job, header: Dataset) -> tuple[Job, list[Instance], Dataset]:
+    """The last analysis by the package of the patient's latest earlier study, the images it looked at, and the header of one of them."""
+    if not text_of(header, "PatientID").strip():
+        raise _NotComparable("the images name no patient")
+    if not text_of(header, "StudyDate"):
+        raise _NotComparable("the study has no date")
+    known = storage.index.study(job.study_instance_uid)
+    earlier: list[tuple[tuple[str, str], Job, list[Instance], Dataset]] = []
+    for study in storage.index.studies_of(known.patient_id) if known else ():
+        jobs = [
+            other for other in storage.jobs.jobs(study_instance_uid=study.study_instance_uid, kind="analyse", state="done")
+            if other.package == job.package and study.study_instance_uid != job.study_instance_uid
+        ]  # fmt: skip
+        if not jobs or (earlier and study.study_date < earlier[0][0][0]):
+            continue
+        last = max(jobs, key=lambda other: (other.revision, other.run))
+        series = last.detail.get("series_instance_uid")
+        images = [i for i in storage.index.instances(last.study_instance_uid, last.revision) if i.series_instance_uid == series]
+        there = _header_of(storage, images)
+        if there is not None and _same_patient(there, header) and _begun(there) < _begun(header):
+            earlier.append((_begun(there), last, images, there))
+    if not earlier:
+        raise _NotComparable(f"this node has analysed no earlier study of this patient with {job.package}")
+    _, last, images, there = max(earlier, key=lambda entry: (entry[0], entry[1].study_instance_uid))
+    return last, images, there
+
+
+def _alignment(
+    storage: Storage, instances: Sequence[Instance], there: Dataset, volume: Volume, decoder: Decoder | None
+) -> tuple[tuple[tuple[float, float, float, float], ...], str]:
+    """How places of the prior study become places of this one, and in words how that was found."""
+    if text_of(there, "FrameOfReferenceUID") == volume.frame_of_reference_uid:
+        return _SAME_SPACE, "both are in one frame of reference"
+    try:
+        headers = read_headers([storage.objects.path(instance.stored.object_id) for instance in instances])
+        frames = frames_of(headers)
+        stack = stack_of([frame.header for frame in frames])
+        step = max(1, int(_THINNED_MM / float(np.linalg.norm(stack.affine[:3, 0]))))
+        thinned = tuple(frames[i] for i in stack.order[::step])
+        series = SelectedSeries(input_name="", series_instance_uid=text_of(there, "SeriesInstanceUID"), frames=thinned, why="")
+        found = align(read_volume(series, decoder), volume)
+    except (NotEligible, AnalysisFailed, OSError):
+        raise _NotComparable(f"the images of the study of {_day(there)} can't be read again") from None
+    if found is None:
+        raise _NotComparable(f"the images of the study of {_day(there)} can't be aligned with these")
+    rows = tuple((round(float(x), 6), round(float(y), 6), round(float(z), 6), round(float(t), 6)) for x, y, z, t in found.matrix[:3])
+    return rows, f"the images were aligned rigidly (correlation {found.correlation:.2f})"
+
+
+def _prior(noted: dict[str, Any]) -> Prior:
+    """What `asdict` made of a prior, as it was."""
+    found = [
+        PriorFinding(
+            **{
+                **finding,
+                **{name: Code(**finding[name]) if finding[name] else None for name in ("category", "type", "site")},
+                "centre_lps_mm": tuple(finding["centre_lps_mm"]),
+            }
+        )
+        for finding in noted["findings"]
+    ]
+    reports = tuple(Reference(**report) for report in noted["reports"])
+    to_current = tuple(tuple(row) for row in noted["to_current"])
+    return Prior(**{**noted, "findings": tuple(found), "reports": reports, "to_current": to_current})
+
+
+def _header_of(storage: Storage, images: Sequence[Instance]) -> Dataset | None:
+    try:
+        return _read(storage.objects.path(images[0].stored.object_id)) if images else None
+    except (OSError, InvalidDicomError):
+        return None
+
+
+def _read(file: Path) -> Dataset:
+    return pydicom.dcmread(file, specific_tags=_HEADER, stop_before_pixels=True)
+
+
+def _same_patient(one: Dataset, other: Dataset) -> bool:
+    same = all(text_of(one, keyword).strip() == text_of(other, keyword).strip() for keyword in ("PatientID", "IssuerOfPatientID"))
+    births = {text_of(header, "PatientBirthDate").strip() for header in (one, other)} - {""}
+    return same and len(births) < 2
+
+
+def _begun(header: Dataset) -> tuple[str, str]:
+    """When the study began, as DICOM writes it: that sorts by time."""
+    return text_of(header, "StudyDate").strip(), text_of(header, "StudyTime").strip()
+
+
+def _day(header: Dataset) -> str:
+    """When the images were acquired, else when the study began."""
+    return (text_of(header, "AcquisitionDate") or text_of(header, "StudyDate")).strip()
+
+
+def _days(there: Dataset, here: Dataset) -> int | None:
+    try:
+        first, second = (date.fromisoformat(_day(header)) for header in (there, here))
+    except ValueError:
+        return None
+    return (second - first).days

@@ -196,6 +196,12 @@ class Index:
             row = connection.execute(_select_studies().where(STUDY.c.study_instance_uid == study_instance_uid)).one_or_none()
         return _study(row) if row else None
 
+    def studies_of(self, patient_id: str) -> list[Study]:
+        """Return the studies that came under this Patient ID, whatever their patient's name, newest study date first."""
+        statement = _select_studies().where(PATIENT.c.patient_id == patient_id).order_by(STUDY.c.study_date.desc(), STUDY.c.id.desc())
+        with self._database.reading() as connection:
+            return [_study(row) for row in connection.execute(statement)]
+
     def series(self, study_instance_uid: str) -> list[Series]:
         """Return the series of a study in the order of their numbers."""
         count = select(func.count()).where(INSTANCE.c.series_row == SERIES.c.id).scalar_subquery()

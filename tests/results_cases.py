@@ -33,6 +33,9 @@ from dicomnode.findings import (
     Laterality,
     LongAxis,
     Measurement,
+    Prior,
+    PriorFinding,
+    Reference,
     RunIdentity,
     Score,
     Segment,
@@ -306,6 +309,45 @@ def scores() -> tuple[Score, ...]:
             ("Cardiomegaly", "8186001", 0.0305),
         )
     )
+
+
+def former_of(case: Case, finding: Finding, *, grown: float = 1.0, **changes: Any) -> PriorFinding:
+    """The finding as an earlier study has it, a `grown`-th of its volume."""
+    assert finding.centre_lps_mm is not None
+    former = PriorFinding(
+        tracking_uid="2.25.70",
+        tracking_id="lung-nodule-ct 0.0.9 #1",
+        label=finding.label,
+        shape=finding.shape,
+        category=finding.category,
+        type=finding.type,
+        site=finding.site,
+        side=finding.side,
+        centre_lps_mm=finding.centre_lps_mm,
+        volume_ml=finding.segment.voxel_count * case.volume.voxel_ml / grown,
+    )
+    return replace(former, **changes)
+
+
+def prior_with(*former: PriorFinding, days: int | None = 100, **changes: Any) -> Prior:
+    """An earlier study in the same place."""
+    prior = Prior(
+        study_instance_uid="2.25.80",
+        date="20251123",
+        days=days,
+        version="0.0.9",
+        reports=tuple(
+            Reference(
+                sop_class_uid=f"1.2.840.10008.5.1.4.1.1.88.{n}", sop_instance_uid=f"2.25.81.{n}", series_instance_uid=f"2.25.82.{n}",
+                study_instance_uid="2.25.80",
+            )
+            for n in (33, 34)
+        ),
+        findings=former,
+        to_current=((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)),
+        alignment="both are in one frame of reference",
+    )  # fmt: skip
+    return replace(prior, **changes)
 
 
 def written_again(dataset: Dataset) -> bytes:

@@ -36,7 +36,10 @@ LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
 KEY_OBJECTS = "1.2.840.10008.5.1.4.1.1.88.59"
 SEGMENTATIONS = {"1.2.840.10008.5.1.4.1.1.66.4", LABEL_MAP}
 
-DCIODVFY_NOISE = re.compile(r"needed to build DICOMDIR")  # an attribute that is empty in the source image and copied as it is
+DCIODVFY_NOISE = re.compile(
+    r"needed to build DICOMDIR"  # an attribute that is empty in the source image and copied as it is
+    r"|Unrecognized defined term = <99DICOMNODE>"  # it knows some private coding schemes by name, not this one
+)
 DCMPSCHK_NOISE = re.compile(
     r"ContributionDateTime \(0018,a002\)"  # it takes no time zone in a DT
     r"|PatientName \(0010,0010\)"  # copied as it is; of UTF-8 it takes bytes 80 to 9F for control characters

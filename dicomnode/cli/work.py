@@ -66,7 +66,9 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
         if json:
             show([{name: [dataclasses.asdict(row) for row in rows] for name, (rows, _) in tables.items()}], [], as_json=True)
             return
-        tables["why"], tables["considered"] = _selection(storage.jobs.jobs(study_instance_uid=uid, kind="analyse"))
+        analyses = storage.jobs.jobs(study_instance_uid=uid, kind="analyse")
+        tables["why"], tables["considered"] = _selection(analyses)
+        tables["findings"], tables["compared with"] = _findings(analyses)
         for name, (rows, columns) in tables.items():
             if rows:
                 Console().print(f"[bold]{name}[/bold]")
@@ -79,6 +81,23 @@ def _selection(jobs: Sequence[Job]) -> tuple[tuple[Sequence[Any], list[str]], tu
     considered = [{"package": job.package, "run": job.run, **series} for job in jobs for series in job.detail.get("considered", ())]
     columns = ["package", "run", "input", "series_number", "part", "images", "chosen", "reason_code", "reason"]
     return (why, ["package", "run", "why"]), (considered, columns)
+
+
+def _findings(jobs: Sequence[Job]) -> tuple[tuple[Sequence[Any], list[str]], tuple[Sequence[Any], list[str]]]:
+    """Two tables: what was found, with what became of it since an earlier study; and which study that was, or why there is none."""
+    found, compared = [], []
+    for job in jobs:
+        run = {"package": job.package, "revision": job.revision, "run": job.run}
+        comparison = job.detail.get("comparison")
+        for finding in job.detail.get("findings", ()):
+            change = finding.get("change")
+            found.append({**run, **finding, "since": "" if change is None else change["words"]})
+        if comparison is not None:
+            empty = {"volume_ml": None, "long_axis_mm": None, "since": "no longer seen"}
+            found += [{**run, **former, **empty} for former in comparison.get("vanished", ())]
+            compared.append({**run, **dict.fromkeys(("date", "days", "alignment")), **comparison})
+    columns = ["package", "revision", "run", "label", "side", "volume_ml", "long_axis_mm", "since", "tracking_uid"]
+    return (found, columns), (compared, ["package", "revision", "run", "study_instance_uid", "date", "days", "alignment", "reason"])
 
 
 @study.command("reanalyse")

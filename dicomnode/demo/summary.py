@@ -120,6 +120,8 @@ def _finding_line(finding: dict[str, Any]) -> str:
     elif finding["box_px"] is not None:
         left, top, right, bottom = finding["box_px"]
         said.append(f"in columns {left:.0f} to {right:.0f}, rows {top:.0f} to {bottom:.0f}")
+    if finding.get("change") is not None:
+        said.append(finding["change"]["words"])
     return ", ".join(said)
 
 
@@ -155,6 +157,7 @@ def _study(study: ScannedStudy, storage: Storage) -> dict[str, Any]:
         "packages": _packages(study, storage, analyses),
         "findings": [{"package": job.package, **finding} for job in analyses for finding in job.detail.get("findings", [])],
         "scores": [{"package": job.package, **score} for job in analyses for score in job.detail.get("scores", [])],
+        "comparisons": [{"package": job.package, **job.detail["comparison"]} for job in analyses if "comparison" in job.detail],
         "objects": [
             {
                 "file": f"pacs/{s}.dcm",

@@ -18,7 +18,7 @@ from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from dicomnode.findings import Finding, Findings, ResultObject, RunIdentity, Volume
-from dicomnode.results import codes, identity as uids, provenance
+from dicomnode.results import change, codes, identity as uids, provenance
 from dicomnode.results.display import grey_slice
 from dicomnode.results.drawing import LONG_SIDE, RESEARCH, Colour, broken, trace
 from dicomnode.results.report import said
@@ -114,7 +114,8 @@ def _crosses(finding: Finding, k: int) -> bool:
 
 def _described(finding: Finding, volume: Volume) -> str:
     """A finding in one line."""
-    numbers = [(m.name.meaning.lower(), f"{m.value:.3g}", m.unit.value.strip("{}")) for m in finding.measurements]
+    measurements = [*finding.measurements, *change.numbers(finding)]
+    numbers = [(m.name.meaning.lower(), f"{m.value:.3g}", m.unit.value.strip("{}")) for m in measurements]
     if finding.long_axis is not None and not any(m.name.value == codes.LONG_AXIS.value for m in finding.measurements):
         numbers.append(("long axis", f"{finding.long_axis.length_mm:.3g}", "pixels" if volume.calibration == "none" else "mm"))
     text = f"{finding.number}: {finding.label}"

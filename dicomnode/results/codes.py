@@ -18,6 +18,17 @@ SEGMENTED = Code(value="113076", scheme="DCM", meaning="Segmentation")  # CID 72
 SOURCE_IMAGE = Code(value="121322", scheme="DCM", meaning="Source image for image processing operation")  # CID 7202
 ARTIFICIAL_INTELLIGENCE = Code(value="123110", scheme="DCM", meaning="Artificial Intelligence")  # CID 7162
 
+# No scheme that PS3.16 lists has a code for these two, so they are of a private one (PS3.16 8.2).
+VOLUME_CHANGE = Code(value="VOLUME-CHANGE", scheme="99DICOMNODE", meaning="Volume change since prior study")
+DOUBLING_TIME = Code(value="DOUBLING-TIME", scheme="99DICOMNODE", meaning="Volume doubling time")
+QUALITATIVE_DIFFERENCE = Code(value="111049", scheme="DCM", meaning="Qualitative Difference")
+INCREASED = Code(value="15454001", scheme="SCT", meaning="Increase in size")  # CID 6134
+DECREASED = Code(value="19776001", scheme="SCT", meaning="Decrease in size")  # CID 6134
+UNCHANGED = Code(value="129723006", scheme="SCT", meaning="No significant changes in the finding")  # CID 6134
+NEW = Code(value="129721008", scheme="SCT", meaning="New finding")  # CID 6002
+ABSENT = Code(value="272519000", scheme="SCT", meaning="Absent")  # CID 240
+
+DAY = Code(value="d", scheme="UCUM", meaning="day")
 MILLILITRE = Code(value="ml", scheme="UCUM", meaning="ml")
 MILLIMETRE = Code(value="mm", scheme="UCUM", meaning="mm")
 SQUARE_MILLIMETRE = Code(value="mm2", scheme="UCUM", meaning="mm2")

@@ -17,9 +17,9 @@ from pydicom import Dataset
 from pydicom.pixels.utils import iter_pixels
 
 from dicomnode.errors import ProofFailed
-from dicomnode.findings import Volume
+from dicomnode.findings import Laterality, Volume
 
-_LATERALITY = {"7771000": "left", "24028007": "right"}
+LATERALITY: dict[str, Laterality] = {"7771000": "left", "24028007": "right"}
 _BACKGROUND = 0  # a label map's voxels that belong to nothing
 _HALF = 0.5  # voxel: how far a frame may lie from the place of the image it names
 
@@ -91,6 +91,7 @@ class DecodedGroup:
 
     tracking_uid: str
     numbers: tuple[Number, ...]
+    time_points: tuple[str, ...]  # TID 1502
     codes: tuple[tuple[str, str], ...]  # concept, value
     sides: tuple[str, ...]
     segment: tuple[str, int | None, int | None] | None  # SOP Instance UID of a SEG, segment number, else frame number
@@ -131,13 +132,13 @@ def decode_segmentation(seg: Dataset, volume: Volume, *, empty_frames: bool = Fa
         if pixels is not None and kind == "LABELMAP":
             holder, masks = _BACKGROUND, _masks_of(pixels)
         else:
-            holder = int(_group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+            holder = int(group_of(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber)
             masks = {holder: frame_pixels(seg, number - 1) if pixels is None else pixels > 0}
             masks = {} if empty_frames and not masks[holder].any() else masks
         expect(bool(masks) or empty_frames, f"{name} is empty")
         expect(k not in seen.setdefault(holder, set()), f"{name} is the second of segment {holder} on one image")
         seen[holder].add(k)
-        place = _place(name, frame, shared, projection=to_index is None)
+        place = place_of(name, frame, shared, projection=to_index is None)
         for segment, mask in masks.items():
             expect(segment in found, f"{name} belongs to segment {segment}, which isn't described")
             found[segment][k] = _frame(number, mask, k, place, to_index, pixels if kind == "FRACTIONAL" else None)
@@ -160,9 +161,10 @@ def decode_report(document: Dataset) -> Iterator[DecodedGroup]:
             yield DecodedGroup(
                 tracking_uid=tracking[0],
                 numbers=tuple(_number(i) for i in content if i.ValueType == "NUM"),
+                time_points=tuple(str(i.TextValue) for i in content if concept_of(i) == "C2348792"),
                 codes=tuple((concept_of(i), str(i.ConceptCodeSequence[0].CodeValue)) for i in content if i.ValueType == "CODE"),
                 sides=tuple(
-                    _LATERALITY.get(str(i.ConceptCodeSequence[0].CodeValue), "other") for i in content if concept_of(i) == "272741003"
+                    LATERALITY.get(str(i.ConceptCodeSequence[0].CodeValue), "other") for i in content if concept_of(i) == "272741003"
                 ),
                 segment=_referenced_segment(content),
                 region=_region(content),
@@ -219,8 +221,8 @@ def expect(true: bool, otherwise: str) -> None:
         raise ProofFailed(f"{otherwise[0].upper()}{otherwise[1:]}.")
 
 
-def _place(name: str, frame: Dataset, shared: Dataset, *, projection: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
-    """The centre of a frame's first pixel (3,) and its steps (2, 3) along rows and columns of pixels, LPS mm (PS3.3 C.7.6.2.1.1).
+def place_of(name: str, frame: Dataset, shared: Dataset, *, projection: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Return the centre of a frame's first pixel (3,) and its steps (2, 3) along rows and columns of pixels, LPS mm (PS3.3 C.7.6.2.1.1).
 
     Cosines are made orthogonal and of length one, since scanners round them. None of a projection.
     """
@@ -228,9 +230,9 @@ def _place(name: str, frame: Dataset, shared: Dataset, *, projection: bool) -> t
         for keyword in ("PlanePositionSequence", "PlaneOrientationSequence"):
             expect(keyword not in frame and keyword not in shared, f"{name} has a place in space, but lies on a projection")
         return None
-    position = np.array(_group(frame, shared, "PlanePositionSequence").ImagePositionPatient, dtype=np.float64)
-    cosines = np.array(_group(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=np.float64)
-    row_mm, column_mm = map(float, _group(frame, shared, "PixelMeasuresSequence").PixelSpacing)
+    position = np.array(group_of(frame, shared, "PlanePositionSequence").ImagePositionPatient, dtype=np.float64)
+    cosines = np.array(group_of(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, dtype=np.float64)
+    row_mm, column_mm = map(float, group_of(frame, shared, "PixelMeasuresSequence").PixelSpacing)
     along_row = cosines[:3] / np.linalg.norm(cosines[:3])
     along_column = cosines[3:] - along_row * (along_row @ cosines[3:])
     along_column /= np.linalg.norm(along_column)
@@ -288,15 +290,15 @@ def _segment(item: Dataset, frames: tuple[DecodedFrame, ...], shared: Dataset) -
         label=str(item.get("SegmentLabel", "")),
         tracking_uid=str(item.get("TrackingUID", "")),
         codes=tuple((str(code.CodeValue), str(code.CodingSchemeDesignator)) for code in coded),
-        side=_LATERALITY.get(str(modifiers[0].CodeValue), "other") if modifiers else None,
+        side=LATERALITY.get(str(modifiers[0].CodeValue), "other") if modifiers else None,
         frames=frames,
         pixel_mm=None if spacing is None else (float(spacing[0]), float(spacing[1])),
         slice_mm=None if measures.get("SpacingBetweenSlices") is None else float(measures.SpacingBetweenSlices),
     )
 
 
-def _group(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
-    """A functional group of a frame, from its own groups or from the shared ones (PS3.3 C.7.6.16)."""
+def group_of(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
+    """Return a functional group of a frame, from its own groups or from the shared ones (PS3.3 C.7.6.16)."""
     holder = frame if keyword in frame else shared
     expect(keyword in holder, f"the SEG has no {keyword}")
     item: Dataset = holder[keyword].value[0]

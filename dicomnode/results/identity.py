@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 
-from dicomnode.findings import RunIdentity
+from dicomnode.findings import Finding, RunIdentity
 
 # The namespace of all names below (RFC 9562 5.5). Changing it changes every UID the node will ever write.
 NAMESPACE = uuid.UUID("5f3a2c52-6a0c-4b0e-9f3e-0d1c0a9b7e64")
@@ -58,6 +58,13 @@ def tracking_id(identity: RunIdentity, finding_number: int) -> str:
     """Return the readable Tracking ID beside `tracking_uid`, e.g. "lung-nodule-ct 0.1.0 #1"."""
     what = f"#{finding_number}" if finding_number else "summary"
     return f"{identity.package} {identity.version} {what}"
+
+
+def tracking_of(identity: RunIdentity, finding: Finding) -> tuple[str, str]:
+    """Return the Tracking UID and Tracking ID of a finding: those of the earlier study, where it was seen there."""
+    if finding.growth is not None:
+        return finding.growth.former.tracking_uid, finding.growth.former.tracking_id
+    return tracking_uid(identity, finding.number), tracking_id(identity, finding.number)
 
 
 def class_tracking_uid(identity: RunIdentity, number: int) -> str:

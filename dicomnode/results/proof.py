@@ -27,6 +27,7 @@ from dicomnode.results.decoding import (
 )
 from dicomnode.results.profile import USUAL, Form
 from dicomnode.results.proof_comments import WARNING, compare_comments
+from dicomnode.results.proof_growth import CHANGE, DOUBLING, compare_growth, compare_predecessors, compare_vanished
 
 _TO_ML = {"ml": 1.0, "mL": 1.0, "cm3": 1.0, "mm3": 0.001}  # UCUM is case sensitive; litre may be l or L
 _TO_MM = {"mm": 1.0, "cm": 10.0}
@@ -90,8 +91,11 @@ def prove(
     for finding, tracking_uid in zip(findings.findings, known, strict=True):
         mine = [g for g in groups if g.tracking_uid == tracking_uid]
         _compare_groups(mine, finding, segments.get(finding.number), volume)
-    _compare_study([g for g in groups if g.tracking_uid not in known], findings, volume)
+        volume_ml = segments[finding.number][0].volume_ml if segs else finding.segment.voxel_count * volume.voxel_ml
+        compare_growth(min(mine, key=lambda g: g.segment is None), finding, volume_ml, findings)
+    _compare_study(compare_vanished([g for g in groups if g.tracking_uid not in known], findings), findings, volume)
     compare_comments(comments_of(document), findings, volume)
+    compare_predecessors(document, findings, comments_of(document))
     _compare_evidence(document, volume, others, segs)
 
 
@@ -263,7 +267,8 @@ def _compare_numbers(by_segment: DecodedGroup, by_region: DecodedGroup, finding:
         _VOLUME: (None if volume.is_projection else segment.volume_ml, _TO_ML),
     }
     given = {m.name.value: m for m in finding.measurements}
-    for number in (*by_segment.numbers, *by_region.numbers):
+    numbers = [n for n in by_segment.numbers if n[0] not in (CHANGE, DOUBLING)]
+    for number in (*numbers, *by_region.numbers):
         concept, value, unit, scheme = number
         wanted, units = known.get(concept, (None, {}))
         if wanted is not None:
@@ -275,7 +280,7 @@ def _compare_numbers(by_segment: DecodedGroup, by_region: DecodedGroup, finding:
             same = _near(value, given[concept].value) and (unit, scheme) == (given[concept].unit.value, given[concept].unit.scheme)
             expect(same, f"the SR says {value} {unit} of {concept} for {name}")
     expected = {*given, _CERTAINTY, *([_LONG_AXIS] if finding.long_axis is not None else [])}
-    said_once = sorted(n[0] for n in by_segment.numbers)
+    said_once = sorted(n[0] for n in numbers)
     expect(
         said_once == sorted(expected), f"the SR gives the numbers {said_once} for the segment of {name}, the findings {sorted(expected)}"
     )

@@ -15,7 +15,7 @@ from pydicom.sr.codedict import codes as dicom_codes
 from pydicom.uid import UID, Comprehensive3DSRStorage, ComprehensiveSRStorage, ExplicitVRLittleEndian, SegmentationStorage
 
 from dicomnode.findings import Code, Finding, Findings, Measurement, Reference, ResultObject, RunIdentity, Score, Volume
-from dicomnode.results import codes, identity as uids, provenance
+from dicomnode.results import change, codes, identity as uids, provenance
 from dicomnode.results.library import image_library
 from dicomnode.results.segmentation import coded
 
@@ -39,7 +39,8 @@ def encode_report(
 
     Each finding has two measurement groups under one Tracking UID. The first references its segment and holds its numbers (TID 1411;
     of a projection TID 1410). The second, TID 1410, draws on an image: the long axis of an outline, a closed rectangle of a box or a
-    heat map; for a reader that is given no SEG it stands alone, with all numbers. Then, TID 1410 on the border of an image, one for each
+    heat map; for a reader that is given no SEG it stands alone, with all numbers. Compared with an earlier study, the group with the
+    numbers says how it changed since. Then, TID 1410 on the border of an image, one for each thing that is no longer seen, one for each
     class of a classification gives its probability, and the last says how the algorithm ended. (OHIF opens no report in which a
     Tracking UID has no coordinates.)
 
@@ -66,12 +67,20 @@ def encode_report(
     evidence += [_named(one, volume.study_instance_uid) for one in segmentations]
     for finding in findings.findings:
         about = _about(finding, findings, identity)
+        since = {
+            "time_point_context": change.time_point(findings.comparison),
+            "qualitative_evaluations": change.evaluations(change.trend(finding, findings)),
+        }
         if segmentations:
             one, segment = (segmentations[0], finding.number) if len(segmentations) == 1 else (segmentations[finding.number - 1], 1)
-            groups.append(_segment_group(finding, one, segment, volume, images, about))
-        groups.append(_region_group(finding, volume, images, about, alone=not segmentations))
+            groups.append(_segment_group(finding, one, segment, volume, images, {**about, **since}))
+            groups.append(_region_group(finding, volume, images, about, alone=False))
+        else:
+            groups.append(_region_group(finding, volume, images, {**about, **since}, alone=True))
     shown = findings.findings[0].key_slice if findings.findings else len(images) // 2
     whole = _whole_image(images[shown], _frames(volume, shown))
+    algorithm = _algorithm(findings.algorithm_name, identity)
+    groups += [_study_group(whole, algorithm_id=algorithm, **gone) for gone in change.vanished(findings)]
     groups += [_class_group(number, score, findings, identity, whole) for number, score in enumerate(findings.scores, start=1)]
     evaluation = codes.WITH_FINDINGS if findings.findings else codes.WITHOUT_FINDINGS
     groups.append(_summary_group(evaluation, findings.algorithm_name, identity, whole))
@@ -82,6 +91,8 @@ def encode_report(
     if findings.findings and (not segmentations or segmentations[0].sop_class_uid != SegmentationStorage):
         ordinal = 2 if segmentations else 3
     former = _predecessors(supersedes, CLASSES[kind], ordinal)
+    if findings.comparison is not None:
+        former += _predecessors(findings.comparison.prior.reports, CLASSES[kind], ordinal)
     return _document(content, evidence, origin, identity, CLASSES[kind], ordinal, former, variant=variant, **made_by)
 
 
@@ -165,7 +176,7 @@ def _numbers(finding: Finding, volume: Volume) -> list[Measurement]:
     measurements = list(finding.measurements)
     if finding.long_axis is not None and not any(m.name.value == codes.LONG_AXIS.value for m in measurements):
         measurements.append(_long_axis(finding, volume))
-    return [*measurements, _certainty(finding.probability)]
+    return [*measurements, *change.numbers(finding), _certainty(finding.probability)]
 
 
 def _region_group(finding: Finding, volume: Volume, images: Sequence[Dataset], about: Mapping[str, Any], *, alone: bool) -> Dataset:
@@ -212,7 +223,7 @@ def _about(finding: Finding, findings: Findings, identity: RunIdentity) -> dict[
     """What both groups of a finding say in the same words."""
     side = coded(codes.LATERALITY[finding.side]) if finding.side else None
     return {
-        "tracking_identifier": _tracking(identity, finding.number),
+        "tracking_identifier": sr.TrackingIdentifier(*uids.tracking_of(identity, finding)),
         "finding_category": coded(finding.category),
         "finding_type": coded(finding.type),
         "finding_sites": [sr.FindingSite(coded(finding.site), laterality=side)] if finding.site else None,
@@ -266,7 +277,7 @@ def _whole_image(image: Dataset, frames: list[int] | None) -> sr.ImageRegion | N
 
 def said(findings: Findings, volume: Volume) -> list[str]:
     """Return what the reader is told in words: the warning, the package's notes, what numbers mean, and what was left out."""
-    comments = [provenance.RESEARCH, *findings.notes]
+    comments = [provenance.RESEARCH, *findings.notes, *change.words(findings)]
     for score in findings.scores:
         verdict = "positive" if score.positive else "negative"
         comments.append(f"{score.label}: {100 * score.probability:.1f} %, {verdict} at a threshold of {100 * score.threshold:.1f} %.")

@@ -220,6 +220,7 @@ def _describe(finding: Finding, number: int, findings: Findings, identity: RunId
         source=provenance.long_string(findings.manufacturer),
         parameters=dict(provenance.algorithm_parameters(identity, findings)),
     )
+    tracking_uid, tracking_id = uids.tracking_of(identity, finding)
     description = SegmentDescription(
         segment_number=number,
         segment_label=provenance.long_string(finding.label, ending=_ENDINGS[finding.shape].format(finding.number)),
@@ -227,8 +228,8 @@ def _describe(finding: Finding, number: int, findings: Findings, identity: RunId
         segmented_property_type=coded(finding.type),
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm,
-        tracking_uid=uids.tracking_uid(identity, finding.number),
-        tracking_id=uids.tracking_id(identity, finding.number),
+        tracking_uid=tracking_uid,
+        tracking_id=tracking_id,
         anatomic_regions=[coded(finding.site)] if finding.site else None,
         display_color=CIELabColor(*finding.colour_cielab),
     )

@@ -13,6 +13,7 @@ import numpy as np
 from pydicom import Dataset
 from pydicom.uid import MRImageStorage, PositronEmissionTomographyImageStorage
 
+from dicomnode.analysis.growth import compare
 from dicomnode.errors import ProofFailed
 from dicomnode.findings import Finding, Findings, Reference, ResultObject, Segment, Volume
 from dicomnode.results.capture import encode_captures, encode_reason
@@ -24,7 +25,19 @@ from dicomnode.results.proof_presentations import prove_presentations
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentation, encode_segmentations
 from dicomnode.results.selection import encode_selection
-from results_cases import Case, another_series, box_of, enhanced, finding_of, heat_map_of, projection, scores, synthetic
+from results_cases import (
+    Case,
+    another_series,
+    box_of,
+    enhanced,
+    finding_of,
+    former_of,
+    heat_map_of,
+    prior_with,
+    projection,
+    scores,
+    synthetic,
+)
 
 SMALL = (6, 50, 60)
 
@@ -199,6 +212,18 @@ def other_forms(name: str) -> tuple[ResultObject, ...]:
     return *segs, *made, *fractional
 
 
+def followed_up(name: str) -> ResultObject:
+    """The first finding has doubled since an earlier study, the others are new, and one is gone."""
+    source = source_of(name)
+    case, first = source.case, source.findings.findings[0]
+    gone = former_of(case, first, tracking_uid="2.25.71", tracking_id="lung-nodule-ct 0.0.9 #2", centre_lps_mm=(900.0, 0.0, 0.0))
+    findings = compare(source.findings, case.volume, prior_with(former_of(case, first, grown=2.0), gone))
+    seg = encode_segmentation(findings, case.volume, source.headers, case.identity)
+    made = encode_report(findings, case.volume, source.headers, case.identity, seg)
+    prove(seg, made, findings, case.volume, source.volumes[1:])
+    return made
+
+
 def presentation_states(name: str) -> tuple[ResultObject, ...]:
     source = source_of(name)
     made = encode_presentations(source.findings, source.case.volume, source.headers, source.case.identity)
@@ -236,6 +261,7 @@ REPORTS: dict[str, Callable[[str], ResultObject]] = {
     "comprehensive report of no analysis": lambda name: not_analysed(name, "sr-comprehensive"),
     "report of a withheld result": withheld,
     "report in the place of another": in_the_place_of_another,
+    "report of growth": followed_up,
 }
 # How each is made. Of a film there is no label map.
 KINDS: dict[str, Callable[[str], tuple[ResultObject, ...]]] = {
@@ -251,7 +277,10 @@ KINDS: dict[str, Callable[[str], tuple[ResultObject, ...]]] = {
     "other forms": other_forms,
 }
 OF_VOLUMES_ONLY = {"label map", "report on a label map"}
-OF_SOME = {"other forms": {"CT", "enhanced MR", "DX at the detector"}}  # for a source of each way to place a finding
+OF_SOME = {
+    "other forms": {"CT", "enhanced MR", "DX at the detector"},  # for a source of each way to place a finding
+    "report of growth": {"CT", "enhanced MR"},
+}
 EVERY = [
     (name, kind)
     for name in SOURCES
@@ -268,6 +297,7 @@ SHAPES: dict[str, Callable[[], ResultObject]] = {
     "film in pixels": lambda: report("CR in pixels"),
     "frame of a film": lambda: report("frame of XA"),
     "comprehensive": lambda: report("CT", "sr-comprehensive"),
+    "growth": lambda: followed_up("CT"),
     "nothing": lambda: nothing_found("CT"),
     "no analysis": lambda: not_analysed("CT"),
 }

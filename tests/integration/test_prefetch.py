@@ -61,7 +61,8 @@ class Desk:
                 sop_instance_uid=str(image.SOPInstanceUID), sop_class_uid=str(image.SOPClassUID),
                 transfer_syntax_uid=str(image.file_meta.TransferSyntaxUID), series_instance_uid=str(image.SeriesInstanceUID),
                 study_instance_uid=self.study, dataset_sha256=stored.sha256, kind="image", modality="CT", instance_number=None,
-                patient_id="P", patient_name="N", study_date="20260101", study_description="", accession_number="", series_number=2,
+                patient_id=str(image.PatientID), patient_name=str(image.PatientName), study_date=str(image.StudyDate),
+                study_description="", accession_number="", series_number=2,
                 series_description="", requested_priority="routine", calling_ae_title="SCANNER", called_ae_title="NODE",
             )  # fmt: skip
             assert self.storage.index.add_instance(header, stored) == "stored"
