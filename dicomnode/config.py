@@ -110,7 +110,9 @@ class StorageSection(_Section):
 class EngineSection(_Section):
     """Leases, attempts and the back-off of deliveries."""
 
-    lease_seconds: float = Field(15, gt=0, description="a worker silent for this long is dead and its jobs move on")
+    lease_seconds: float = Field(
+        15, gt=0, description="a worker silent for this long, and for most of it again, is dead and its jobs move on"
+    )
     poll_seconds: float = Field(0.5, gt=0, description="how often workers look for work")
     analyse_attempts: int = Field(3, ge=1, description="a study that kills its worker this often is dead-lettered")
     retry_schedule_seconds: tuple[float, ...] = Field(
