@@ -1,0 +1,220 @@
+"""OHIF in headless Chromium: what a radiologist sees of a study in Orthanc, as text and as pixels.
+
+OHIF's static files come from the folder that OHIF_DIST names (`npm pack @ohif/app`); one server on loopback gives the browser these
+and, under the same origin, Orthanc's DICOMweb.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import os
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pacs import LOOPBACK, free_port, program
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
+DIST = Path(os.environ.get("OHIF_DIST", Path(__file__).parents[1] / ".cache" / "ohif" / "package" / "dist"))
+PATIENCE_SECONDS = 240  # WebGL in software on a busy machine; nothing is measured here
+SOFTWARE_WEBGL = [
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--ignore-gpu-blocklist",
+]
+DATA_SOURCE = {
+    "friendlyName": "Orthanc",
+    "name": "orthanc",
+    "wadoUriRoot": "/wado",
+    "qidoRoot": "/dicom-web",
+    "wadoRoot": "/dicom-web",
+    "qidoSupportsIncludeField": False,
+    "imageRendering": "wadors",
+    "thumbnailRendering": "wadors",
+    "enableStudyLazyLoad": True,
+    "supportsFuzzyMatching": False,
+    "supportsWildcard": True,
+    "singlepart": "bulkdata,video",
+    "omitQuotationForMultipartRequest": True,
+    "bulkDataURI": {"enabled": True, "relativeResolution": "studies"},
+}
+CONFIGURATION = {
+    "routerBasename": None,
+    "extensions": [],
+    "modes": [],
+    "customizationService": [{"ohif.tours": {"$set": []}}],  # no guided tour over the images
+    "disableConfirmationPrompts": True,  # what is opened is shown, without asking first whether to track it
+    "showStudyList": True,
+    "maxNumberOfWebWorkers": 2,
+    "showWarningMessageForCrossOrigin": False,
+    "showCPUFallbackMessage": False,
+    "showLoadingIndicator": True,
+    "strictZSpacingForVolumeViewport": True,
+    "groupEnabledModesFirst": True,
+    "showErrorDetails": "always",
+    "investigationalUseDialog": {"option": "never"},
+    "maxNumRequests": {"interaction": 20, "thumbnail": 5, "prefetch": 10},
+    "defaultDataSourceName": "dicomweb",
+    "dataSources": [
+        {
+            "namespace": "@ohif/extension-default.dataSourcesModule.dicomweb",
+            "sourceName": "dicomweb",
+            "configuration": DATA_SOURCE,
+        }
+    ],
+}
+
+
+def ohif_or_skip() -> Path:
+    """Return the folder of OHIF's static files, or skip the test and say how to get them."""
+    if not (DIST / "index.html").is_file():
+        pytest.skip(f"OHIF is not in {DIST} (npm pack @ohif/app, unpack it and name its dist folder in OHIF_DIST)")
+    return DIST
+
+
+@contextmanager
+def served(dist: Path, orthanc_http_port: int) -> Iterator[str]:
+    """Serve OHIF and, beside it, Orthanc's DICOMweb on a free port of loopback; yield the address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, the name is the base class's
+            """Say nothing: what fails is seen in the browser's console."""
+
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            if path.startswith(("/dicom-web/", "/wado")):
+                return self._from_orthanc()
+            if path == "/app-config.js":
+                return self._answer(200, "text/javascript", f"window.config = {json.dumps(CONFIGURATION)};".encode())
+            file = (dist / path.lstrip("/")).resolve()
+            if not file.is_relative_to(dist.resolve()) or not file.is_file():
+                file = dist / "index.html"  # the routes of a single-page application
+            kind = {".wasm": "application/wasm", ".js": "text/javascript", ".mjs": "text/javascript"}.get(file.suffix)
+            return self._answer(200, kind or mimetypes.guess_type(file)[0] or "application/octet-stream", file.read_bytes())
+
+        def _from_orthanc(self) -> None:
+            wanted = {name: value for name, value in self.headers.items() if name.lower() in ("accept", "range")}
+            request = urllib.request.Request(f"http://{LOOPBACK}:{orthanc_http_port}{self.path}", headers=wanted)
+            try:
+                with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as response:
+                    self._answer(response.status, response.headers["Content-Type"], response.read())
+            except urllib.error.HTTPError as error:
+                self._answer(error.code, "text/plain", error.read())
+
+        def _answer(self, status: int, content_type: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            if ".bundle." in self.path:
+                self.send_header("Cache-Control", "max-age=86400, immutable")  # then the browser keeps it compiled, too
+            for name in ("Opener-Policy", "Embedder-Policy", "Resource-Policy"):  # cornerstone shares memory with its workers
+                self.send_header(f"Cross-Origin-{name}", "require-corp" if name == "Embedder-Policy" else "same-origin")
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = ThreadingHTTPServer((LOOPBACK, free_port()), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://{LOOPBACK}:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def chromium() -> Iterator[BrowserContext]:
+    """Run Debian's Chromium, headless and with WebGL in software; skip the test where it or its driver is missing."""
+    executable = program("chromium", "chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+    with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        context = driver.chromium.launch_persistent_context(
+            profile, executable_path=executable, headless=True, args=SOFTWARE_WEBGL, viewport={"width": 1300, "height": 800},
+            timeout=1000 * PATIENCE_SECONDS,
+        )  # fmt: skip
+        context.set_default_timeout(1000 * PATIENCE_SECONDS)
+        try:
+            yield context
+        finally:
+            context.close()
+
+
+class Viewer:
+    """One page of the browser with a study open in OHIF, and what its console said."""
+
+    def __init__(self, context: BrowserContext, address: str, folder: Path) -> None:
+        self.page = context.new_page()
+        self.console: list[str] = []
+        self.page.on("console", lambda message: self.console.append(message.text))
+        self.page.on("pageerror", lambda error: self.console.append(f"Error Boundary or none: {error}"))
+        self._address, self._folder = address, folder
+
+    def open(self, study_instance_uid: str) -> None:
+        """Load a study and wait for its first image."""
+        self.page.goto(f"{self._address}/viewer?StudyInstanceUIDs={study_instance_uid}", wait_until="domcontentloaded")
+        self.page.wait_for_selector("canvas.cornerstone-canvas")
+
+    def show(self, modality: str) -> None:
+        """Open a series by double-clicking it in the list, as a reader does."""
+        series = self.page.locator('[data-cy^="study-browser-thumbnail"]').filter(has_text=f" {modality} RESEARCH")
+        series.first.dblclick()
+
+    def wait_for(self, condition: str, argument: object = None) -> None:
+        """Wait until a JavaScript function of the argument says something true."""
+        self.page.wait_for_function(condition, arg=argument)
+
+    def to_image(self, sop_instance_uid: str) -> None:
+        """Wait for a viewport with this image among its images, and scroll to it."""
+        self.wait_for(
+            f"uid => {{ {_VIEWPORT} if (!vp?.getImageIds) return false;"
+            " const n = vp.getImageIds().findIndex(id => id.includes(uid)); if (n < 0) return false;"
+            " if (vp.getCurrentImageIdIndex() !== n) { vp.setImageIdIndex(n); return false; } return true; }",
+            sop_instance_uid,
+        )
+
+    def on_page(self, sop_instance_uid: str, column: float, row: float) -> tuple[int, int]:
+        """Where the centre of an image's pixel lies on the page, in pixels; columns and rows count from 0."""
+        x, y = self.page.evaluate(
+            f"([uid, at]) => {{ {_VIEWPORT} const id = vp.getImageIds().find(id => id.includes(uid));"
+            " const at_canvas = vp.worldToCanvas(window.cornerstone.utilities.imageToWorldCoords(id, at));"
+            " const box = vp.canvas.getBoundingClientRect(); return [box.x + at_canvas[0], box.y + at_canvas[1]]; }",
+            [sop_instance_uid, [column, row]],
+        )
+        return round(x), round(y)
+
+    def pixels(self, name: str) -> NDArray[np.uint8]:
+        """The page as (rows, columns, 3), and as a file of this name for a person to look at."""
+        return np.asarray(Image.open(BytesIO(self.page.screenshot(path=self._folder / f"{name}.png"))).convert("RGB"))
+
+
+_VIEWPORT = (
+    "const grid = window.services?.viewportGridService?.getState();"
+    " const vp = grid && window.services.cornerstoneViewportService.getCornerstoneViewport(grid.activeViewportId);"
+)
