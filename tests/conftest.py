@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.relative_to(here).parts[0], len(rank)))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def logs_restored() -> Iterator[None]:
     """Undo what a command that ran in this process did to the logs: it sends them to a standard error that is only the test's."""
     with logs_kept():

@@ -32,7 +32,7 @@ POINTS = {
     # analysis
     "analysis begun": Point(owner="storage.jobs:Jobs", name="start", when="after"),
     "volume read": Point(owner="dicomnode.pipeline", name="read_volume", when="after"),
-    "findings made": Point(owner="dicomnode.pipeline", name="encode_segmentation", when="before"),
+    "findings made": Point(owner="dicomnode.pipeline", name="_encoded", when="before"),
     "results proven, not stored": Point(owner="dicomnode.pipeline", name="prove", when="after"),
     "first result stored, no row": Point(owner="dicomnode.pipeline", name="_result", when="after"),
     "results and deliveries not committed": Point(owner="dicomnode.pipeline:Analyser", name="_create_delivery", when="after"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pynetdicom
 import pytest
+import structlog
 from dimse_cases import CT, EXPLICIT, associate, closing_connections
 from pynetdicom import AE, evt
 from pynetdicom.acse import ACSE
@@ -115,6 +116,7 @@ def test_user_identity_reaches_the_one_who_decides(listener: Listener, callers: 
 
 
 def test_who_is_refused_without_end_does_not_fill_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    structlog.reset_defaults()  # to the standard output of now
     counted: list[str] = []
     listener = Listener(ListenerSection(port=0), ["N"], admit=lambda _caller: None, receive=in_memory(lambda _: None), count=counted.append)
     for number in range(1000):

@@ -44,5 +44,5 @@ def test_a_report_refers_to_the_segmentation_of_its_own_profile() -> None:
 def test_a_name_and_a_list_are_not_both_given() -> None:
     with pytest.raises(ValueError, match="not both"):
         chosen("plain", ["seg", "sr"])
-    with pytest.raises(ValueError, match="'ohif' is no display profile"):
-        chosen("ohif", ())
+    with pytest.raises(ValueError, match="'weasis' is no display profile"):
+        chosen("weasis", ())
