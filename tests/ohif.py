@@ -30,7 +30,7 @@ from pacs import LOOPBACK, free_port, program
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext
 
-DIST = Path(os.environ.get("OHIF_DIST", Path(__file__).parents[1] / ".cache" / "ohif" / "package" / "dist"))
+DIST = Path(os.environ.get("OHIF_DIST", Path(__file__).parents[1] / ".cache" / "ohif-3.13.2" / "package" / "dist"))
 PATIENCE_SECONDS = 240  # WebGL in software on a busy machine; nothing is measured here
 SOFTWARE_WEBGL = [
     "--no-sandbox",
@@ -90,7 +90,7 @@ CONFIGURATION = {
 def ohif_or_skip() -> Path:
     """Return the folder of OHIF's static files, or skip the test and say how to get them."""
     if not (DIST / "index.html").is_file():
-        pytest.skip(f"OHIF is not in {DIST} (npm pack @ohif/app, unpack it and name its dist folder in OHIF_DIST)")
+        pytest.skip(f"OHIF is not in {DIST} (npm pack @ohif/app, unpack it and name its dist folder in OHIF_DIST; .ci/run does)")
     return DIST
 
 
