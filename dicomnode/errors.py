@@ -46,6 +46,12 @@ class CannotUnderstand(StoreRefused):
     dimse_status = 0xC001
 
 
+class OtherStudy(CannotUnderstand):
+    """The instance belongs to another study than the one that it was sent to; only STOW-RS names one."""
+
+    dimse_status = 0xC005
+
+
 class PixelDataTooShort(StoreRefused):
     """The pixel data is shorter than its header says, or the fragment structure of encapsulated data is broken."""
 
