@@ -16,6 +16,11 @@ STORAGE_COMMITMENT: Final = "1.2.840.10008.1.20.1"
 STORAGE_COMMITMENT_INSTANCE: Final = "1.2.840.10008.1.20.1.1"
 COMMITMENT_SYNTAXES: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")  # Explicit and Implicit VR Little Endian
 
+# PS3.4 C.6: the Query information models. SCU.
+STUDY_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.2.1"
+PATIENT_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.1.1"
+FIND_SYNTAXES: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")  # Explicit and Implicit VR Little Endian
+
 # PS3.7 D.3.3.2: how the node names itself to peers and in the file meta information it writes.
 IMPLEMENTATION_CLASS_UID: Final = "2.25.263673467016523329787887264999078795791"
 IMPLEMENTATION_VERSION_NAME: Final = "DICOMNODE"

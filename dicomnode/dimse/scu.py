@@ -114,7 +114,7 @@ def send_each(
     pairs = sorted({_pair(item) for item in objects})
     for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
         proposed = pairs[first : first + MAXIMUM_CONTEXTS]
-        with _association(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
+        with association_with(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
             trouble = no_association
             accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
             for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
@@ -209,7 +209,7 @@ def _commitment_message(
     pairs = [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES]
     handlers = [(evt.EVT_N_EVENT_REPORT, handler)] if handler is not None else []
     roles = [build_role(STORAGE_COMMITMENT, scp_role=True)] if as_scp else []
-    with _association(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers, roles) as (association, trouble):
+    with association_with(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers, roles) as (association, trouble):
         if trouble is not None:
             yield nothing, CommitmentOutcome(state="transient", error=trouble)
         elif not association.accepted_contexts:
@@ -227,7 +227,7 @@ def _commitment_outcome(answer: Any) -> CommitmentOutcome:
     if answer.Status == SUCCESS:
         return CommitmentOutcome(state="accepted", error=None)
     state: Literal["transient", "permanent"] = "transient" if answer.Status in COMMITMENT_TRANSIENT else "permanent"
-    return CommitmentOutcome(state=state, error=f"the peer answered with {_status_in_words(answer)}")
+    return CommitmentOutcome(state=state, error=f"the peer answered with {status_in_words(answer)}")
 
 
 def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> bool:
@@ -237,10 +237,9 @@ def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, ti
         PeerUnavailable: no association, or no Success.
         PeerRefused: the peer is to be called over TLS, and this node has no certificate.
     """
-    if _lacks_certificate(peer, tls):
-        raise PeerRefused(_LACKING.format(peer.ae_title))
+    check_certificate(peer, tls)
     pairs = [(VERIFICATION, "1.2.840.10008.1.2")] + [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES if peer.commits]
-    with _association(peer, pairs, calling_ae_title, tls, timeout_seconds) as (association, trouble):
+    with association_with(peer, pairs, calling_ae_title, tls, timeout_seconds) as (association, trouble):
         if trouble is not None:
             raise PeerUnavailable(f"{peer.ae_title} at {peer.host}:{peer.port}: {trouble}")
         accepted = {context.abstract_syntax for context in association.accepted_contexts}
@@ -258,12 +257,18 @@ def classify(status: int) -> Literal["sent", "transient", "permanent"]:
     return "transient" if status in TRANSIENT else "permanent"
 
 
+def check_certificate(peer: Peer, tls: TlsSection | None) -> None:
+    """Raise PeerRefused if the peer is to be called over TLS, and this node has no certificate."""
+    if _lacks_certificate(peer, tls):
+        raise PeerRefused(_LACKING.format(peer.ae_title))
+
+
 def _lacks_certificate(peer: Peer, tls: TlsSection | None) -> bool:
     return peer.tls and (tls is None or tls.certificate is None)
 
 
 @contextmanager
-def _association(
+def association_with(
     peer: Peer,
     pairs: Sequence[Pair],
     calling_ae_title: str,
@@ -377,12 +382,13 @@ def _store(association: Any, item: Outgoing, number: int) -> tuple[SendOutcome, 
         return _outcome(item, "permanent", f"the stored file cannot be sent: {error}"), None
     if "Status" not in answer:
         return _outcome(item, "transient", broken), broken
-    words = None if answer.Status == SUCCESS else _status_in_words(answer)
+    words = None if answer.Status == SUCCESS else status_in_words(answer)
     outcome = SendOutcome(sop_instance_uid=item.sop_instance_uid, state=classify(answer.Status), status=answer.Status, error=words)
     return outcome, None
 
 
-def _status_in_words(answer: Any) -> str:
+def status_in_words(answer: Any) -> str:
+    """Return a response's status, with what the peer adds to it in words."""
     comment = str(answer.get("ErrorComment", "")).strip()
     return f"status 0x{answer.Status:04X}" + (f": {comment}" if comment else "")
 
