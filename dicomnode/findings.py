@@ -281,3 +281,6 @@ class ResultObject:
     series_instance_uid: str
     modality: str  # "SEG", "SR", "OT" (a picture), "KO" or "PR"
     data: bytes
+    series_number: int | None = None
+    series_description: str = ""
+    instance_number: int | None = None

@@ -18,6 +18,7 @@ from storage.intake import Intake
 from storage.jobs import Jobs
 from storage.leases import Leases
 from storage.objects import ObjectStore
+from storage.query import Query
 from storage.registry import Registry
 from storage.requests import CommitmentRequests
 from storage.upgrade import is_current, upgrade
@@ -31,6 +32,7 @@ class Storage:
     objects: ObjectStore
     index: Index
     intake: Intake
+    query: Query
     registry: Registry
     jobs: Jobs
     commitments: Commitments
@@ -81,6 +83,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
         objects=objects,
         index=index,
         intake=Intake(objects, index),
+        query=Query(database),
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
         commitments=Commitments(database),

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, 
 
 from storage.database import Database
 from storage.errors import Conflict
+from storage.query import folded
 from storage.records import Instance, InstanceHeader, Priority, Quarantined, Revision, Series, StoredObject, Study
 from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
 from storage.statements import Statement
@@ -395,6 +396,11 @@ class Index:
                     "last_image": 0,
                     "closed_image": 0,
                     "revision": 0,
+                    "study_time": header.study_time,
+                    "study_id": header.study_id,
+                    "referring_physician": header.referring_physician,
+                    "birth_date": header.birth_date,
+                    "sex": header.sex,
                 }
                 self._database.insert_new(connection, STUDY, values)
             studies |= self._lock_studies(connection, [header.study_instance_uid for header in missing], series)
@@ -414,7 +420,7 @@ class Index:
     def _patient_row(self, connection: Connection, id_and_name: tuple[str, str]) -> int:
         patient_id, patient_name = id_and_name
         same = select(PATIENT.c.id).where(PATIENT.c.patient_id == patient_id, PATIENT.c.patient_name == patient_name)
-        values = {"patient_id": patient_id, "patient_name": patient_name}
+        values = {"patient_id": patient_id, "patient_name": patient_name, "folded_name": folded(patient_name)}
         row_id = connection.execute(same).scalar_one_or_none() or self._database.insert_new(connection, PATIENT, values)
         return int(row_id or connection.execute(same).scalar_one())
 
@@ -426,6 +432,7 @@ class Index:
             "modality": header.modality,
             "series_number": header.series_number,
             "series_description": header.series_description,
+            "body_part": header.body_part,
         }
         same = select(SERIES.c.id).where(SERIES.c.study_row == study.row_id, SERIES.c.series_instance_uid == header.series_instance_uid)
         row_id = self._database.insert_new(connection, SERIES, values) or connection.execute(same).scalar_one()

@@ -246,6 +246,10 @@ class Jobs:
                 "sha256": result.stored.sha256,
                 "size": result.stored.size,
                 "created_at": result.created_at,
+                "series_instance_uid": result.series_instance_uid,
+                "series_number": result.series_number,
+                "series_description": result.series_description,
+                "instance_number": result.instance_number,
             }
             self._database.insert_new(connection, RESULT, values)
 
@@ -343,6 +347,10 @@ def _result(row: Row[Any]) -> Result:
         job_key=row.job_key,
         stored=StoredObject(object_id=row.object_id, sha256=row.sha256, size=row.size),
         created_at=row.created_at,
+        series_instance_uid=row.series_instance_uid,
+        series_number=row.series_number,
+        series_description=row.series_description,
+        instance_number=row.instance_number,
     )
 
 

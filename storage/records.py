@@ -54,6 +54,12 @@ class InstanceHeader:
     calling_ae_title: str
     called_ae_title: str
     note: str = ""  # e.g. trailing padding of the pixel data
+    study_time: str = ""
+    study_id: str = ""
+    referring_physician: str = ""
+    birth_date: str = ""
+    sex: str = ""
+    body_part: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +155,7 @@ class Peer:
     commits: bool = False  # is asked to commit to what it received, and may answer that on an association of its own
     seg_per: SegmentationPer = "model"  # one segmentation with all findings of a model, or one for each finding
     empty_frames: bool = False  # whether segmentations hold frames without a finding, too: one for each image
+    queries: bool = True  # may ask what the node holds, and fetch it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +226,10 @@ class Result:
     job_key: str
     stored: StoredObject
     created_at: datetime
+    series_instance_uid: str | None = None  # None: made before it was kept
+    series_number: int | None = None
+    series_description: str | None = None
+    instance_number: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

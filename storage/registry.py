@@ -57,6 +57,7 @@ class Registry:
             "commits": peer.commits,
             "seg_per": peer.seg_per,
             "empty_frames": peer.empty_frames,
+            "queries": peer.queries,
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -209,6 +210,7 @@ def _peer(row: Row[Any]) -> Peer:
         commits=row.commits,
         seg_per=row.seg_per,
         empty_frames=row.empty_frames,
+        queries=row.queries,
     )
 
 

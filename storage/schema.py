@@ -24,6 +24,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
     false,
+    true,
 )
 from sqlalchemy.engine import Dialect
 
@@ -79,6 +80,7 @@ PATIENT = Table(
     Column("id", ROW_ID, primary_key=True),
     Column("patient_id", WireText, nullable=False),
     Column("patient_name", WireText, nullable=False),
+    Column("folded_name", WireText, nullable=False, server_default=""),  # as queries compare it
     UniqueConstraint("patient_id", "patient_name"),  # Patient ID alone is empty or not unique too often
 )
 
@@ -97,7 +99,15 @@ STUDY = Table(
     Column("last_image", BigInteger, nullable=False),  # highest instance.id that counts; 0: none
     Column("closed_image", BigInteger, nullable=False),  # the same of the last closed revision
     Column("revision", Integer, nullable=False),  # number of the last closed revision; 0: none
+    Column("study_time", WireText),  # this and what follows for queries; null: the study came before they were kept
+    Column("study_id", WireText),
+    Column("referring_physician", WireText),
+    Column("birth_date", WireText),
+    Column("sex", WireText),
     Index(None, "last_received_at"),
+    Index(None, "patient_row"),
+    Index(None, "study_date"),
+    Index(None, "accession_number"),
 )
 
 SERIES = Table(
@@ -109,7 +119,9 @@ SERIES = Table(
     Column("modality", WireText, nullable=False),
     Column("series_number", BigInteger),
     Column("series_description", WireText, nullable=False),
+    Column("body_part", WireText),
     UniqueConstraint("study_row", "series_instance_uid"),  # a series UID used in two studies is two series here
+    Index(None, "series_instance_uid"),
 )
 
 INSTANCE = Table(
@@ -183,6 +195,7 @@ PEER = Table(
     Column("commits", Boolean, nullable=False, server_default=false()),
     Column("seg_per", Text, nullable=False, server_default="model"),
     Column("empty_frames", Boolean, nullable=False, server_default=false()),
+    Column("queries", Boolean, nullable=False, server_default=true()),
 )
 
 ROUTE = Table(
@@ -263,6 +276,10 @@ RESULT = Table(
     Column("sha256", Text, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("created_at", UtcTime, nullable=False),
+    Column("series_instance_uid", Text),  # this and what follows for queries; null: the result was made before they were kept
+    Column("series_number", BigInteger),
+    Column("series_description", Text),
+    Column("instance_number", BigInteger),
     Index(None, "study_instance_uid"),
     Index(None, "job_key"),
 )

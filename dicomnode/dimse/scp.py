@@ -28,14 +28,20 @@ CHARACTER_SET: Final = 0x00080005
 SOP_CLASS_UID: Final = 0x00080016
 SOP_INSTANCE_UID: Final = 0x00080018
 STUDY_DATE: Final = 0x00080020
+STUDY_TIME: Final = 0x00080030
 ACCESSION_NUMBER: Final = 0x00080050
 MODALITY: Final = 0x00080060
+REFERRING_PHYSICIAN: Final = 0x00080090
 STUDY_DESCRIPTION: Final = 0x00081030
 SERIES_DESCRIPTION: Final = 0x0008103E
 PATIENT_NAME: Final = 0x00100010
 PATIENT_ID: Final = 0x00100020
+BIRTH_DATE: Final = 0x00100030
+SEX: Final = 0x00100040
+BODY_PART: Final = 0x00180015
 STUDY_INSTANCE_UID: Final = 0x0020000D
 SERIES_INSTANCE_UID: Final = 0x0020000E
+STUDY_ID: Final = 0x00200010
 SERIES_NUMBER: Final = 0x00200011
 INSTANCE_NUMBER: Final = 0x00200013
 SAMPLES_PER_PIXEL: Final = 0x00280002
@@ -51,7 +57,8 @@ _WANTED: Final = frozenset(
     {
         CHARACTER_SET, SOP_CLASS_UID, SOP_INSTANCE_UID, STUDY_DATE, ACCESSION_NUMBER, MODALITY, STUDY_DESCRIPTION, SERIES_DESCRIPTION,
         PATIENT_NAME, PATIENT_ID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID, SERIES_NUMBER, INSTANCE_NUMBER, SAMPLES_PER_PIXEL,
-        PHOTOMETRIC_INTERPRETATION, NUMBER_OF_FRAMES, ROWS, COLUMNS, BITS_ALLOCATED, PRIORITY,
+        PHOTOMETRIC_INTERPRETATION, NUMBER_OF_FRAMES, ROWS, COLUMNS, BITS_ALLOCATED, PRIORITY, STUDY_TIME, STUDY_ID, REFERRING_PHYSICIAN,
+        BIRTH_DATE, SEX, BODY_PART,
     }
 )  # fmt: skip
 _NESTED: Final = frozenset({(REQUEST_ATTRIBUTES, PRIORITY)})
@@ -224,6 +231,12 @@ def _checked_header(
         calling_ae_title=request.calling_ae_title,
         called_ae_title=request.called_ae_title,
         note=note,
+        study_time=_plain(values.get(STUDY_TIME))[:16],
+        study_id=decode_text(values.get(STUDY_ID, b""), character_sets),
+        referring_physician=decode_text(values.get(REFERRING_PHYSICIAN, b""), character_sets, delimiters=NAME_DELIMITERS),
+        birth_date=_plain(values.get(BIRTH_DATE))[:16],
+        sex=_plain(values.get(SEX))[:16],
+        body_part=_plain(values.get(BODY_PART))[:16],
     )
 
 

@@ -294,6 +294,9 @@ def encode(result: Dataset, *, sequences: Mapping[int, bytes] | None = None, end
         series_instance_uid=str(result.SeriesInstanceUID),
         modality=str(result.Modality),
         data=b"".join((buffer.getbuffer(), *ending)),
+        series_number=int(result.SeriesNumber),
+        series_description=str(result.get("SeriesDescription", "")),
+        instance_number=int(result.InstanceNumber),
     )
 
 
