@@ -30,7 +30,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from dicomnode.config import check_ae_title
-from dicomnode.dimse.association import USER_IDENTITY, Grants
+from dicomnode.dimse.negotiation import USER_IDENTITY, Grants
 from dicomnode.dimse.tls import fingerprint
 from dicomnode.logs import get_logger
 from storage.errors import StorageError
@@ -38,7 +38,7 @@ from storage.records import Peer
 from storage.registry import Registry
 
 if TYPE_CHECKING:
-    from dicomnode.dimse.association import Caller  # with pynetdicom, which a command about peers needs not load
+    from dicomnode.dimse.negotiation import Caller  # with pynetdicom, which a command about peers needs not load
 
 NAME_SECONDS: Final = 60.0  # for so long the addresses of a host name are remembered
 _UNKNOWN_NAME_SECONDS = 10.0  # and so long that it has none

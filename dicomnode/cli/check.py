@@ -181,9 +181,10 @@ def _own_addresses(settings: Settings) -> tuple[str, ...]:
 @contextmanager
 def _route_to_here(settings: Settings, storage: Storage) -> Iterator[threading.Event]:
     """Route what the self-test sends through the enabled packages back to a listener here; the event is set when a SEG arrives."""
-    from dicomnode.dimse.association import Caller, in_memory
     from dicomnode.dimse.listener import Listener
+    from dicomnode.dimse.negotiation import Caller
     from dicomnode.dimse.scp import ReceivedInstance, read_header
+    from dicomnode.dimse.storing import in_memory
 
     enabled = [package for package in storage.registry.packages() if package.state == "enabled"]
     if not enabled:

@@ -23,10 +23,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from dicomnode.config import ListenerSection
 from dicomnode.demo.scanner import ScannedStudy, scan_folder, send_study
 from dicomnode.demo.summary import show_summary, summarise, write_previews, write_summary
-from dicomnode.dimse.association import Caller, in_memory
 from dicomnode.dimse.listener import Listener
+from dicomnode.dimse.negotiation import Caller
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import echo
+from dicomnode.dimse.storing import in_memory
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.phantoms.studies import write_demo_studies
 from storage import Storage, open_storage, prepare_storage

@@ -5,16 +5,27 @@ Must never decide anything: what a message means is for whoever stores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from pydicom.dataset import Dataset
 
 from dicomnode.dimse.contexts import STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE
 from dicomnode.dimse.scp import is_uid
-from dicomnode.errors import InvalidArgument, NoSuchAction, NoSuchClass, NoSuchEventType, NoSuchInstance, NotAuthorized
+from dicomnode.errors import (
+    CommitmentFailure,
+    CommitmentRefused,
+    InvalidArgument,
+    NoSuchAction,
+    NoSuchClass,
+    NoSuchEventType,
+    NoSuchInstance,
+    NotAuthorized,
+)
+from dicomnode.logs import get_logger
 
+SUCCESS: Final = 0x0000
 REQUEST: Final = 1  # the one action type, Request Storage Commitment
 ALL_COMMITTED, FAILURES_EXIST = 1, 2  # the event types
 
@@ -28,6 +39,10 @@ FAILURE_REASONS: Final[Mapping[int, str]] = {
     DUPLICATE_TRANSACTION: "duplicate transaction UID",
     0x0213: "resource limitation",
 }
+
+_log = get_logger(__name__)
+
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +85,36 @@ class CommitmentService(Protocol):
 def failure_in_words(reason: int) -> str:
     """Say a Failure Reason as a person reads it."""
     return f"0x{reason:04X}" + (f" ({FAILURE_REASONS[reason]})" if reason in FAILURE_REASONS else "")
+
+
+def answered(read: Callable[[], Message], take: Callable[[Message], None]) -> Dataset:
+    """Read a message of storage commitment and take it; return its status, with an Error Comment if it isn't Success."""
+    try:
+        message = read()
+    except CommitmentRefused as refusal:
+        return refused(refusal)
+    except Exception:  # noqa: BLE001  the DIMSE boundary: what pydicom raises for bytes from a peer is not listed anywhere
+        _log.exception("a data set of storage commitment could not be read")
+        return refused(InvalidArgument("the data set is malformed"))
+    try:
+        take(message)
+    except CommitmentRefused as refusal:
+        return refused(refusal)
+    except Exception:  # noqa: BLE001  the DIMSE boundary
+        _log.exception("storage commitment failed")
+        return refused(CommitmentFailure("the node failed; send again later"))
+    status = Dataset()
+    status.Status = SUCCESS
+    return status
+
+
+def refused(refusal: CommitmentRefused) -> Dataset:
+    """The status that a refused message of storage commitment is answered with."""
+    _log.warning("storage commitment refused", status=f"0x{refusal.dimse_status:04X}", reason=str(refusal))
+    status = Dataset()
+    status.Status = refusal.dimse_status
+    status.ErrorComment = str(refusal)[:64]  # PS3.5 6.2 VR LO
+    return status
 
 
 def action_information(transaction_uid: str, references: Sequence[Reference]) -> Dataset:

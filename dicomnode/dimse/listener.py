@@ -23,19 +23,7 @@ from pynetdicom.presentation import build_context
 from pynetdicom.transport import AssociationServer, RequestHandler
 
 from dicomnode.config import ListenerSection, TlsSection
-from dicomnode.dimse.association import (
-    ASSOCIATE_RQ,
-    INVALID_VALUE,
-    UNEXPECTED_PDU,
-    UNRECOGNIZED_PDU,
-    Aborted,
-    AcceptedAssociation,
-    Caller,
-    Grants,
-    Sink,
-    pdu_header,
-    send_abort,
-)
+from dicomnode.dimse.association import AcceptedAssociation
 from dicomnode.dimse.commitment import CommitmentService
 from dicomnode.dimse.contexts import (
     COMMITMENT_SYNTAXES,
@@ -47,7 +35,10 @@ from dicomnode.dimse.contexts import (
     storage_class,
 )
 from dicomnode.dimse.guard import Guard
+from dicomnode.dimse.negotiation import Caller, Grants
+from dicomnode.dimse.pdu import ASSOCIATE_RQ, INVALID_VALUE, UNEXPECTED_PDU, UNRECOGNIZED_PDU, Aborted, pdu_header, send_abort
 from dicomnode.dimse.scp import StoreRequest
+from dicomnode.dimse.storing import Sink
 from dicomnode.dimse.tls import ServerContexts
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
 from dicomnode.logs import get_logger

@@ -20,7 +20,6 @@ from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import build_context
 
 from dicomnode.config import TlsSection
-from dicomnode.dimse.association import answered
 from dicomnode.dimse.commitment import (
     ALL_COMMITTED,
     FAILURES_EXIST,
@@ -28,6 +27,7 @@ from dicomnode.dimse.commitment import (
     CommitmentReport,
     Reference,
     action_information,
+    answered,
     event_information,
     read_report,
 )

@@ -18,10 +18,10 @@ from pydicom import dcmread
 
 from dicomnode.analysis.package import digest_of
 from dicomnode.config import ListenerSection, Settings
-from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance
 from dicomnode.dimse.scu import Outgoing, send
+from dicomnode.dimse.storing import in_memory
 from dicomnode.engine import prepare_engine
 from dicomnode.phantoms.dicom import SeriesHeader, write_ct_series
 from pacs import LOOPBACK, free_port, wait_until

@@ -22,10 +22,10 @@ from pydicom.uid import JPEG2000Lossless
 from dicomnode.cli import run
 from dicomnode.cli.packages import add_package
 from dicomnode.config import ListenerSection, load_settings
-from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance, part10_prefix
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send
+from dicomnode.dimse.storing import in_memory
 from pacs import LOOPBACK, PATIENCE_SECONDS, Node, free_port, listens, running, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route

@@ -17,8 +17,8 @@ from dicomnode.admission import hash_passcode, is_passcode
 from dicomnode.cli import run
 from dicomnode.cli.metrics import exposition
 from dicomnode.config import ListenerSection, load_settings
-from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.listener import Listener
+from dicomnode.dimse.storing import in_memory
 from dicomnode.dimse.tls import read_certificate
 from pacs import LOOPBACK
 from storage import Storage, open_storage

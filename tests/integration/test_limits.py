@@ -19,9 +19,10 @@ from receiver_process import images
 
 from dicomnode.config import ListenerSection
 from dicomnode.dimse import guard
-from dicomnode.dimse.association import Caller, in_memory
 from dicomnode.dimse.listener import Listener
+from dicomnode.dimse.negotiation import Caller
 from dicomnode.dimse.scp import ReceivedInstance
+from dicomnode.dimse.storing import in_memory
 from pacs import wait_until
 
 LIMIT_EXCEEDED = (2, 3, 2)  # rejected-transient, by the service provider (presentation): local limit exceeded (PS3.8 9.3.4)

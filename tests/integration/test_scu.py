@@ -36,11 +36,11 @@ from pynetdicom.sop_class import _STORAGE_CLASSES
 from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.config import ListenerSection
-from dicomnode.dimse.association import in_memory
 from dicomnode.dimse.contexts import STORAGE_CLASSES
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import Outgoing, classify, echo, send, send_each
+from dicomnode.dimse.storing import in_memory
 from dicomnode.errors import PeerUnavailable
 from storage.records import Peer
 

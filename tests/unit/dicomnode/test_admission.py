@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from dicomnode.admission import Admission, check_passcode_hash, hash_passcode, is_passcode, network
-from dicomnode.dimse.association import Caller
+from dicomnode.dimse.negotiation import Caller
 from dicomnode.dimse.tls import fingerprint
 from storage.errors import Unavailable
 from storage.records import Peer

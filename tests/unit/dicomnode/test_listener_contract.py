@@ -23,9 +23,11 @@ from pynetdicom.presentation import build_context
 from pynetdicom.transport import AssociationServer
 
 from dicomnode.config import ListenerSection
-from dicomnode.dimse.association import AcceptedAssociation, Caller, Grants, in_memory
+from dicomnode.dimse.association import AcceptedAssociation
 from dicomnode.dimse.contexts import VERIFICATION
 from dicomnode.dimse.listener import Connection, Listener
+from dicomnode.dimse.negotiation import Caller, Grants
+from dicomnode.dimse.storing import in_memory
 
 GRANTS = Grants(stores=True, commits=False)
 
