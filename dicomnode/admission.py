@@ -12,7 +12,8 @@ anybody in because the registry can't be asked.
 | user | user identity type 1, this name |
 | user and passcode | user identity type 2, this name and passcode (PS3.7 D.3.3.7) |
 
-A peer comes by the one way that its record names, so that nobody who knows an AE title chooses the weaker one.
+A peer comes by the one way that its record names, so that nobody who knows an AE title chooses the weaker one. By HTTP a peer must
+show its passcode or its one certificate, or both if its record has both; its name there is its user name, else its AE title.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 NAME_SECONDS: Final = 60.0  # for so long the addresses of a host name are remembered
 _UNKNOWN_NAME_SECONDS = 10.0  # and so long that it has none
+_PASSCODE_SECONDS = 300.0
+_REMEMBERED_PASSCODES = 1000
 _PEERS_SECONDS = 5.0  # as often at most is_peer() learns of other peers
 _N, _R, _P = 2**14, 8, 1  # scrypt (RFC 7914): 16 MiB and some 40 ms
 _SCRYPT = ("scrypt", str(_N), str(_R), str(_P))
@@ -61,6 +64,8 @@ class Admission:
         self._ae_titles = frozenset(title.strip(" ") for title in ae_titles)
         self._names = _Names()
         self._passcodes = threading.Lock()  # one at a time: each takes 16 MiB
+        self._known: dict[bytes, float] = {}  # keyed digest of a passcode that was right: until when it is remembered
+        self._digest_key = os.urandom(32)
         self._peer_networks: tuple[Network, ...] = ()
         self._peer_names: tuple[str, ...] = ()
         self._refresh_at = 0.0
@@ -93,6 +98,22 @@ class Admission:
             (USER_IDENTITY, lambda: self._is_user(peer, caller)),
         )
         return next((reason for reason, holds in checks if not holds()), None)
+
+    def admit_by_http(self, *, user: str | None, passcode: str | None, address: str, certificate: bytes | None) -> Peer | None:
+        """Return the peer that an HTTP request comes from, by what its caller shows; None if nobody is let in.
+
+        Raises StorageError if the registry can't be asked.
+        """
+        shown = fingerprint(certificate) if certificate is not None else None
+        for peer in self._registry.peers():
+            if peer.passcode_hash is None and peer.client_cert is None:
+                continue  # an AE title and an address are no credentials
+            named = user == (peer.user or peer.ae_title) if user is not None else peer.passcode_hash is None
+            if not named or peer.client_cert not in {None, shown} or not self._comes_from(peer, address):
+                continue
+            if peer.passcode_hash is None or (passcode is not None and self._knows(passcode, peer.passcode_hash)):
+                return peer
+        return None
 
     def is_peer(self, address: str) -> bool:
         """Whether a peer that may call has this address. From memory, without a wait: one that is known by host name counts once it did."""
@@ -143,8 +164,21 @@ class Admission:
             return False
         if peer.passcode_hash is None:
             return caller.passcode is None
+        return caller.passcode is not None and self._knows(caller.passcode, peer.passcode_hash)
+
+    def _knows(self, passcode: str, passcode_hash: str) -> bool:
+        """Whether this is the passcode. A right one is remembered for a while by a keyed digest: a viewer's page asks hundreds of times."""
+        text = f"{passcode_hash} {passcode}".encode("utf-8", "surrogatepass")
+        digest = hmac.digest(self._digest_key, text, "sha256")
+        if self._known.get(digest, 0.0) > time.monotonic():
+            return True
         with self._passcodes:
-            return caller.passcode is not None and is_passcode(caller.passcode, peer.passcode_hash)
+            known = is_passcode(passcode, passcode_hash)
+        if known:
+            if len(self._known) >= _REMEMBERED_PASSCODES:
+                self._known.clear()
+            self._known[digest] = time.monotonic() + _PASSCODE_SECONDS
+        return known
 
 
 def network(text: str) -> Network:

@@ -145,6 +145,42 @@ class AnalysisSection(_Section):
     warm_memory_mb: int = Field(4096, ge=0, description="memory for models that stay loaded; the one in use stays whatever it takes")
 
 
+class WebSection(_Section):
+    """DICOMweb: QIDO-RS, WADO-RS and STOW-RS over HTTP. Who isn't on this machine must show a peer's passcode or certificate."""
+
+    enabled: bool = Field(False, description="`serve` runs the web role too; `run web` runs it in any case")
+    host: str = Field("127.0.0.1", description="address to bind; beyond loopback callers must be known peers")
+    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    tls: Literal["off", "on", "mutual"] = Field(
+        "off", description="on: HTTPS with the certificate of [tls]; mutual: callers must show one that the site's CA signed"
+    )
+    credentials: bool = Field(False, description="ask callers on loopback for credentials, too")
+    ae_title: str = Field("DICOMWEB", description="calling AE title of what comes by STOW-RS from loopback without credentials")
+    hosts: tuple[str, ...] = Field(
+        ("127.0.0.1", "localhost", "[::1]"),
+        description="names by which the node may be called without credentials, so that no web page can call it by a name of its own",
+    )
+    origins: tuple[str, ...] = Field((), description="origins of web pages that may call it, e.g. https://ohif.hospital.example")
+    address: str = Field("", description="URL that callers know it by, e.g. behind a reverse proxy; else what they called")
+    maximum_connections: int = Field(64, ge=1, description="requests at a time; what is more is answered 503")
+    header_seconds: float = Field(10, gt=0, description="deadline for a request's header")
+    network_timeout_seconds: float = Field(60, gt=0, description="wait for the next bytes of a request, or for a response to be taken")
+    maximum_request_bytes: int = Field(68719476736, ge=1024, description="largest request; an instance: listener.maximum_message_bytes")
+    maximum_matches: int = Field(1000, ge=1, le=100000, description="matches of one search; callers ask for the next ones by offset")
+
+    @field_validator("ae_title")
+    @classmethod
+    def _ae_title(cls, value: str) -> str:
+        return check_ae_title(value)
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("an address begins with http:// or https://")
+        return value.rstrip("/")
+
+
 class LogSection(_Section):
     """The log on standard error."""
 
@@ -162,6 +198,7 @@ class Settings(_Section):
     engine: EngineSection = EngineSection()
     commitment: CommitmentSection = CommitmentSection()
     analysis: AnalysisSection = AnalysisSection()
+    web: WebSection = WebSection()
     log: LogSection = LogSection()
 
     @property

@@ -54,11 +54,11 @@ def serve(config: ConfigOption = None) -> None:
     """Run every role on this machine, each as a process of its own. SIGTERM drains."""
     settings = _start_logs(config)
     _prepare(settings)
-    raise typer.Exit(_supervise(settings, config, "analyser", "sender"))
+    raise typer.Exit(_supervise(settings, config, "analyser", "sender", *(["web"] if settings.web.enabled else [])))
 
 
 def run(
-    role: Literal["receiver", "analyser", "sender"],
+    role: Literal["receiver", "analyser", "sender", "web"],
     config: ConfigOption = None,
     supervised: Annotated[
         bool, typer.Option("--supervised", hidden=True, help="drain when standard input ends: the supervisor is gone")
@@ -73,6 +73,7 @@ def run(
         "receiver": _start_receiver,
         "analyser": _start_analyser,
         "sender": _start_sender,
+        "web": _start_web,
     }
     stop_asked = StopAsked()
     if supervised:
@@ -219,3 +220,19 @@ def _start_sender(settings: Settings, storage: Storage, client: EngineClient) ->
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
     worker.start()
     return lambda: worker.stop(DRAIN_SECONDS)
+
+
+def _start_web(settings: Settings, storage: Storage, _client: EngineClient) -> Callable[[], bool]:
+    from dicomnode.web.app import Web
+
+    web = Web(settings, storage)
+    try:
+        web.start()
+    except OSError as error:
+        raise NodeError(f"cannot listen on {settings.web.host}:{settings.web.port}: {error.strerror or error}") from error
+
+    def stop() -> bool:
+        web.stop(DRAIN_SECONDS)
+        return True
+
+    return stop

@@ -1,7 +1,7 @@
 """TLS by PS3.15 B.12 (BCP 195: RFC 8996 and 9325): what the listener offers, and what the node demands when it sends.
 
 TLS 1.2 and 1.3, both sides with a certificate that one of the site's certification authorities signed. Must never fall back:
-to an older version, to another suite, to a peer without a certificate, or to plain DICOM.
+to an older version, to another suite, to a peer without a certificate (but for DICOMweb with passcodes), or to plain DICOM.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class ServerContexts:
     Files that can't be used, e.g. while certificate and key are being exchanged, leave the context as it is. For any number of threads.
     """
 
-    def __init__(self, settings: TlsSection) -> None:
+    def __init__(self, settings: TlsSection, *, client_certificates: bool = True) -> None:
         """Read the files. Raises ConfigError if they can't be used."""
         self._settings = settings
+        self._client_certificates = client_certificates
         self._lock = threading.Lock()
         self._stamp = _stamp(settings)
-        self._context = server_context(settings)
+        self._context = server_context(settings, client_certificates=client_certificates)
         self._looked = time.monotonic()
         _warn_of_dates(settings)
 
@@ -65,7 +66,7 @@ class ServerContexts:
             return
         self._stamp = stamp
         try:
-            self._context = server_context(self._settings)
+            self._context = server_context(self._settings, client_certificates=self._client_certificates)
             _warn_of_dates(self._settings)
         except ConfigError as error:
             _log.error("the changed TLS files cannot be used, the ones before stay in force", reason=str(error))
@@ -85,8 +86,8 @@ class PeerContext(ssl.SSLContext):
     connections: list[ssl.SSLSocket]
 
 
-def server_context(settings: TlsSection) -> ssl.SSLContext:
-    """Return a context of the listener: who connects must show a certificate that the site's CA signed.
+def server_context(settings: TlsSection, *, client_certificates: bool = True) -> ssl.SSLContext:
+    """Return a context of a listener: who connects must show a certificate that the site's CA signed, unless none is asked for.
 
     Raises:
         ConfigError: a file is absent or can't be used; one sentence says which and why.
@@ -95,6 +96,8 @@ def server_context(settings: TlsSection) -> ssl.SSLContext:
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_TICKET
     context.num_tickets = 0  # nor those of TLS 1.3: what a certificate was good for ends with the context that took it
     _fill(context, settings)
+    if not client_certificates:
+        context.verify_mode = ssl.CERT_NONE  # DICOMweb alone, whose callers may show a passcode instead
     return context
 
 
