@@ -99,8 +99,9 @@ def run(
 def conformance(config: ConfigOption = None) -> None:
     """Print the DICOM conformance statement, rendered from the tables the node runs on."""
     from dicomnode.dimse.conformance import conformance_statement
+    from dicomnode.results.codes import PRIVATE
 
-    typer.echo(conformance_statement(load_settings(config)) if config else conformance_statement(Settings()))
+    typer.echo(conformance_statement(load_settings(config) if config else Settings(), PRIVATE))
 
 
 def demo(

@@ -5,7 +5,7 @@ Must never state what the code doesn't do: what can be read from a table is read
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dicomnode.config import CommitmentSection, ListenerSection, Settings, TlsSection
@@ -27,15 +27,19 @@ from dicomnode.dimse.scp import CHARACTER_SETS
 from dicomnode.dimse.scu import COMMITMENT_TRANSIENT, TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
 from dicomnode.errors import CommitmentRefused, NodeError, StoreRefused
+from dicomnode.findings import Code
 from dicomnode.version import VERSION
 
 
-def conformance_statement(settings: Settings) -> str:
-    """Return the conformance statement of a node with these settings as Markdown, without a newline at its end."""
-    return "\n".join(_lines(settings))
+def conformance_statement(settings: Settings, private_codes: Sequence[Code] = ()) -> str:
+    """Return the conformance statement of a node with these settings as Markdown, without a newline at its end.
+
+    `private_codes` are those that its results use beside public ones; without any the section on them is left out.
+    """
+    return "\n".join(_lines(settings, private_codes))
 
 
-def _lines(settings: Settings) -> Iterator[str]:
+def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
     yield "# DICOM conformance statement"
     yield ""
     yield f"dicomnode {VERSION}. Rendered by `dicomnode conformance` from the tables the node runs on; don't edit it by hand."
@@ -62,6 +66,11 @@ def _lines(settings: Settings) -> Iterator[str]:
     yield from _statuses()
     yield from _commitment(settings)
     yield from _tables(settings.listener)
+    if private_codes:
+        yield "## Private codes"
+        yield "What no coding scheme of PS3.16 was found to have a code for is named by one of a private scheme (PS3.16 8.2): in the SR,"
+        yield "numeric content items with units of UCUM. All other codes are public; those of findings come with the model packages."
+        yield from _codes(private_codes)
     yield "## Character sets"
     yield "Patient name, patient ID, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022"
     yield "extensions included, for the node's own lists; what can't be decoded shows as U+FFFD. The stored object is not changed."
@@ -210,6 +219,11 @@ def _tables(listener: ListenerSection) -> Iterator[str]:
     if DEFLATED not in offered:
         excluded = ((DEFLATED.uid, DEFLATED.name, "accepted only with `listener.accept_deflated`"), *excluded)
     yield from _table(("Transfer syntax", "UID", "Why"), ((name, f"`{uid}`", why) for uid, name, why in excluded))
+
+
+def _codes(codes: Sequence[Code]) -> Iterator[str]:
+    rows = ((f"`{code.value}`", f"`{code.scheme}`", code.meaning) for code in codes)
+    return _table(("Code Value", "Coding Scheme Designator", "Code Meaning"), rows)
 
 
 def _tls_port(tls: TlsSection) -> str:

@@ -21,6 +21,7 @@ ARTIFICIAL_INTELLIGENCE = Code(value="123110", scheme="DCM", meaning="Artificial
 # No scheme that PS3.16 lists has a code for these two, so they are of a private one (PS3.16 8.2).
 VOLUME_CHANGE = Code(value="VOLUME-CHANGE", scheme="99DICOMNODE", meaning="Volume change since prior study")
 DOUBLING_TIME = Code(value="DOUBLING-TIME", scheme="99DICOMNODE", meaning="Volume doubling time")
+PRIVATE = (VOLUME_CHANGE, DOUBLING_TIME)  # all of that scheme, for the conformance statement
 QUALITATIVE_DIFFERENCE = Code(value="111049", scheme="DCM", meaning="Qualitative Difference")
 INCREASED = Code(value="15454001", scheme="SCT", meaning="Increase in size")  # CID 6134
 DECREASED = Code(value="19776001", scheme="SCT", meaning="Decrease in size")  # CID 6134

@@ -7,12 +7,14 @@ from dicomnode.dimse.conformance import conformance_statement
 from dicomnode.dimse.contexts import STORAGE_CLASSES, TRANSFER_SYNTAXES
 from dicomnode.dimse.tls import SUITES
 from dicomnode.errors import StoreRefused
+from dicomnode.findings import Code
+from dicomnode.results import codes
 
 FILE = Path(__file__).resolve().parents[3] / "deploy" / "CONFORMANCE.md"
 
 
 def test_the_file_in_deploy_is_what_the_code_renders():
-    assert FILE.read_text(encoding="utf-8") == conformance_statement(Settings()) + "\n"
+    assert FILE.read_text(encoding="utf-8") == conformance_statement(Settings(), codes.PRIVATE) + "\n"
 
 
 def test_every_class_syntax_and_status_is_stated():
@@ -21,6 +23,15 @@ def test_every_class_syntax_and_status_is_stated():
         assert f"| `{row.uid}` |" in text
     for refusal in StoreRefused.__subclasses__():
         assert f"| {refusal.dimse_status:04X} |" in text
+
+
+def test_every_private_code_of_the_results_is_stated():
+    """A scheme that begins with 99 is private (PS3.16 8.2)."""
+    private = [code for code in vars(codes).values() if isinstance(code, Code) and code.scheme.startswith("99")]
+    assert private
+    text = conformance_statement(Settings(), codes.PRIVATE)
+    for code in private:
+        assert f"| `{code.value}` | `{code.scheme}` | {code.meaning} |" in text
 
 
 def test_every_limit_of_the_listener_and_every_setting_of_tls_is_stated_with_its_value():
