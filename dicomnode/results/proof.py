@@ -26,7 +26,7 @@ from dicomnode.results.decoding import (
     slices_of,
 )
 from dicomnode.results.profile import USUAL, Form
-from dicomnode.results.proof_comments import WARNING, compare_comments
+from dicomnode.results.proof_comments import WARNING, compare_comments, compare_origin
 from dicomnode.results.proof_growth import CHANGE, DOUBLING, compare_growth, compare_predecessors, compare_vanished
 
 _TO_ML = {"ml": 1.0, "mL": 1.0, "cm3": 1.0, "mm3": 0.001}  # UCUM is case sensitive; litre may be l or L
@@ -85,6 +85,7 @@ def prove(
     for finding in findings.findings if segs else ():
         _compare_segment(segments[finding.number][0], finding, volume)
     document = _read(report, volume)
+    compare_origin(document, findings, volume)
     groups = list(decode_report(document))
     known = [segments[f.number][0].tracking_uid if segs else g.tracking_uid for f, g in zip(findings.findings, groups, strict=False)]
     expect(len(set(known)) == len(findings.findings), "the SR has fewer groups than findings, or two findings have one Tracking UID")

@@ -1,17 +1,26 @@
-"""What a report says in words is compared with what it must say.
+"""What a report says in words is compared with what it must say, and whether it names its procedure and its algorithm.
 
 Must never import highdicom or the encoders: what proves must not share code with what is proved.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
+from pydicom import Dataset
+
 from dicomnode.findings import Findings, Volume
-from dicomnode.results.decoding import expect
+from dicomnode.results.decoding import concept_of, expect, items_below
 
 WARNING = "RESEARCH USE ONLY - NOT FOR DIAGNOSIS"
+_PROCEDURE, _GROUP, _ALGORITHM, _VERSION = "121058", "125007", "111001", "111003"  # of DCM
+_PROCEDURES = {  # CID 100, by Modality
+    "CT": ("25045-6", "LN"), "MR": ("25056-3", "LN"), "NM": ("49118-3", "LN"), "PT": ("44136-0", "LN"),
+    "CR": ("43468-8", "LN"), "DX": ("43468-8", "LN"), "RG": ("43468-8", "LN"),
+}  # fmt: skip
+_IMAGING = ("363679005", "SCT")
 
 
 def compare_comments(comments: Sequence[str], findings: Findings, volume: Volume) -> None:
@@ -31,6 +40,26 @@ def compare_comments(comments: Sequence[str], findings: Findings, volume: Volume
     for calibration, words in (("detector", "at the detector"), ("none", "in pixels")):
         must = bool(findings.findings) and volume.calibration == calibration
         expect(not must or any(words in comment for comment in comments), f"the SR doesn't say that it measures {words}")
+
+
+def compare_origin(document: Dataset, findings: Findings, volume: Volume) -> None:
+    """Return if the report names once the procedure it reports on, and each group the algorithm with version and weights (TID 1500, 4019).
+
+    Raises:
+        ProofFailed: one sentence says what is missing or another's.
+    """
+    procedures = [item.get("ConceptCodeSequence") for item in document.get("ContentSequence", []) if concept_of(item) == _PROCEDURE]
+    said = [(str(codes[0].get("CodeValue")), str(codes[0].get("CodingSchemeDesignator"))) for codes in procedures if codes]
+    wanted = _PROCEDURES.get(volume.modality, _IMAGING)
+    expect(said == [wanted], f"the SR's Procedure Reported is {said or 'missing'}, not {wanted} for {volume.modality}")
+    version = re.compile(re.escape(findings.version) + r" weights sha256:[0-9a-f]{64}")
+    for group in (item for item in items_below(document) if concept_of(item) == _GROUP):
+        texts = [(concept_of(item), str(item.get("TextValue", ""))) for item in items_below(group)]
+        names = [text for concept, text in texts if concept == _ALGORITHM]
+        expect(len(names) == 1 and _letters(names[0]) == _letters(findings.algorithm_name), f"the SR names {names} as a group's algorithm")
+        versions = [text for concept, text in texts if concept == _VERSION]
+        right = len(versions) == 1 and version.fullmatch(versions[0]) is not None
+        expect(right, f"the SR gives {versions} as the version of a group's algorithm, which is {findings.version} with its weights")
 
 
 def _says(comment: str, words: str) -> bool:

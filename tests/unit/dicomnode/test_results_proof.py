@@ -12,10 +12,11 @@ from pydicom import Dataset
 
 from dicomnode.errors import ProofFailed
 from dicomnode.findings import Findings, ResultObject, Segment
+from dicomnode.results.decoding import concept_of
 from dicomnode.results.proof import prove
 from dicomnode.results.report import encode_report
 from dicomnode.results.segmentation import encode_segmentation
-from results_cases import ORIENTATIONS, Case, finding_of, sphere, synthetic
+from results_cases import DIGEST, ORIENTATIONS, Case, finding_of, sphere, synthetic
 
 Objects = tuple[Case, Findings, ResultObject, ResultObject]
 
@@ -46,7 +47,7 @@ def changed(result: ResultObject, change: Callable[[Dataset], None]) -> ResultOb
     change(dataset)
     buffer = BytesIO()
     dataset.save_as(buffer)
-    return replace(result, data=buffer.getvalue())
+    return replace(result, parts=(buffer.getvalue(),))
 
 
 def repainted(seg: Dataset, paint: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> None:
@@ -206,9 +207,38 @@ def no_finding(report: Dataset) -> None:
     item.ConceptCodeSequence[0].CodeValue = "111241"
 
 
+def without(concept: str) -> Callable[[Dataset], None]:
+    """Leave one content item of a concept out, the last."""
+
+    def change(report: Dataset) -> None:
+        holders = [report, *items(report, "CONTAINER")]
+        holder = next(h for h in reversed(holders) if concept in [concept_of(i) for i in h.get("ContentSequence", [])])
+        holder.ContentSequence = [i for i in holder.ContentSequence if concept_of(i) != concept]
+
+    return change
+
+
+def other(concept: str, **values: str) -> Callable[[Dataset], None]:
+    """Say something else under a concept, where it stands last."""
+
+    def change(report: Dataset) -> None:
+        item = [i for i in (*items(report, "CODE"), *items(report, "TEXT")) if concept_of(i) == concept][-1]
+        for keyword, value in values.items():
+            setattr(item.ConceptCodeSequence[0] if keyword == "CodeValue" else item, keyword, value)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        (without("121058"), "Procedure Reported is missing"),
+        (other("121058", CodeValue="25056-3"), "Procedure Reported"),  # an MRI
+        (without("111001"), "as a group's algorithm"),
+        (other("111001", TextValue="Another model"), "Another model"),
+        (without("111003"), "as the version"),
+        (other("111003", TextValue="0.1.0"), "with its weights"),
+        (other("111003", TextValue=f"9.9.9 weights sha256:{DIGEST}"), "9.9.9"),
         (set_number("118565006", "9.9"), "9.9"),
         (set_unit("118565006", "mm3"), "ml for finding 1"),
         (set_unit("118565006", "mm"), "isn't one of"),
