@@ -273,14 +273,27 @@ class RunIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultObject:
-    """An encoded DICOM object (a whole Part 10 file) made from findings."""
+    """An encoded DICOM object (a whole Part 10 file) made from findings.
+
+    Its bytes are in parts, as they were made: to put those of a large SEG together takes longer than to encode it.
+    """
 
     sop_instance_uid: str
     sop_class_uid: str
     transfer_syntax_uid: str
     series_instance_uid: str
     modality: str  # "SEG", "SR", "OT" (a picture), "KO" or "PR"
-    data: bytes
+    parts: tuple[bytes | memoryview, ...]  # the file, one behind the other; the first begins with preamble and file meta information
     series_number: int | None = None
     series_description: str = ""
     instance_number: int | None = None
+
+    @property
+    def data(self) -> bytes:
+        """The whole file, put together anew each time."""
+        return b"".join(self.parts)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes of the file."""
+        return sum(len(part) for part in self.parts)

@@ -310,7 +310,7 @@ class _Clock:
 def _result(job: Job, made: ResultObject, storage: Storage) -> Result:
     return Result(
         sop_instance_uid=made.sop_instance_uid, sop_class_uid=made.sop_class_uid, transfer_syntax_uid=made.transfer_syntax_uid,
-        modality=made.modality, study_instance_uid=job.study_instance_uid, job_key=job.key, stored=storage.objects.put(made.data),
+        modality=made.modality, study_instance_uid=job.study_instance_uid, job_key=job.key, stored=storage.objects.put(*made.parts),
         created_at=job.created_at, series_instance_uid=made.series_instance_uid, series_number=made.series_number,
         series_description=made.series_description, instance_number=made.instance_number,
     )  # fmt: skip

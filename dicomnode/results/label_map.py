@@ -24,7 +24,13 @@ _HEADER = struct.pack("<16L", 1, 64, *[0] * 14)  # one segment, right after this
 
 def label_frames(findings: Sequence[Finding], planes: Sequence[int], shape: tuple[int, int]) -> bytes:
     """Return the encapsulated pixel data of slices `planes`, each a frame of `shape` whose voxels hold their finding's number, else 0."""
-    return encapsulated(([patch(f, k, f.segment.mask, f.number) for f in findings if crosses(f, k)] for k in planes), shape)
+    crossing: dict[int, list[Finding]] = {k: [] for k in planes}
+    for finding in findings:
+        first = finding.segment.origin[0]
+        for k in range(first, first + len(finding.segment.mask)):
+            if k in crossing:
+                crossing[k].append(finding)
+    return encapsulated(([patch(f, k, f.segment.mask, f.number) for f in crossing[k]] for k in planes), shape)
 
 
 def probability_frames(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> bytes:

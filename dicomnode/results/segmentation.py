@@ -5,8 +5,11 @@ Must never decide what is a finding, read a clock or draw a random number: the s
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 
 import highdicom
 import numpy as np
@@ -24,6 +27,7 @@ from dicomnode.results.provenance import Plane
 
 Parts = Sequence[bytes | memoryview]  # of a file
 
+_BLOCK_BYTES = 2**18  # of bits, a byte each, that are packed at once: they stay in the processor's cache
 _ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
 _EXPLANATIONS = {
     "box": "A box around what was found, filled: not an outline, and its extent is no measurement.",
@@ -67,7 +71,7 @@ def encode_segmentation(
             each voxel's probability, 255 for 1, where all findings have it, and else is BINARY.
         empty_frames: whether slices without a finding have frames, too.
 
-    Segments may overlap. Memory is that of the object's packed bits, held twice while they are written.
+    Segments may overlap. Memory is that of the object's packed bits as far as they aren't zero, and of the groups of its frames.
     """
     if not findings.findings:
         return None
@@ -96,6 +100,7 @@ def _encoded(
     arguments = provenance.common_arguments(origin, identity, "SEG", **made_by)
     arguments["series_instance_uid"] = uids.series_uid(identity, ("SEG LABELMAP" if as_labels else "SEG") + form.variant)
     arguments["instance_number"] = ordinal
+    algorithm = _algorithm(findings, identity)
     segments = [replace(finding, number=number) for number, finding in enumerate(findings.findings, start=1)]
     result = Segmentation(
         source_images=[_plain(image, volume)],
@@ -103,7 +108,7 @@ def _encoded(
         segmentation_type="LABELMAP" if as_labels else "FRACTIONAL" if as_shares else "BINARY",
         fractional_type="PROBABILITY",  # of a FRACTIONAL one, as is its maximum
         max_fractional_value=255,
-        segment_descriptions=[_describe(finding, number, findings, identity) for number, finding in enumerate(findings.findings, start=1)],
+        segment_descriptions=[_describe(finding, number, algorithm, identity) for number, finding in enumerate(findings.findings, start=1)],
         sop_instance_uid=uids.object_uid(identity, sop_class, syntax + form.variant, ordinal),
         transfer_syntax_uid=syntax,
         omit_empty_frames=True,
@@ -173,13 +178,53 @@ def _label_frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: 
     return len(slices), frame_bytes.ending(groups, label_map.label_frames(findings, slices, (rows, columns)), encapsulated=True)
 
 
-def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> memoryview:
-    """The frames' pixels as bits that follow each other without padding between frames, lowest bit first."""
+def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> memoryview:
+    """The frames' pixels as bits that follow each other without padding between frames, lowest bit first.
+
+    Of a frame only the bytes around its finding are written: the rest is zero, and pages nobody wrote to take no memory.
+    """
+    rows, columns = shape
+    data = _blank((len(frames) * rows * columns + 15) // 16 * 2)  # of even length
+    crossing = [(number, finding, k) for number, (finding, k) in enumerate(frames) if label_map.crosses(finding, k)]
+    if columns % 8:
+        _pack_bits(crossing, shape, data)
+    else:
+        whole = data[: len(frames) * rows * columns // 8].reshape(len(frames), rows, columns // 8)
+        for _, group in groupby(crossing, key=lambda frame: frame[1].number):
+            _pack_bytes(list(group), whole)
+    return data.data
+
+
+def _blank(size: int) -> NDArray[np.uint8]:
+    """Zeros in small pages: of huge ones, which numpy asks for, a frame's few bytes would take two MiB."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def _pack_bytes(frames: Sequence[tuple[int, Finding, int]], whole: NDArray[np.uint8]) -> None:
+    """Pack frames of one finding into `whole` (frame, row, byte), where each row begins with a byte of its own: several at once."""
+    first, row, column = frames[0][1].segment.origin
+    mask = frames[0][1].segment.mask
+    _, high, wide = mask.shape
+    left, right = column // 8, (column + wide + 7) // 8
+    at_once = max(1, _BLOCK_BYTES // (high * (right - left) * 8))
+    bits = np.zeros((min(at_once, len(frames)), high, (right - left) * 8), dtype=np.bool_)
+    for begin in range(0, len(frames), at_once):
+        block = frames[begin : begin + at_once]
+        low, end = block[0][2] - first, block[-1][2] - first + 1
+        there = mask[low:end] if end - low == len(block) else mask[[k - first for _, _, k in block]]
+        bits[: len(block), :, column - left * 8 : column - left * 8 + wide] = there
+        packed = np.packbits(bits[: len(block)].reshape(-1), bitorder="little").reshape(len(block), high, right - left)
+        whole[block[0][0] : block[0][0] + len(block), row : row + high, left:right] = packed
+
+
+def _pack_bits(frames: Sequence[tuple[int, Finding, int]], shape: tuple[int, int], data: NDArray[np.uint8]) -> None:
+    """Pack frames into `data` where rows begin anywhere in a byte: one by one."""
     size = shape[0] * shape[1]
-    data = np.zeros((len(frames) * size + 15) // 16 * 2, dtype=np.uint8)  # of even length
-    for number, (finding, k) in enumerate(frames):
-        if not 0 <= k - finding.segment.origin[0] < len(finding.segment.mask):
-            continue
+    for number, finding, k in frames:
         _, row, column = finding.segment.origin
         mask = finding.segment.mask[k - finding.segment.origin[0]]
         first, shift = divmod(number * size + row * shape[1], 8)
@@ -187,7 +232,6 @@ def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, ...]) -> me
         bits[shift:].reshape(len(mask), shape[1])[:, column : column + mask.shape[1]] = mask
         packed = np.packbits(bits, bitorder="little")
         data[first : first + len(packed)] |= packed
-    return data.data
 
 
 def _slices(finding: Finding) -> list[int]:
@@ -197,29 +241,35 @@ def _slices(finding: Finding) -> list[int]:
 
 def _overlap(findings: Sequence[Finding]) -> bool:
     """Whether a voxel belongs to two findings."""
+    begins = np.array([finding.segment.origin for finding in findings])
+    ends = begins + [finding.segment.mask.shape for finding in findings]
     for i, one in enumerate(findings):
-        for other in findings[i + 1 :]:
-            low = np.maximum(one.segment.origin, other.segment.origin)
-            high = np.minimum(*(np.add(f.segment.origin, f.segment.mask.shape) for f in (one, other)))
-            if (high > low).all():
-                parts = [
-                    f.segment.mask[tuple(slice(a, b) for a, b in zip(low - f.segment.origin, high - f.segment.origin, strict=True))]
-                    for f in (one, other)
-                ]
-                if (parts[0] & parts[1]).any():
-                    return True
+        low, high = np.maximum(begins[i], begins[i + 1 :]), np.minimum(ends[i], ends[i + 1 :])
+        for j in np.flatnonzero((high > low).all(axis=1)).tolist():
+            parts = [
+                f.segment.mask[tuple(slice(a, b) for a, b in zip(low[j] - f.segment.origin, high[j] - f.segment.origin, strict=True))]
+                for f in (one, findings[i + 1 + j])
+            ]
+            if (parts[0] & parts[1]).any():
+                return True
     return False
 
 
-def _describe(finding: Finding, number: int, findings: Findings, identity: RunIdentity) -> SegmentDescription:
-    """One item of the Segment Sequence (PS3.3 C.8.20.2, C.8.20.4)."""
-    algorithm = highdicom.AlgorithmIdentificationSequence(
+def _algorithm(findings: Findings, identity: RunIdentity) -> highdicom.AlgorithmIdentificationSequence:
+    """What made the segments: one sequence for all of them, as none changes it."""
+    return highdicom.AlgorithmIdentificationSequence(
         name=provenance.long_string(findings.algorithm_name),
         family=coded(codes.ARTIFICIAL_INTELLIGENCE),
         version=provenance.long_string(findings.version),
         source=provenance.long_string(findings.manufacturer),
         parameters=dict(provenance.algorithm_parameters(identity, findings)),
     )
+
+
+def _describe(
+    finding: Finding, number: int, algorithm: highdicom.AlgorithmIdentificationSequence, identity: RunIdentity
+) -> SegmentDescription:
+    """One item of the Segment Sequence (PS3.3 C.8.20.2, C.8.20.4)."""
     tracking_uid, tracking_id = uids.tracking_of(identity, finding)
     description = SegmentDescription(
         segment_number=number,

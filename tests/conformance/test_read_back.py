@@ -389,4 +389,4 @@ def test_a_planted_mistake_does_not_leave(way: Way) -> None:
 def changed(result: ResultObject, change: Callable[[Dataset, Way], None], way: Way) -> ResultObject:
     dataset = pydicom.dcmread(BytesIO(result.data))
     change(dataset, way)
-    return replace(result, data=written_again(dataset))
+    return replace(result, parts=(written_again(dataset),))

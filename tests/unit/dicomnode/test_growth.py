@@ -239,7 +239,7 @@ def test_a_report_that_says_another_change_may_not_leave(change: Callable[[Datas
     document = pydicom.dcmread(BytesIO(report.data))
     change(document)
     with pytest.raises(ProofFailed, match=says):
-        prove(seg, replace(report, data=written_again(document)), findings, CASE.volume)
+        prove(seg, replace(report, parts=(written_again(document),)), findings, CASE.volume)
 
 
 def test_a_report_that_was_not_compared_says_why() -> None:

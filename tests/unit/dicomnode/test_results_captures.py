@@ -156,7 +156,7 @@ def tampered(made: ResultObject, **attributes: object) -> ResultObject:
     image = read(made)
     for keyword, value in attributes.items():
         setattr(image, keyword, value)
-    return replace(made, data=written_again(image))
+    return replace(made, parts=(written_again(image),))
 
 
 def mirrored(made: ResultObject, axis: int) -> ResultObject:

@@ -143,7 +143,7 @@ def test_an_empty_frame_that_is_missing_does_not_leave() -> None:
     shorter.NumberOfFrames, size = 11, 50 * 60 * 11 // 8
     shorter.PixelData = shorter.PixelData[: size + size % 2]
     with pytest.raises(ProofFailed, match="a frame for each image"):
-        prove([replace(seg, data=written_again(shorter))], report, findings, case.volume, form=EMPTY)
+        prove([replace(seg, parts=(written_again(shorter),))], report, findings, case.volume, form=EMPTY)
 
 
 def graded(finding: Finding) -> Finding:
@@ -195,7 +195,7 @@ def test_other_probabilities_do_not_leave() -> None:
     seg = read(segs[0])
     seg.SegmentationFractionalType = "OCCUPANCY"
     with pytest.raises(ProofFailed, match="no probabilities"):
-        prove([replace(segs[0], data=written_again(seg))], report, findings, case.volume, form=FRACTIONAL)
+        prove([replace(segs[0], parts=(written_again(seg),))], report, findings, case.volume, form=FRACTIONAL)
 
 
 def moved(finding: Finding) -> Finding:

@@ -137,7 +137,7 @@ def test_a_label_map_with_other_voxels_does_not_leave() -> None:
         image.PixelData = encapsulate(
             [encoder.encode(np.ascontiguousarray(frame), encoding_plugin="pydicom", **options) for frame in frames]
         )
-        return replace(made, data=written_again(image))
+        return replace(made, parts=(written_again(image),))
 
     prove(changed("not at all"), report, findings, case.volume)
     for how in ("flipped", "one voxel more", "exchanged", "of nobody", "one slice on"):

@@ -290,7 +290,7 @@ def test_outlines_of_another_place_do_not_leave(wrongly: Any, why: str) -> None:
 def changed(made: ResultObject, change: Any) -> ResultObject:
     state = read(made)
     change(state)
-    return replace(made, data=written_again(state))
+    return replace(made, parts=(written_again(state),))
 
 
 def outline(state: Dataset) -> Dataset:

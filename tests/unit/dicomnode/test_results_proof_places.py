@@ -39,7 +39,7 @@ class Objects:
 def changed(result: ResultObject, change: Change) -> ResultObject:
     dataset = pydicom.dcmread(BytesIO(result.data))
     change(dataset)
-    return replace(result, data=written_again(dataset))
+    return replace(result, parts=(written_again(dataset),))
 
 
 def wedge(depth: int = 1) -> NDArray[np.bool_]:

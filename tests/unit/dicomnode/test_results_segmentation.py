@@ -270,3 +270,27 @@ def test_the_bytes_are_those_that_pydicom_writes(case: Case, kind: str) -> None:
             element.value  # noqa: B018  # it is decoded, so it is encoded anew
         image.save_as(again, enforce_file_format=True)
         assert again.getvalue() == made.data
+
+
+@pytest.mark.parametrize("columns", [64, 61, 7])
+@pytest.mark.parametrize("empty_frames", [False, True])
+def test_the_pixels_are_the_masks_bit_by_bit_wherever_rows_begin(columns: int, empty_frames: bool) -> None:
+    """Whether rows begin with a byte or within one, and whatever the frame before has there."""
+    case, random = synthetic(shape=(9, 21, columns)), np.random.default_rng(3)
+    masks = [random.random(shape) < 0.4 for shape in ((9, 21, columns), (3, 2, 5), (4, 1, 1), (2, 21, 3))]
+    masks[0][4] = masks[1][1] = False  # slices of a finding without a voxel
+    for mask in masks:
+        mask[0, 0, 0] = mask[-1, -1, -1] = True
+    origins = [(0, 0, 0), (2, 8, columns - 5), (5, 20, columns - 1), (7, 0, 1)]
+    findings = [finding_of(case, Segment(mask=mask, origin=origin)) for mask, origin in zip(masks, origins, strict=True)]
+    made = encode_segmentation(case.findings(*findings), case.volume, case.headers, case.identity, empty_frames=empty_frames)
+    assert made is not None
+    expected = []
+    for mask, (k, r, c) in zip(masks, origins, strict=True):
+        whole = np.zeros((9, 21, columns), dtype=np.bool_)
+        whole[k : k + mask.shape[0], r : r + mask.shape[1], c : c + mask.shape[2]] = mask
+        expected += [frame for frame in whole if empty_frames or frame.any()]
+    seg = pydicom.dcmread(BytesIO(made.data))
+    assert seg.NumberOfFrames == len(expected)
+    bits = np.packbits(np.stack(expected).ravel(), bitorder="little").tobytes()
+    assert seg.PixelData == bits + b"\0" * (len(bits) % 2)

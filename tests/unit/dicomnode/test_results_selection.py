@@ -78,7 +78,7 @@ def test_a_wrong_selection_does_not_leave() -> None:
     def changed(uid: str) -> ResultObject:
         document = read(made)
         references(document)[0].ReferencedSOPInstanceUID = uid
-        return replace(made, data=written_again(document))
+        return replace(made, parts=(written_again(document),))
 
     first, *others = findings.findings
     off_by_one = replace(findings, findings=(finding_of(case, replace(first.segment, origin=(4, 2, 6))), *others))
