@@ -36,7 +36,7 @@ from dicomnode.priors import compared, identity_of, superseded
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_of
 from dicomnode.results.presentation import encode_presentations
-from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, parts
+from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, made_as, parts
 from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.proof_presentations import prove_presentations
@@ -273,6 +273,8 @@ def _encoded(
 ) -> dict[Part, tuple[ResultObject, ...]]:
     """The wanted objects, each proved. The first volume's grid is that of the findings."""
     volume, objects = volumes[0], dict[Part, tuple[ResultObject, ...]]()
+    made_for = {part: made_as(part, film=volume.is_projection) for part in wanted}
+    wanted = frozenset(part for part in made_for.values() if part is not None)
     for form in sorted({form for kind, form in wanted if kind in (*SEGMENTATIONS, *REPORTS)}, key=str):
         segmentations = encode_segmentations(findings, volume, headers, identity, form) if form is not None else ()
         if form is not None:
@@ -293,7 +295,7 @@ def _encoded(
     if ("presentation-state", None) in wanted:
         objects["presentation-state", None] = encode_presentations(findings, volume, headers, identity)
         prove_presentations(objects["presentation-state", None], findings, volume)
-    return {part: made for part, made in objects.items() if part in wanted}
+    return {part: objects[made] for part, made in made_for.items() if made is not None}
 
 
 class _Clock:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from pacs import LOOPBACK, free_port, program
+from pacs import LOOPBACK, free_port, program, wait_until
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext
+    from playwright.sync_api import BrowserContext, ConsoleMessage
 
 DIST = Path(os.environ.get("OHIF_DIST", Path(__file__).parents[1] / ".cache" / "ohif-3.13.2" / "package" / "dist"))
 PATIENCE_SECONDS = 240  # WebGL in software on a busy machine; nothing is measured here
@@ -92,6 +92,13 @@ def ohif_or_skip() -> Path:
     if not (DIST / "index.html").is_file():
         pytest.skip(f"OHIF is not in {DIST} (npm pack @ohif/app, unpack it and name its dist folder in OHIF_DIST; .ci/run does)")
     return DIST
+
+
+def screenshots(otherwise: Path) -> Path:
+    """Return the folder where pictures of what viewers show are kept: that which SCREENSHOTS names."""
+    folder = Path(os.environ.get("SCREENSHOTS", otherwise))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
@@ -167,28 +174,43 @@ def chromium() -> Iterator[BrowserContext]:
 
 
 class Viewer:
-    """One page of the browser with a study open in OHIF, and what its console said."""
+    """One page of the browser with a study open in OHIF, and what went wrong in it."""
 
     def __init__(self, context: BrowserContext, address: str, folder: Path) -> None:
         self.page = context.new_page()
         self.console: list[str] = []
-        self.page.on("console", lambda message: self.console.append(message.text))
-        self.page.on("pageerror", lambda error: self.console.append(f"Error Boundary or none: {error}"))
+        self.errors: list[str] = []  # of the console, of scripts and of requests
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
+        self.page.on("requestfailed", lambda request: self._failed(request.url, request.failure))
+        self.page.on("response", lambda response: self._failed(response.url, response.status) if response.status >= 400 else None)
         self._address, self._folder = address, folder
 
     def open(self, study_instance_uid: str) -> None:
         """Load a study and wait for its first image."""
-        self.page.goto(f"{self._address}/viewer?StudyInstanceUIDs={study_instance_uid}", wait_until="domcontentloaded")
-        self.page.wait_for_selector("canvas.cornerstone-canvas")
+        self.console.clear()
+        self.errors.clear()
+        with self._explained("the study's first image"):
+            self.page.goto(f"{self._address}/viewer?StudyInstanceUIDs={study_instance_uid}", wait_until="domcontentloaded")
+            self.page.wait_for_selector("canvas.cornerstone-canvas")
 
-    def show(self, modality: str) -> None:
+    def show(self, series_description: str) -> None:
         """Open a series by double-clicking it in the list, as a reader does."""
-        series = self.page.locator('[data-cy^="study-browser-thumbnail"]').filter(has_text=f" {modality} RESEARCH")
-        series.first.dblclick()
+        with self._explained(f"the series {series_description}"):
+            self.page.locator('[data-cy^="study-browser-thumbnail"]').filter(has_text=series_description).first.dblclick()
 
     def wait_for(self, condition: str, argument: object = None) -> None:
         """Wait until a JavaScript function of the argument says something true."""
-        self.page.wait_for_function(condition, arg=argument)
+        with self._explained(f"{condition} of {argument}"):
+            self.page.wait_for_function(condition, arg=argument)
+
+    def wait_for_words(self, *words: str) -> None:
+        """Wait until each of these is written on the image."""
+        self.wait_for(f"words => words.every(word => ({_WORDS}).includes(word))", list(words))
+
+    def words(self) -> str:
+        """What annotations say on the image."""
+        return str(self.page.evaluate(f"() => {_WORDS}")).strip("; ")
 
     def to_image(self, sop_instance_uid: str) -> None:
         """Wait for a viewport with this image among its images, and scroll to it."""
@@ -199,21 +221,58 @@ class Viewer:
             sop_instance_uid,
         )
 
-    def on_page(self, sop_instance_uid: str, column: float, row: float) -> tuple[int, int]:
-        """Where the centre of an image's pixel lies on the page, in pixels; columns and rows count from 0."""
-        x, y = self.page.evaluate(
-            f"([uid, at]) => {{ {_VIEWPORT} const id = vp.getImageIds().find(id => id.includes(uid));"
-            " const at_canvas = vp.worldToCanvas(window.cornerstone.utilities.imageToWorldCoords(id, at));"
-            " const box = vp.canvas.getBoundingClientRect(); return [box.x + at_canvas[0], box.y + at_canvas[1]]; }",
-            [sop_instance_uid, [column, row]],
+    def on_page(self, sop_instance_uid: str, points: ArrayLike) -> NDArray[np.int64]:
+        """Where points of an image lie on the page: (n, 2) of (column, row), both ways, pixel centres of the image at whole numbers."""
+        places = self.page.evaluate(
+            f"([uid, points]) => {{ {_VIEWPORT} const id = vp.getImageIds().find(id => id.includes(uid));"
+            " const box = vp.canvas.getBoundingClientRect(), utilities = window.cornerstone.utilities;"
+            " return points.map(at => vp.worldToCanvas(utilities.imageToWorldCoords(id, at))).map(([x, y]) => [box.x + x, box.y + y]); }",
+            [sop_instance_uid, np.asarray(points, dtype=np.float64).tolist()],
         )
-        return round(x), round(y)
+        return np.rint(np.array(places)).astype(np.int64)
 
     def pixels(self, name: str) -> NDArray[np.uint8]:
         """The page as (rows, columns, 3), and as a file of this name for a person to look at."""
         return np.asarray(Image.open(BytesIO(self.page.screenshot(path=self._folder / f"{name}.png"))).convert("RGB"))
 
+    def wait_for_pixels(self, name: str, right: Callable[[NDArray[np.uint8]], bool]) -> NDArray[np.uint8]:
+        """Wait until the page looks right; return it, and keep it as a file of this name."""
+        pages: list[NDArray[np.uint8]] = []
 
+        def shown() -> bool:
+            pages[:] = [self.pixels(name)]
+            return right(pages[0])
+
+        with self._explained(f"{name} to look right"):
+            wait_until(shown, seconds=PATIENCE_SECONDS, what="these pixels", every=0.5)
+        return pages[0]
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        self.console.append(message.text)
+        if message.type == "error" or "Error Boundary" in message.text:
+            self.errors.append(message.text)
+
+    def _failed(self, url: str, why: object) -> None:
+        self.errors.append(f"{url}: {why}")
+
+    @contextmanager
+    def _explained(self, awaited: str) -> Iterator[None]:
+        """Say of what didn't come what was there instead."""
+        from playwright.sync_api import TimeoutError as OutOfTime
+
+        try:
+            yield
+        except (OutOfTime, pytest.fail.Exception) as error:
+            self.pixels("failed")
+            there = {"page": self.page.inner_text("body")[:3000], "errors": "\n".join(self.errors)[:3000]}
+            there["console"] = "\n".join(self.console)[-3000:]
+            pytest.fail(
+                f"waited in vain for {awaited} ({error}); see failed.png in {self._folder}"
+                + "".join(f"\n--- {name}\n{text}" for name, text in there.items())
+            )
+
+
+_WORDS = "[...document.querySelectorAll('svg text')].map(text => text.textContent).join('; ')"
 _VIEWPORT = (
     "const grid = window.services?.viewportGridService?.getState();"
     " const vp = grid && window.services.cornerstoneViewportService.getCornerstoneViewport(grid.activeViewportId);"

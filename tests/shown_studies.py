@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from highdicom.color import CIELabColor
+from numpy.typing import NDArray
 from pydicom import dcmread
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, Volume
@@ -45,6 +47,46 @@ class ShownStudy:
         """What a peer of this profile is given: encoded and proved as the node does it."""
         made = encoded(self.findings, (self.case.volume,), self.case.headers, self.case.identity, frozenset(parts(profile)), supersedes=())
         return [one for part in parts(profile) for one in made.get(part, ())]
+
+    @property
+    def colour(self) -> NDArray[np.float64]:
+        """The finding's own, red, green and blue: 0 to 255."""
+        return np.array(CIELabColor(*self.finding.colour_cielab).to_rgb(clip=True), dtype=np.float64)
+
+    @property
+    def inside(self) -> NDArray[np.float64]:
+        """The pixels of the finding in its key slice: (n, 2) of (column, row), pixel centres at whole numbers."""
+        first, row, column = self.finding.segment.origin
+        return np.argwhere(self.finding.segment.mask[self.finding.key_slice - first])[:, ::-1] + np.array([column, row], dtype=np.float64)
+
+    @property
+    def scale(self) -> NDArray[np.float64]:
+        """Pixels of a key image, whose longer side has 1024, to one of the image: (columns, rows)."""
+        (_, row_mm, column_mm), (_, rows, columns) = self.case.volume.spacing_mm, self.case.volume.voxels.shape
+        return 1024 / max(rows * row_mm, columns * column_mm) * np.array([column_mm, row_mm])
+
+    @property
+    def outline(self) -> NDArray[np.float64]:
+        """Where a key image has its outline left and right of each row of the finding: (n, 2) of (column, row) in its own pixels."""
+        places, inside = [], self.inside
+        for row in np.unique(inside[:, 1]):
+            columns = inside[inside[:, 1] == row, 0]
+            for edge, beside in ((columns.min(), -1), (columns.max() + 1, 1)):
+                places.append(np.array([edge, row + 0.5]) * self.scale - 0.5 + [beside, 0])
+        return np.array(places)
+
+    def mirrored(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Points of an image, (n, 2) of (column, row), on the other side."""
+        return np.array([self.case.volume.voxels.shape[2] - 1, 0]) + points * [-1, 1]
+
+    def mirrored_picture(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Points of a key image on the other side."""
+        return np.array([round(self.case.volume.voxels.shape[2] * self.scale[0]) - 1, 0]) + points * [-1, 1]
+
+    def other(self, package: str, *found: Finding) -> ShownStudy:
+        """The same images as another package sees them; by default it finds nothing."""
+        case = replace(self.case, identity=replace(self.case.identity, package=package))
+        return replace(self, case=case, findings=replace(case.findings(*found), package=package))
 
 
 def chest_ct(folder: Path) -> ShownStudy:

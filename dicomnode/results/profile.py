@@ -1,18 +1,23 @@
 """Display profiles: which kinds of result objects a peer is given, by what its viewers show. Edited like a peer's other fields.
 
+A film is an image without a Frame of Reference: of CR, DX, MG, IO, PX, RF or XA. OHIF 3.13 takes the distance of slices from each SEG's
+Pixel Measures; a film's SEG has none, and the whole page is lost. So `seg-no-film`, which the profile `ohif` names, is no SEG for a
+film: its report draws alone, and the key image stands beside it.
+
 Must never import an encoder: the command line reads this page too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Profile = tuple[str, ...]  # kinds, in the order of the table
 
 KINDS = {
     "seg": "Segmentation, BINARY",
+    "seg-no-film": "Segmentation, BINARY; of a film none, and the report draws alone",
     "seg-fractional": "Segmentation, FRACTIONAL: each voxel's probability, RLE Lossless; BINARY where the model gives none",
     "seg-labelmap": "Label Map Segmentation in RLE Lossless; BINARY where findings overlap",
     "sr": "Comprehensive 3D SR, TID 1500",
@@ -24,11 +29,11 @@ KINDS = {
 PROFILES: dict[str, Profile] = {
     "standard": ("seg", "sr"),
     "plain": ("key-image",),  # a PACS that takes images only
-    "ohif": ("seg", "sr", "key-image"),  # OHIF 3.13 shows no SEG of a film, so its picture goes beside the report
+    "ohif": ("seg-no-film", "sr", "key-image"),  # OHIF 3.13 is lost with a SEG of a film
     "orthanc": ("seg", "sr", "key-image"),  # Orthanc's own viewer shows images alone; whoever reads from it gets the rest
 }
 OWN: Profile = PROFILES["standard"]  # what the node keeps of each analysis, whoever is given it
-SEGMENTATIONS = ("seg", "seg-fractional", "seg-labelmap")
+SEGMENTATIONS = ("seg", "seg-no-film", "seg-fractional", "seg-labelmap")
 REPORTS = ("sr", "sr-comprehensive")
 _SPEAKING = {*REPORTS, "key-image"}  # these can say that nothing was found, or why nothing was analysed
 
@@ -92,3 +97,14 @@ def parts(profile: Profile, *, seg_per: Literal["model", "finding"] = "model", e
     segmentation = next((kind for kind in profile if kind in SEGMENTATIONS), None)
     form = None if segmentation is None else Form(kind=segmentation, per=seg_per, empty_frames=empty_frames)
     return tuple((kind, form if kind in REPORTS or kind == segmentation else None) for kind in profile)
+
+
+def made_as(part: Part, *, film: bool) -> Part | None:
+    """Return what is made for a part once it is known whether a film was analysed; None: nothing."""
+    kind, form = part
+    if form is None or form.kind != "seg-no-film":
+        return part
+    if film:
+        return None if kind in SEGMENTATIONS else (kind, None)
+    usual = replace(form, kind="seg")
+    return usual.kind if kind in SEGMENTATIONS else kind, usual

@@ -212,6 +212,14 @@ def other_forms(name: str) -> tuple[ResultObject, ...]:
     return *segs, *made, *fractional
 
 
+def alone(name: str) -> ResultObject:
+    """The report for a peer that is given no SEG."""
+    source = source_of(name)
+    made = encode_report(source.findings, source.case.volume, source.headers, source.case.identity, None)
+    prove((), made, source.findings, source.case.volume, source.volumes[1:], form=None)
+    return made
+
+
 def followed_up(name: str) -> ResultObject:
     """The first finding has doubled since an earlier study, the others are new, and one is gone."""
     source = source_of(name)
@@ -262,6 +270,7 @@ REPORTS: dict[str, Callable[[str], ResultObject]] = {
     "report of a withheld result": withheld,
     "report in the place of another": in_the_place_of_another,
     "report of growth": followed_up,
+    "report that draws alone": alone,
 }
 # How each is made. Of a film there is no label map.
 KINDS: dict[str, Callable[[str], tuple[ResultObject, ...]]] = {
@@ -280,6 +289,7 @@ OF_VOLUMES_ONLY = {"label map", "report on a label map"}
 OF_SOME = {
     "other forms": {"CT", "enhanced MR", "DX at the detector"},  # for a source of each way to place a finding
     "report of growth": {"CT", "enhanced MR"},
+    "report that draws alone": set(FILMS) - {"DX at the detector"},  # that one's stands among the other forms
 }
 EVERY = [
     (name, kind)

@@ -35,7 +35,7 @@ def test_orthanc_keeps_each_kind_of_object_as_it_was_sent(tmp_path: Path) -> Non
     ]
     stem = "1.2.840.10008.5.1.4.1.1."
     assert {result.sop_class_uid.removeprefix(stem) for result in made} == set(CLASSES)
-    assert len(made) == len(KINDS) - 1  # seg-fractional is of the class of seg
+    assert len(made) == len(KINDS) - 2  # seg-no-film and seg-fractional are of the class of seg
     outgoing = []
     for result in made:
         file = tmp_path / f"{result.sop_instance_uid}.dcm"
