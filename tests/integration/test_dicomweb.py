@@ -3,118 +3,35 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import pydicom
 import pytest
-from dicomweb_client.web import DICOMwebClient
-from dimse_cases import BIG_ENDIAN, EXPLICIT, IMPLICIT, JPEG_2000, SEG, a_dataset, encapsulated, encoded, split_part10
+from dimse_cases import (
+    BIG_ENDIAN,
+    COMPREHENSIVE_3D_SR as SR,
+    EXPLICIT,
+    IMPLICIT,
+    JPEG_2000,
+    SEG,
+    a_dataset,
+    encapsulated,
+    encoded,
+    split_part10,
+)
 from pydicom import Dataset, dcmread
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import UID, generate_uid
+from pydicom.uid import generate_uid
 
-from dicomnode.admission import hash_passcode
-from dicomnode.config import ListenerSection, NodeSection, Settings, WebSection
-from dicomnode.web.app import Web
-from pacs import free_port, tail, wait_until
-from storage import Storage, open_storage, prepare_storage
-from storage.records import Peer
-
-PATIENCE_SECONDS = 120
-HOST = "127.0.0.1"
-RELATED = 'multipart/related; type="application/dicom"; boundary=cut'
-
-
-@dataclass(frozen=True)
-class Site:
-    """A web role on loopback, what it stores, and a client of it."""
-
-    web: Web
-    storage: Storage
-
-    @property
-    def url(self) -> str:
-        return f"http://{HOST}:{self.web.port}/dicom-web"
-
-    def client(self, **settings: Any) -> DICOMwebClient:
-        return DICOMwebClient(self.url, **settings)
-
-    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        """Send one request; header names are given with underscores."""
-        connection = http.client.HTTPConnection(HOST, self.web.port, timeout=PATIENCE_SECONDS)
-        try:
-            named = {name.replace("_", "-"): value for name, value in headers.items()}
-            connection.request(method, path, body, named)
-            response = connection.getresponse()
-            return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-        finally:
-            connection.close()
-
-    def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        return self.request("GET", f"/dicom-web{path}", **headers)
-
-    def stow(self, *parts: bytes, path: str = "/studies", content_type: str = RELATED) -> tuple[int, dict[str, Any] | str]:
-        status, headers, body = self.request("POST", f"/dicom-web{path}", body_of(*parts), Content_Type=content_type)
-        return status, json.loads(body) if "json" in headers.get("content-type", "") else body.decode()
-
-
-def body_of(*parts: bytes, boundary: bytes = b"cut", end: bool = True) -> bytes:
-    """A multipart body of DICOM files."""
-    delimiter = b"\r\n--" + boundary
-    each = b"".join(delimiter + b"\r\nContent-Type: application/dicom\r\n\r\n" + part for part in parts)
-    return each + (delimiter + b"--\r\n" if end else b"")
-
-
-def file_of(dataset: Dataset, syntax: str = EXPLICIT, content: bytes | None = None) -> bytes:
-    """A data set as a DICOM file; `content` in place of its bytes."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-    meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    meta.TransferSyntaxUID = UID(syntax)
-    meta.ImplementationClassUID = UID("1.2.3.4")
-    buffer = BytesIO()
-    pydicom.filewriter.write_file_meta_info(buffer, meta)
-    return bytes(128) + b"DICM" + buffer.getvalue() + (content if content is not None else encoded(dataset, syntax))
-
-
-@contextmanager
-def serving(folder: Path, url: str, *peers: Peer, **web: Any) -> Iterator[Site]:
-    prepare_storage(url, folder)
-    storage = open_storage(url, folder)
-    for peer in peers:
-        storage.registry.add_peer(peer)
-    web_section = WebSection(**({"port": 0} | web))
-    role = Web(Settings(node=NodeSection(data=folder), listener=ListenerSection(port=0), web=web_section), storage)
-    role.start()
-    try:
-        yield Site(role, storage)
-    finally:
-        role.stop(PATIENCE_SECONDS)
-        storage.database.close()
+from dicomweb_site import Site, file_of, serving
+from storage.records import Result
 
 
 @pytest.fixture
 def site(tmp_path: Path, database_url: str) -> Iterator[Site]:
     with serving(tmp_path, database_url) as made:
-        yield made
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Site]:
-    """A site on SQLite, for what doesn't differ between the databases."""
-    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}") as made:
         yield made
 
 
@@ -316,219 +233,33 @@ def test_searches_say_what_they_could_not_do(small: Site) -> None:
     assert small.get("/studies/..%2f..%2f..%2fetc%2fpasswd")[0] == 404
 
 
-def test_each_instance_is_answered_for_itself(small: Site) -> None:
-    good, other, text = a_dataset(), a_dataset(StudyInstanceUID="1.2.9"), a_dataset("1.2.3")
-    uncommon = file_of(a_dataset(), "1.2.840.10008.1.2.4.999")
-    short = a_dataset(PixelData=bytes(20))
-    lying = file_of(a_dataset(SOPInstanceUID="1.2.77"), content=encoded(a_dataset(SOPInstanceUID="1.2.78")))
-    status, answer = small.stow(
-        file_of(good), file_of(other), file_of(text), uncommon, file_of(short), lying, b"no DICOM", path="/studies/1.2.3.4"
-    )
-    assert status == 202
-    assert isinstance(answer, dict)
-    assert [item["00081155"]["Value"] for item in answer["00081199"]["Value"]] == [[good.SOPInstanceUID]]
-    failed = {item["00081155"]["Value"][0]: item["00081197"]["Value"][0] for item in answer["00081198"]["Value"]}
-    assert failed == {
-        other.SOPInstanceUID: 0xC005,
-        text.SOPInstanceUID: 0x0122,
-        dcmread(BytesIO(uncommon), stop_before_pixels=True, force=True).file_meta.MediaStorageSOPInstanceUID: 0xC122,
-        short.SOPInstanceUID: 0xC002,
-        "1.2.77": 0xA900,
-    }
-    assert answer["0008119A"]["Value"] == [{"00081197": {"vr": "US", "Value": [0xC001]}}]
-    assert small.stow(file_of(good))[0] == 200, "a duplicate is no work and no failure"
-    good.PatientID = "P2"
-    status, answer = small.stow(file_of(good))
-    assert (status, answer["00081198"]["Value"][0]["00081197"]["Value"]) == (409, [0xC003])  # type: ignore[index]
-    assert [instance.stored.size for instance in small.storage.index.instances("1.2.3.4")] == [len(encoded(good)) + instance_meta(small)]
-    assert {refused.dimse_status for refused in small.storage.index.quarantined()} == {0xC005, 0xC002, 0xA900, 0xC003}
-    small.storage.objects._reserve_bytes = 2**62
-    status, answer = small.stow(file_of(a_dataset()))
-    assert (status, answer) == (503, "The node can store nothing now; send again later.\n")
-
-
-def instance_meta(site: Site) -> int:
-    (instance,) = site.storage.index.instances("1.2.3.4")
-    return len(split_part10(site.storage.objects.read(instance.stored.object_id))[0])
-
-
-def test_a_study_that_came_by_http_is_one_that_its_association_has_released(small: Site) -> None:
-    assert small.stow(file_of(a_dataset()))[0] == 200
-
-    def released() -> bool:
-        study = small.storage.index.study("1.2.3.4")
-        return study is not None and study.released_at is not None
-
-    wait_until(released, seconds=PATIENCE_SECONDS, what="the study to be released")
-    assert small.storage.index.callers("1.2.3.4") == [("DICOMWEB", "DICOMNODE")]
-
-
-BAD_BODIES = (
-    (body_of(b"x", end=False), RELATED, 400),
-    (b"", RELATED, 400),
-    (b"--cut--", RELATED, 400),
-    (b"no boundary at all" * 10000, RELATED, 400),
-    (b"\r\n--cut\r\nno header\r\n\r\nx\r\n--cut--", RELATED, 400),
-    (b"\r\n--cut\r\nA: " + b"x" * 20000 + b"\r\n\r\nx\r\n--cut--", RELATED, 400),
-    (b"\r\n--cut and more\r\n\r\nx\r\n--cut--", RELATED, 400),
-    (b"\r\n--cut\r\nContent-Type: text/html\r\n\r\nx\r\n--cut--", RELATED, 415),
-    (b"\r\n--cut\r\nContent-Type: application/dicom+json\r\n\r\n[]\r\n--cut--", RELATED, 415),
-    (body_of(b"x"), 'multipart/related; type="application/dicom"', 400),
-    (body_of(b"x"), f'multipart/related; type="application/dicom"; boundary="{"x" * 71}"', 400),
-    (body_of(b"x"), "multipart/form-data; boundary=cut", 415),
-    (body_of(b"x"), 'multipart/related; type="application/dicom+json"; boundary=cut', 415),
-    (b"{}", "application/json", 415),
-    (b"{}", ";;;", 415),
-)
-
-
-def test_bad_requests_get_a_sentence_and_lose_nothing(small: Site) -> None:
-    whole = a_dataset()
-    for body, content_type, status in BAD_BODIES:
-        got, _, said = small.request("POST", "/dicom-web/studies", body, Content_Type=content_type)
-        assert (got, said.count(b"\n")) == (status, 1), (body[:60], content_type, said)
-        assert b"Traceback" not in said
-    got, _, said = small.request(
-        "POST", "/dicom-web/studies", body_of(file_of(whole), file_of(a_dataset())[:-30], end=False), Content_Type=RELATED
-    )
-    assert (got, said) == (400, b"The request can't be read: the body ends before its last boundary.\n")
-    assert [instance.sop_instance_uid for instance in small.storage.index.instances("1.2.3.4")] == [whole.SOPInstanceUID]
-    assert not list((small.web._reception.storage.objects.path("0" * 32).parents[2] / "incoming").rglob("*.part")), (
-        "no unfinished file stays"
-    )
-    with suppress(OSError):  # it may be reset before the answer is read
-        assert small.request("GET", "/dicom-web/studies", X="y" * 3_000_000)[0] == 400
-    assert small.request("DELETE", "/dicom-web/studies/1.2.3.4")[0] == 405
-    assert small.request("GET", "/")[0] == 404
-    assert small.request("GET", "/health")[0] == 200
-
-
-def test_beyond_its_deadlines_and_limits_a_request_ends(tmp_path: Path) -> None:
-    limits = {"header_seconds": 0.3, "network_timeout_seconds": 0.5, "maximum_request_bytes": 5000, "maximum_connections": 3}
-    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", **limits) as site:
-        assert (
-            site.stow(file_of(a_dataset(Rows=100, PixelData=bytes(1200))), file_of(a_dataset(Rows=1000, PixelData=bytes(12000))))[0] == 413
+def test_results_that_never_left_the_node_stand_beside_the_images(small: Site) -> None:
+    image = a_dataset()
+    assert small.stow(file_of(image))[0] == 200
+    report = a_dataset(SR, SOPInstanceUID="2.25.1", SeriesInstanceUID="2.25.2", Modality="SR", PixelData=None, Rows=None, Columns=None)
+    storage = small.storage
+    study = storage.index.study("1.2.3.4")
+    assert study is not None
+    stored = storage.objects.put(file_of(report))
+    with storage.database.writing() as connection:
+        storage.index.close_revision(
+            connection, "1.2.3.4", seen_last_received_at=study.last_received_at, evidence="the test says so", outcome="jobs"
         )
-        head = f"POST /dicom-web/studies HTTP/1.1\r\nHost: localhost\r\nContent-Type: {RELATED}\r\nContent-Length: 100\r\n\r\n".encode()
-        for sent, answer in ((b"", b""), (b"GET / HT", b""), (head, b"HTTP/1.1 408"), (head + b"--cut", b"HTTP/1.1 408")):
-            with socket.create_connection((HOST, site.web.port), timeout=PATIENCE_SECONDS) as connection:
-                connection.sendall(sent)
-                said = b""
-                try:
-                    while more := connection.recv(4096):
-                        said += more
-                except ConnectionResetError:
-                    pass
-                assert said.startswith(answer), (sent, said)
-                assert bool(said) == bool(answer)
-        waiting = [socket.create_connection((HOST, site.web.port), timeout=PATIENCE_SECONDS) for _ in range(3)]
-        for connection in waiting:
-            connection.sendall(head)
-        statuses = []
-        while 503 not in statuses and len(statuses) < 20:
-            statuses.append(site.get("/studies")[0])
-        assert 503 in statuses
-        for connection in waiting:
-            connection.close()
-        assert site.storage.index.studies() == [] or site.storage.index.study("1.2.3.4") is not None
-
-
-def a_peer(ae_title: str, passcode: str | None = None, **values: Any) -> Peer:
-    known = {"sends": True, "receives": False, "tls": False, "client_cert": None, "host": HOST, "port": 104}
-    return Peer(ae_title=ae_title, passcode_hash=hash_passcode(passcode) if passcode else None, **(known | values))
-
-
-def basic(user: str, passcode: str) -> str:
-    return f"Basic {base64.b64encode(f'{user}:{passcode}'.encode()).decode()}"
-
-
-def test_who_is_no_known_peer_gets_nothing_where_credentials_are_asked_for(tmp_path: Path) -> None:
-    peers = (
-        a_peer("MODALITY", "s3cret", queries=False),
-        a_peer("VIEWER", "pässword", user="reader", sends=False, receives=True),
-        a_peer("ELSEWHERE", "s3cret", networks=("192.0.2.0/24",)),
-        a_peer("OPEN"),
-    )
-    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", *peers, credentials=True) as site:
-        image = body_of(file_of(a_dataset()))
-
-        def asked(header: str | None) -> tuple[int, int]:
-            named = {} if header is None else {"Authorization": header}
-            stored = site.request("POST", "/dicom-web/studies", image, Content_Type=RELATED, **named)[0]
-            return stored, site.get("/studies", **named)[0]
-
-        for header in (
-            None,
-            "Basic",
-            "Basic !",
-            "Bearer x",
-            basic("MODALITY", "wrong"),
-            basic("VIEWER", "pässword"),
-            basic("ELSEWHERE", "s3cret"),
-            basic("OPEN", ""),
-            basic("NOBODY", "x"),
-        ):
-            assert asked(header) == (401, 401), header
-        assert site.get("/studies")[1]["www-authenticate"].startswith("Basic ")
-        assert asked(basic("reader", "pässword")) == (403, 204)
-        for _ in range(2):  # the second time from memory
-            assert asked(basic("MODALITY", "s3cret")) == (200, 403)
-        assert site.storage.index.callers("1.2.3.4") == [("MODALITY", "DICOMNODE")]
-        site.storage.registry.add_peer(a_peer("MODALITY", "changed"))
-        assert asked(basic("MODALITY", "s3cret")) == (401, 401), "a changed passcode holds from the next request on"
-        assert site.get("/studies", Authorization=basic("reader", "pässword"))[0] == 200
-        assert site.request("GET", "/health")[0] == 200
-
-
-def test_a_page_of_another_name_cannot_ask_the_node_of_its_reader(small: Site) -> None:
-    assert small.get("/studies", Host="rebound.example")[0] == 403
-    assert small.get("/studies", Host=f"LOCALHOST:{small.web.port}")[0] == 204
-    assert "access-control-allow-origin" not in small.get("/studies", Origin="https://elsewhere.example")[1]
-
-
-def test_pages_of_known_origins_may_ask(tmp_path: Path) -> None:
-    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", origins=("https://ohif.example",)) as site:
-        assert site.get("/studies", Origin="https://ohif.example")[1]["access-control-allow-origin"] == "https://ohif.example"
-        assert "access-control-allow-origin" not in site.get("/studies", Origin="https://elsewhere.example")[1]
-
-
-RUN_WEB = """
-import os, sys, threading
-sys.argv = ["dicomnode", "run", "web"]
-from dicomnode.cli import node
-started = node._start_web
-def start(*arguments):
-    stop = started(*arguments)
-    print("LOADED", sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "monai", "highdicom"}), flush=True)
-    return stop
-node._start_web = start
-from dicomnode.cli import main
-main()
-"""
-
-
-def test_the_role_runs_by_itself_loads_no_network_and_drains(tmp_path: Path) -> None:
-    port = free_port()
-    configuration = tmp_path / "dicomnode.toml"
-    configuration.write_text(f"[web]\nport = {port}\n[listener]\nport = {free_port()}\n", encoding="utf-8")
-    log = tmp_path / "web.log"
-    with log.open("wb") as output:
-        command = [sys.executable, "-c", RUN_WEB]
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "DICOMNODE_CONFIG": str(configuration)})
-    try:
-
-        def up() -> bool:
-            assert process.poll() is None, tail(log)
-            connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE_SECONDS)
-            with closing(connection), suppress(OSError):
-                connection.request("GET", "/health")
-                return connection.getresponse().status == 200
-            return False
-
-        wait_until(up, seconds=PATIENCE_SECONDS, what="the web role to listen", log=log)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE_SECONDS) == 0, tail(log)
-    finally:
-        process.kill()
-        process.wait()
-    assert "LOADED []" in log.read_text(encoding="utf-8")
+        storage.jobs.create(
+            connection, key="k", kind="analyse", study_instance_uid="1.2.3.4", revision=1, package="p", version="1", digest="d", run=1,
+            priority="routine",
+        )  # fmt: skip
+        made = Result(
+            sop_instance_uid="2.25.1", sop_class_uid=SR, transfer_syntax_uid=EXPLICIT, modality="SR", study_instance_uid="1.2.3.4",
+            job_key="k", stored=stored, created_at=storage.database.now(connection), series_instance_uid="2.25.2", series_number=901,
+            series_description="AI", instance_number=1,
+        )  # fmt: skip
+        storage.jobs.add_results(connection, [made])
+    client = small.client()
+    assert [one["00080060"]["Value"] for one in client.search_for_series("1.2.3.4")] == [["CT"], ["SR"]]
+    assert [encoded(one) for one in client.retrieve_study("1.2.3.4")] == [encoded(image), encoded(report)]
+    assert [one["00080018"]["Value"] for one in client.retrieve_study_metadata("1.2.3.4")] == [[image.SOPInstanceUID], ["2.25.1"]]
+    storage.objects.remove(stored.object_id)
+    place = "/studies/1.2.3.4/series/2.25.2/instances/2.25.1"
+    assert [small.get(path)[0] for path in (place, f"{place}/frames/1", "/studies/1.2.3.4")] == [410, 410, 206]
+    assert small.get(f"{place}/metadata")[0] == 200, "what the index knows of it"

@@ -1,0 +1,98 @@
+"""A web role on loopback, and requests to it: for the tests of DICOMweb."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from dicomweb_client.web import DICOMwebClient
+from dimse_cases import EXPLICIT, encoded
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import UID
+
+from dicomnode.config import ListenerSection, NodeSection, Settings, TlsSection, WebSection
+from dicomnode.web.app import Web
+from storage import Storage, open_storage, prepare_storage
+from storage.records import Peer
+
+PATIENCE_SECONDS = 120
+HOST = "127.0.0.1"
+RELATED = 'multipart/related; type="application/dicom"; boundary=cut'
+
+
+@dataclass(frozen=True)
+class Site:
+    """A web role on loopback, what it stores, and a client of it."""
+
+    web: Web
+    storage: Storage
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.web.port}/dicom-web"
+
+    def client(self, **settings: Any) -> DICOMwebClient:
+        return DICOMwebClient(self.url, **settings)
+
+    def request(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Send one request; header names are given with underscores."""
+        connection = http.client.HTTPConnection(HOST, self.web.port, timeout=PATIENCE_SECONDS)
+        try:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, named)
+            response = connection.getresponse()
+            return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        return self.request("GET", f"/dicom-web{path}", **headers)
+
+    def stow(self, *parts: bytes, path: str = "/studies", content_type: str = RELATED) -> tuple[int, dict[str, Any] | str]:
+        status, headers, body = self.request("POST", f"/dicom-web{path}", body_of(*parts), Content_Type=content_type)
+        return status, json.loads(body) if "json" in headers.get("content-type", "") else body.decode()
+
+
+def body_of(*parts: bytes, boundary: bytes = b"cut", end: bool = True) -> bytes:
+    """A multipart body of DICOM files."""
+    delimiter = b"\r\n--" + boundary
+    each = b"".join(delimiter + b"\r\nContent-Type: application/dicom\r\n\r\n" + part for part in parts)
+    return each + (delimiter + b"--\r\n" if end else b"")
+
+
+def file_of(dataset: Dataset, syntax: str = EXPLICIT, content: bytes | None = None) -> bytes:
+    """A data set as a DICOM file; `content` in place of its bytes."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    meta.TransferSyntaxUID = UID(syntax)
+    meta.ImplementationClassUID = UID("1.2.3.4")
+    buffer = BytesIO()
+    pydicom.filewriter.write_file_meta_info(buffer, meta)
+    return bytes(128) + b"DICM" + buffer.getvalue() + (content if content is not None else encoded(dataset, syntax))
+
+
+@contextmanager
+def serving(folder: Path, url: str, *peers: Peer, certificates: TlsSection | None = None, **web: Any) -> Iterator[Site]:
+    """A web role with these peers and settings."""
+    prepare_storage(url, folder)
+    storage = open_storage(url, folder)
+    for peer in peers:
+        storage.registry.add_peer(peer)
+    web_section = WebSection(**({"port": 0} | web))
+    tls = certificates if certificates is not None else TlsSection()
+    role = Web(Settings(node=NodeSection(data=folder), listener=ListenerSection(port=0), web=web_section, tls=tls), storage)
+    role.start()
+    try:
+        yield Site(role, storage)
+    finally:
+        role.stop(PATIENCE_SECONDS)
+        storage.database.close()
