@@ -28,7 +28,7 @@ IN_PIXELS = IN_MILLIMETRES | {AREA: "{pixels}", LONG_AXIS: "{pixels}"}
 PROCEDURES = {
     "CT": "25045-6", "MR": "25056-3", "PT": "44136-0", "CR": "43468-8", "DX": "43468-8", "MG": "363679005", "XA": "363679005",
 }  # fmt: skip
-OF_FINDINGS = ("report", "comprehensive report", "report in the place of another")
+OF_FINDINGS = ("report", "comprehensive report", "report in the place of another", "report that draws alone")
 SEGMENTATIONS = [(name, kind) for name in SOURCES for kind in ("seg", "seg-labelmap") if name in VOLUMES or kind == "seg"]
 
 
