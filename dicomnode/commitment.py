@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from dicomnode.backlog import Backlogs
 from dicomnode.config import Settings
 from dicomnode.dimse.commitment import (
     CLASS_INSTANCE_CONFLICT,
@@ -45,6 +46,7 @@ class StorageCommitment:
         self._settings = settings
         self._storage = storage
         self._client = client
+        self._backlogs = Backlogs(settings, storage, client)
 
     def ask(self, job: Job, peer: Peer, attempt: int) -> float | None:
         """Ask a peer to commit to what a running deliver job has sent to it.
@@ -86,6 +88,8 @@ class StorageCommitment:
             has_report=lambda: commitments.is_answered(transaction_uid),
             report_seconds=self._settings.commitment.report_seconds,
         )
+        if not outcome.is_away:
+            self._backlogs.reached(peer)
         answer_seconds = self._settings.commitment.answer_seconds
         with self._storage.database.writing() as transaction:
             if outcome.state == "accepted":
@@ -100,11 +104,15 @@ class StorageCommitment:
                 return answer_seconds
             reason = f"{peer.ae_title} has {len(sop_instance_uids)} object(s) and was not asked to commit to them: {outcome.error}"
             log.warning("not asked to commit", job=job.key, peer=peer.ae_title)
-            if outcome.state == "transient" and wait is not None:
+            is_away = outcome.is_away and wait is not None
+            if outcome.state == "transient" and wait is not None and not is_away:
                 jobs.explain_wait(transaction, job.key, reason)
                 return wait
-            jobs.finish(job.key, "failed", reason_code=NOT_COMMITTED, reason=reason, connection=transaction)
-            return None
+            if not is_away:
+                jobs.finish(job.key, "failed", reason_code=NOT_COMMITTED, reason=reason, connection=transaction)
+                return None
+        self._backlogs.put(job, peer, outcome.error or "")
+        return None
 
     def report(self, report: CommitmentReport) -> None:
         """Take a peer's answer, whenever and however often it comes. Raises InvalidArgument if nothing was asked of it by this UID."""
@@ -142,6 +150,7 @@ class StorageCommitment:
         wait = schedule[min(max(delivery.refusals for delivery in deliveries), len(schedule)) - 1]
         reason = f"{len(deliveries)} object(s) are sent again: {deliveries[0].error}"
         self._storage.jobs.explain_wait(transaction, job.key, reason)
+        self._storage.backlogs.take(transaction, job.key)
         self._client.enqueue(transaction, job.key, "deliver", job.priority, ticket=ticket, delay_seconds=wait)
         log.warning("not committed", job=job.key, peer=job.peer, count=len(deliveries))
 

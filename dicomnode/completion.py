@@ -128,6 +128,8 @@ def retry(storage: Storage, client: EngineClient, job: Job) -> str:
     client.withdraw(job.key)
     with storage.database.writing() as transaction:  # both or neither: a job that says queued and is on no queue would never end
         storage.jobs.requeue(job.key, connection=transaction)
+        if job.kind == "deliver" and job.peer is not None:
+            storage.backlogs.allow(transaction, job.peer, job.key)
         client.restart(transaction, job)
     return job.key
 

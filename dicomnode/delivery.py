@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
+from dicomnode.backlog import Backlogs
 from dicomnode.commitment import StorageCommitment
 from dicomnode.config import Settings
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
@@ -29,6 +30,7 @@ class Sender:
     def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
         self._settings = settings
         self._storage = storage
+        self._backlogs = Backlogs(settings, storage, client)
         self._commitment = StorageCommitment(settings, storage, client)
 
     def deliver(self, key: str, attempt: int) -> float | None:
@@ -43,7 +45,7 @@ class Sender:
             jobs.finish(key, "failed", reason_code="dead-letter", reason=reason)
         elif peer is None or not peer.receives:
             jobs.finish(key, "failed", reason_code="peer-unknown", reason=f"{job.peer} is not a peer that receives results")
-        else:
+        elif not self._backlogs.holds(job, peer):
             return self._deliver(job, peer, attempt)
         return None
 
@@ -56,6 +58,12 @@ class Sender:
             log.warning("the delivery was cancelled, or is another worker's by now", job=job.key, peer=peer.ae_title)
             return None
         failures = [outcome for outcome in outcomes if outcome.state != "sent"]
+        away = next((outcome for outcome in outcomes if outcome.is_away), None)
+        if away is not None and wait is not None:
+            self._backlogs.put(job, peer, away.error or "")
+            return None
+        if outcomes and away is None:
+            self._backlogs.reached(peer)
         if not failures:
             log.info("delivered", job=job.key, peer=peer.ae_title, count=len(outcomes))
             return self._delivered(job, peer, attempt)
@@ -81,7 +89,7 @@ class Sender:
                     state="sent" if outcome.state == "sent" else "waiting" if retrying else "failed",
                     status=outcome.status,
                     error=outcome.error,
-                    next_at=datetime.now(UTC) + timedelta(seconds=wait) if retrying and wait is not None else None,
+                    next_at=datetime.now(UTC) + timedelta(seconds=wait) if retrying and wait is not None and not outcome.is_away else None,
                 )
                 if not self._storage.jobs.is_current(job):
                     return None

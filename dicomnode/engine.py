@@ -38,7 +38,7 @@ AWAY_SECONDS = 5.0  # until a job that the database left in the middle is tried 
 # A workflow that kills its worker is dead-lettered by the job's own count of attempts; the engine's limit must never come first.
 RECOVERY_ATTEMPTS = 1_000_000
 
-QueueKind = JobKind | Literal["commit"]
+QueueKind = JobKind | Literal["commit", "resume"]
 Work = Callable[[str, int], float | None]
 """Do the job of that key on its n-th try (0, 1, …). None when its row says how it ended, else seconds until the next try."""
 
@@ -193,15 +193,16 @@ class Worker:
             self._storage.leases.release(WORKER_LEASE + self.name, self.name)
         return not unfinished
 
-    def do_now(self, key: str) -> None:
-        """Do a queued job at once, in the caller's thread, between two steps of another one.
+    def do_now(self, key: str) -> float | None:
+        """Do a queued job at once, in the caller's thread, between two steps of other work; return its seconds until the next try.
 
-        Its ticket stays on the queue: it finds the job ended, or does it if this process dies on the way.
+        A ticket of it stays on the queue: it finds the job ended, or does it if this process dies on the way.
         """
         job = self._storage.jobs.job(key)
         for queue in self._queues:
             if job is not None and queue.kind == job.kind:
-                self._run(queue, key, None, 0)
+                return self._run(queue, key, None, 0)
+        return None
 
     def _register(self, queue: Queue) -> None:
         def workflow(key: str, ticket: str, attempt: int) -> None:
@@ -210,18 +211,18 @@ class Worker:
         workflow.__qualname__ = workflow.__name__ = queue.kind
         DBOS.workflow(name=queue.kind, max_recovery_attempts=RECOVERY_ATTEMPTS)(workflow)
 
-    def _run(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
+    def _run(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> float | None:
         with self._work_ended:  # its ticket may come twice at a time: the lease lapsed, and another worker put it back on the queue
             self._work_ended.wait_for(lambda: key not in self._at_work)
             self._at_work.add(key)
         try:
-            self._work(queue, key, ticket, attempt)
+            return self._work(queue, key, ticket, attempt)
         finally:
             with self._work_ended:
                 self._at_work.discard(key)
                 self._work_ended.notify_all()
 
-    def _work(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> None:
+    def _work(self, queue: Queue, key: str, ticket: str | None, attempt: int) -> float | None:
         rows = queue.rows or self._storage.jobs
         try:
             wait = queue.work(key, attempt)
@@ -233,9 +234,10 @@ class Worker:
             log.exception("job failed", job=key, attempt=attempt)
             reason = f"{type(error).__name__}: see the log"
             self._once_possible(lambda: rows.finish(key, "failed", reason_code="internal-error", reason=reason))
-            return
+            return None
         if wait is not None and ticket is not None:
             self._once_possible(lambda: self._enqueue_again(queue, key, ticket, attempt + 1, wait))
+        return wait
 
     def _enqueue_again(self, queue: Queue, key: str, ticket: str, attempt: int, wait: float) -> None:
         job = self._storage.jobs.job(key)

@@ -81,10 +81,10 @@ class Analyser:
         self._storage = storage
         self._client = client
         self._warm: WarmModels[Model] = WarmModels(settings.analysis.warm_memory_mb * 2**20)
-        self._do_now: Callable[[str], None] | None = None
+        self._do_now: Callable[[str], object] | None = None
         self._passing = False  # an urgent job is done between two windows of another one; nobody passes that
 
-    def let_pass(self, do_now: Callable[[str], None]) -> None:
+    def let_pass(self, do_now: Callable[[str], object]) -> None:
         """Let urgent jobs that wait be done by `do_now` between two windows of a routine one."""
         self._do_now = do_now
 

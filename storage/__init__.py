@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.backlogs import Backlogs
 from storage.commitments import Commitments
 from storage.counters import Counters
 from storage.database import Database
@@ -35,6 +36,7 @@ class Storage:
     query: Query
     registry: Registry
     jobs: Jobs
+    backlogs: Backlogs
     commitments: Commitments
     requests: CommitmentRequests
     leases: Leases
@@ -86,6 +88,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
         query=Query(database),
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
+        backlogs=Backlogs(database),
         commitments=Commitments(database),
         requests=CommitmentRequests(database),
         leases=Leases(database),

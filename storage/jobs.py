@@ -119,7 +119,7 @@ class Jobs:
         Raises:
             Conflict: there is no such job.
         """
-        values: dict[str, Any] = {"state": state, "reason_code": reason_code, "reason": reason, "progress": None}
+        values: dict[str, Any] = {"state": state, "reason_code": reason_code, "reason": reason, "progress": None, "in_backlog": False}
         with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
             values["ended_at"] = self._database.now(transaction)
             if detail is not None:
@@ -164,12 +164,16 @@ class Jobs:
         """Let a running job wait for its next try, with why; nothing happens if it has ended."""
         with self._database.writing() as connection:
             waiting = update(JOB).where(JOB.c.key == key, JOB.c.state == "running")
-            connection.execute(waiting.values(state="queued", reason_code=WAITING, reason=reason, progress=None))
+            connection.execute(waiting.values(**self._waits(connection, reason)))
 
     def explain_wait(self, connection: Connection, key: str, reason: str) -> None:
         """Let a job wait with this reason, in the caller's write transaction, whether it runs or waits already."""
         waiting = update(JOB).where(JOB.c.key == key, JOB.c.state.in_(_UNFINISHED))
-        connection.execute(waiting.values(state="queued", reason_code=WAITING, reason=reason, progress=None))
+        connection.execute(waiting.values(**self._waits(connection, reason)))
+
+    def _waits(self, connection: Connection, reason: str) -> dict[str, Any]:
+        since = func.coalesce(JOB.c.waiting_since, self._database.now(connection))
+        return {"state": "queued", "reason_code": WAITING, "reason": reason, "progress": None, "waiting_since": since}
 
     def mend(self, connection: Connection, key: str) -> None:
         """Let a job that had failed be done after all, in the caller's write transaction: what it was for has come about late."""
@@ -217,6 +221,8 @@ class Jobs:
             "started_at": None,
             "ended_at": None,
             "progress": None,
+            "waiting_since": None,
+            "in_backlog": False,
         }
         with nullcontext(connection) if connection is not None else self._database.writing() as transaction:
             if not transaction.execute(update(JOB).where(JOB.c.key == key).values(**fresh)).rowcount:
@@ -334,6 +340,8 @@ def _job(row: Row[Any]) -> Job:
         ended_at=row.ended_at,
         progress=row.progress,
         objects={peer: tuple(kinds) for peer, kinds in row.objects.items()},
+        waiting_since=row.waiting_since,
+        in_backlog=row.in_backlog,
     )
 
 

@@ -212,6 +212,8 @@ class Job:
     ended_at: datetime | None
     progress: float | None = None  # 0..1 while it runs, where its kind can tell
     objects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # AE title: what a route gives it in place of its profile
+    waiting_since: datetime | None = None  # while it waits for its next try
+    in_backlog: bool = False  # deliver only: it waits until its peer can be reached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +250,19 @@ class Delivery:
     transaction_uid: str | None = None  # under which the peer was last asked to commit to it
     refusals: int = 0  # how often the peer answered that it doesn't hold it
     committed_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backlog:
+    """What waits for a peer that could not be reached."""
+
+    peer: str
+    ticket: str
+    since: datetime
+    tries: int  # in vain, running
+    next_at: datetime | None  # when the peer is tried again; None: it is back, and what waits is sent
+    probe: str | None  # key of the one job that may try the peer meanwhile
+    error: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -258,9 +258,24 @@ JOB = Table(
     Column("ended_at", UtcTime),
     Column("progress", Float),  # 0..1 while it runs
     Column("objects", JSON, nullable=False, server_default="{}"),  # AE title: what a route gives it in place of its profile
+    Column("in_backlog", Boolean, nullable=False, server_default=false()),  # it has no ticket: its peer's backlog has one
+    Column("waiting_since", UtcTime),
     ForeignKeyConstraint(["study_instance_uid", "revision"], ["revision.study_instance_uid", "revision.number"]),  # contract 7
     Index(None, "study_instance_uid", "revision", "package"),
     Index(None, "state"),
+    Index(None, "peer", "in_backlog"),
+)
+
+BACKLOG = Table(
+    "backlog",
+    METADATA,
+    Column("peer", Text, primary_key=True),
+    Column("ticket", Text, nullable=False),  # the one on the engine's queue: an older one does nothing
+    Column("since", UtcTime, nullable=False),
+    Column("tries", Integer, nullable=False),  # in vain, running
+    Column("next_at", UtcTime),  # when the peer is tried again; null: it is back, and the backlog is worked off
+    Column("probe", Text),  # the job that may try it meanwhile
+    Column("error", WireText),
 )
 
 RESULT = Table(

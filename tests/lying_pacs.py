@@ -35,7 +35,7 @@ class Request:
 class LyingPacs:
     """Keeps what it gets. `answer` is called with each request to commit, in its association's thread, and returns the status."""
 
-    def __init__(self, ae_title: str = "PACS") -> None:
+    def __init__(self, ae_title: str = "PACS", port: int = 0) -> None:
         self.ae_title = ae_title
         self.node_port = 0
         self.stored: Counter[str] = Counter()  # SOP Instance UIDs and how often they came
@@ -43,6 +43,8 @@ class LyingPacs:
         self.answered: list[int | None] = []  # what the node answered to each report
         self.answer: Callable[[Request], int | Dataset] = lambda _request: 0x0000
         self.store_status: Callable[[str], int] = lambda _uid: 0x0000
+        self.leave_after: int | None = None  # so many objects: then nobody listens on its port
+        self._leaving = threading.Lock()
         self.threads: list[threading.Thread] = []
         self.entity: Any = AE(ae_title)
         self.entity.acse_timeout = self.entity.dimse_timeout = self.entity.network_timeout = PATIENCE
@@ -50,7 +52,7 @@ class LyingPacs:
         self.entity.add_supported_context(CT, EXPLICIT)
         self.entity.add_supported_context(COMMITMENT, [EXPLICIT, "1.2.840.10008.1.2"])
         handlers = [(evt.EVT_CONN_OPEN, keep_connection), (evt.EVT_C_STORE, self._store), (evt.EVT_N_ACTION, self._asked)]
-        self.server: Any = self.entity.make_server(("127.0.0.1", 0), evt_handlers=handlers, server_class=ThreadedAssociationServer)
+        self.server: Any = self.entity.make_server(("127.0.0.1", port), evt_handlers=handlers, server_class=ThreadedAssociationServer)
 
     @property
     def peer(self) -> Peer:
@@ -66,6 +68,13 @@ class LyingPacs:
         self.threads.append(thread)
         thread.start()
 
+    def leave(self) -> None:
+        """Listen no more."""
+        with self._leaving:
+            if self.server in self.entity._servers:
+                self.server.shutdown()
+                self.server.socket.close()
+
     def report_here(self, request: Request, committed: Iterable[str], failed: Iterable[str] = ()) -> None:
         """Report on the association that the request came on."""
         self.answered.append(send_report(request.association, report(request, committed, failed)))
@@ -79,6 +88,8 @@ class LyingPacs:
         uid = str(event.request.AffectedSOPInstanceUID)
         status = self.store_status(uid)
         self.stored[uid] += status == 0
+        if self.leave_after is not None and sum(self.stored.values()) >= self.leave_after:
+            self.leave()
         return status
 
     def _asked(self, event: Any) -> tuple[int | Dataset, None]:
@@ -90,15 +101,15 @@ class LyingPacs:
 
 
 @contextmanager
-def lying_pacs() -> Iterator[LyingPacs]:
-    """Run such a PACS."""
-    pacs = LyingPacs()
+def lying_pacs(*, port: int = 0) -> Iterator[LyingPacs]:
+    """Run such a PACS, on a free port or on this one."""
+    pacs = LyingPacs(port=port)
     pacs.entity._servers.append(pacs.server)
     threading.Thread(target=pacs.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield pacs
     for thread in pacs.threads:
         thread.join()
-    pacs.server.shutdown()
+    pacs.leave()
     pacs.entity.shutdown()
 
 

@@ -210,13 +210,19 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
 
 
 def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
+    from dicomnode.backlog import Backlogs
     from dicomnode.commitment import StorageCommitment
     from dicomnode.delivery import Sender
 
-    commitment = StorageCommitment(settings, storage, client)
+    commitment, backlogs = StorageCommitment(settings, storage, client), Backlogs(settings, storage, client)
+
+    def resume(key: str, _attempt: int) -> float | None:
+        return backlogs.work_off(worker.do_now, key)
+
     queues = (
         Queue(kind="deliver", work=Sender(settings, storage, client).deliver, concurrency=SENDER_CONCURRENCY),
         Queue(kind="commit", work=commitment.answer, concurrency=SENDER_CONCURRENCY, rows=storage.requests),
+        Queue(kind="resume", work=resume, concurrency=SENDER_CONCURRENCY, rows=storage.backlogs),
     )
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
     worker.start()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,13 +13,15 @@ import typer
 from rich.console import Console
 
 from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
+from dicomnode.config import Settings
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.errors import UsageError
 from storage import Storage
-from storage.records import Commitment, CommitmentRequest, Job, JobKind, JobState, Study
+from storage.records import Backlog, Commitment, CommitmentRequest, Delivery, Job, JobKind, JobState, Study
 
 study = typer.Typer(no_args_is_help=True, help="Studies: list, show all that is known of one, analyse one again.")
 commitment = typer.Typer(no_args_is_help=True, help="Storage commitment: what peers were asked, and what they ask this node.")
+delivery = typer.Typer(no_args_is_help=True, help="Deliveries: what waits for which peer, why, since when, and sending it again.")
 job = typer.Typer(no_args_is_help=True, help="Jobs: list, retry, cancel, change the priority.")
 
 
@@ -26,6 +29,7 @@ def register(app: typer.Typer) -> None:
     """Add this module's commands."""
     app.add_typer(study, name="study")
     app.add_typer(job, name="job")
+    app.add_typer(delivery, name="delivery")
     app.add_typer(commitment, name="commitment")
 
 
@@ -166,6 +170,78 @@ def job_priority(key: str, priority: Literal["stat", "routine"], config: ConfigO
         prioritise(storage, client, found, priority)
 
 
+@delivery.command("list")
+def delivery_list(
+    peer: Annotated[str | None, typer.Option(help="only to this AE title")] = None,
+    state: Annotated[Literal["queued", "running", "done", "failed", "cancelled"] | None, typer.Option(help="only these")] = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """List the deliver jobs: how much of each its peer has, why it waits or has failed, since when, and when it is tried next."""
+    only_state: JobState | None = state
+    with opened(config) as (_, storage):
+        backlogs = {backlog.peer: backlog for backlog in storage.backlogs.backlogs()}
+        objects: dict[str, list[Delivery]] = {}
+        for row in storage.jobs.deliveries():
+            objects.setdefault(row.job_key, []).append(row)
+        jobs = [found for found in storage.jobs.jobs(state=only_state, kind="deliver") if peer in {None, found.peer}]
+        rows = [_delivery(found, objects.get(found.key, []), backlogs.get(found.peer or "")) for found in jobs]
+        columns = ["key", "state", "priority", "objects", "sent", "committed", "failed", "reason", "waiting_since", "next_at"]
+        show(rows, columns, as_json=json)
+
+
+@delivery.command("backlog")
+def delivery_backlog(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """List the peers that could not be reached, since when, why, what waits for them, and when they are tried next."""
+    with opened(config) as (_, storage):
+        waiting = Counter(found.peer for found in storage.jobs.jobs(state="queued", kind="deliver") if found.in_backlog)
+        rows = [{**dataclasses.asdict(backlog), "waiting": waiting[backlog.peer]} for backlog in storage.backlogs.backlogs()]
+        show(rows, ["peer", "waiting", "since", "tries", "next_at", "error"], as_json=json)
+
+
+@delivery.command("retry")
+def delivery_retry(
+    key: Annotated[str | None, typer.Argument(help="one deliver job")] = None,
+    peer: Annotated[str | None, typer.Option(help="all that has failed or waits for this AE title")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all that has failed or waits")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Send again, now and by a new schedule: one delivery, those of a peer, or all that have failed or wait."""
+    from dicomnode.backlog import Backlogs
+
+    if sum((key is not None, peer is not None, every)) != 1:
+        raise UsageError("name one delivery, a peer by --peer, or --all")
+    if key is not None:
+        job_retry(key, config)
+        return
+    with opened(config) as (settings, storage), _engine(settings) as client:
+        if peer is not None and storage.registry.peer(peer) is None:
+            raise UsageError(f"there is no peer {peer!r}")
+        idle = {found.peer for state in ("failed", "queued") for found in storage.jobs.jobs(state=state, kind="deliver")}
+        backlogs = Backlogs(settings, storage, client)
+        for ae_title in sorted(title for title in idle if title is not None and peer in {None, title}):
+            typer.echo(f"{backlogs.send_again(ae_title)} for {ae_title}")
+
+
+def _delivery(found: Job, objects: Sequence[Delivery], backlog: Backlog | None) -> dict[str, Any]:
+    states = Counter(row.state for row in objects)
+    own = [row.next_at for row in objects if row.next_at is not None]
+    return {
+        "key": found.key,
+        "peer": found.peer,
+        "state": found.state,
+        "priority": found.priority,
+        "objects": len(objects),
+        "sent": states["sent"] + states["committed"],
+        "committed": states["committed"],
+        "failed": states["failed"],
+        "reason_code": found.reason_code,
+        "reason": found.reason,
+        "waiting_since": found.waiting_since if found.state == "queued" else None,
+        "next_at": backlog.next_at if found.in_backlog and backlog is not None else min(own, default=None),
+    }
+
+
 @commitment.command("list")
 def commitment_list(config: ConfigOption = None, json: JsonOption = False) -> None:
     """List what peers were asked to commit to (role SCU), and what they ask this node to commit to (role SCP)."""
@@ -221,13 +297,15 @@ def _as_scp(request: CommitmentRequest) -> dict[str, Any]:
 
 @contextmanager
 def _with_engine(config: Path | None) -> Iterator[tuple[Storage, EngineClient]]:
-    with opened(config) as (settings, storage):
-        prepare_engine(settings.database_url)
-        client = EngineClient(settings.database_url)
-        try:
-            yield storage, client
-        finally:
-            client.close()
+    with opened(config) as (settings, storage), _engine(settings) as client:
+        yield storage, client
+
+
+@contextmanager
+def _engine(settings: Settings) -> Iterator[EngineClient]:
+    prepare_engine(settings.database_url)
+    with closing(EngineClient(settings.database_url)) as client:
+        yield client
 
 
 def _known_study(storage: Storage, uid: str) -> Study:

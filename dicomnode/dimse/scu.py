@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -76,6 +76,7 @@ class SendOutcome:
     state: Literal["sent", "transient", "permanent"]
     status: int | None  # DIMSE status, None if there was no response
     error: str | None
+    is_away: bool = False  # there was no association: the peer would have taken no other object either
 
 
 def send(
@@ -115,10 +116,12 @@ def send_each(
     for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
         proposed = pairs[first : first + MAXIMUM_CONTEXTS]
         with association_with(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
-            trouble = no_association
+            trouble: str | None = None
             accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
             for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
-                if trouble is not None:
+                if no_association is not None:
+                    outcome = replace(_outcome(item, "transient", no_association), is_away=True)
+                elif trouble is not None:
                     outcome = _outcome(item, "transient", trouble)
                 elif _pair(item) not in accepted:
                     outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
@@ -133,6 +136,7 @@ class CommitmentOutcome:
 
     state: Literal["accepted", "transient", "permanent"]
     error: str | None
+    is_away: bool = False  # there was no association
 
 
 def ask_commitment(
@@ -211,7 +215,7 @@ def _commitment_message(
     roles = [build_role(STORAGE_COMMITMENT, scp_role=True)] if as_scp else []
     with association_with(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers, roles) as (association, trouble):
         if trouble is not None:
-            yield nothing, CommitmentOutcome(state="transient", error=trouble)
+            yield nothing, CommitmentOutcome(state="transient", error=trouble, is_away=True)
         elif not association.accepted_contexts:
             yield nothing, CommitmentOutcome(state="permanent", error="the peer does not accept the Storage Commitment Push Model")
         else:

@@ -1,0 +1,105 @@
+"""What results hold that wait for a PACS which is away, and how soon they are there once it is back.
+
+Each result is the one of a study and a deliver job of its own. A first few wait, and are taken; then nobody listens again, and the
+sender, a process of its own, is measured with 0 results that wait, with a tenth and with all of them. Then the PACS is back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # measure this tree, wherever the package may be installed from
+
+from lying_pacs import lying_pacs  # noqa: E402  after the path is set, like the rest
+from waiting_results import Held, Waiting, held  # noqa: E402
+
+from pacs import wait_until  # noqa: E402
+
+WARM = 50  # results that wait and are taken beforehand, so that all that is loaded once is loaded
+SCHEDULE = (0.1, 0.2, 1.0, 3.0, 6.0, *[12.0] * 300)  # the default divided by 300, with more of its last wait: adding results takes time
+SETTLE_SECONDS = 15.0
+KILOBYTE_GOAL = 1.0  # of memory for a result that waits
+PATIENCE = 7200.0
+
+
+def measured(waiting: Waiting, pid: int, count: int, added_seconds: float) -> dict[str, float]:
+    """Let the sender come to rest, then look at it several times: the highest number of each counts."""
+    waiting.wait_for_backlog(count, PATIENCE) if count else None
+    time.sleep(SETTLE_SECONDS)
+    before = held(pid)
+    looks: list[Held] = []
+    began = time.monotonic()
+    for _ in range(30):
+        looks.append(held(pid))
+        time.sleep(0.5)
+    cpu = (looks[-1].cpu_seconds - before.cpu_seconds) / (time.monotonic() - began)
+    row = {name: max(asdict(look)[name] for look in looks) for name in ("threads", "sockets", "rss_bytes")}
+    return {"waiting": count, **row, "cpu_share_while_waiting": round(cpu, 4), "seconds_until_they_waited": round(added_seconds, 1)}
+
+
+def run(count: int, folder: Path) -> dict[str, object]:
+    """Measure, and return all that was seen."""
+    rows = []
+    with closing(Waiting(folder / "site", schedule=SCHEDULE)) as waiting, waiting.sender() as sender:
+        waiting.add(WARM)
+        waiting.wait_for_backlog(WARM, PATIENCE)
+        with lying_pacs(port=waiting.port):
+            wait_until(lambda: waiting.jobs("done") == WARM, seconds=PATIENCE, what="the first deliveries", log=waiting.log)
+        rows.append(measured(waiting, sender.pid, 0, 0.0))
+        for part in (count // 10, count - count // 10):
+            began = time.monotonic()
+            waiting.add(part)
+            waiting.wait_for_backlog(waiting.count - WARM, PATIENCE)
+            rows.append(measured(waiting, sender.pid, waiting.count - WARM, time.monotonic() - began))
+        before, began = held(sender.pid), time.monotonic()
+        with lying_pacs(port=waiting.port) as pacs:
+            wait_until(lambda: waiting.jobs("done") == waiting.count, seconds=PATIENCE, what="all", log=waiting.log, every=0.5)
+            seconds = time.monotonic() - began
+            copies = max(pacs.stored.values())
+            taken = len(pacs.stored)
+        after = held(sender.pid)
+    return {
+        "rows": rows,
+        "results": count,
+        "seconds_until_all_were_delivered": round(seconds, 1),
+        "sender_cpu_seconds_for_that": round(after.cpu_seconds - before.cpu_seconds, 1),
+        "results_the_pacs_has": taken,
+        "most_copies_of_one": copies,
+        "after": asdict(after),
+    }
+
+
+def main() -> int:
+    """Run, and print the goals as the last line; 3 if one is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="deliver-") as folder:
+        content = run(arguments.results, Path(folder))
+    first, _, last = content["rows"]  # type: ignore[misc]
+    each = (last["rss_bytes"] - first["rss_bytes"]) / arguments.results / 1000
+    content["kilobytes_per_waiting_result"] = round(each, 3)
+    goals = {
+        "threads more than with none waiting": (last["threads"] - first["threads"], 0),
+        "sockets more than with none waiting": (last["sockets"] - first["sockets"], 0),
+        "kilobytes for a waiting result": (round(each, 3), KILOBYTE_GOAL),
+        "results not delivered once": (arguments.results - content["results_the_pacs_has"] + (content["most_copies_of_one"] - 1), 0),  # type: ignore[operator]
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    print(json.dumps(content, indent=2))
+    print(json.dumps({name: {"measured": value, "goal": goal, "met": value <= goal} for name, (value, goal) in goals.items()}))
+    return 0 if all(value <= goal for value, goal in goals.values()) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
