@@ -106,19 +106,19 @@ def test_once_it_is_back_it_gets_everything_once_and_urgent_results_first(desk: 
 
 
 def test_a_pacs_that_goes_again_leaves_the_rest_in_its_backlog(desk: Desk) -> None:
-    for key in desk.add(40):
+    for key in desk.add(24):
         desk.deliver(key)
     with lying_pacs(port=desk.port) as pacs:
         pacs.leave_after = 5
         assert desk.work_off() is not None
-        assert 5 <= len(pacs.stored) < 40
+        assert 5 <= len(pacs.stored) < 24
     assert desk.jobs("done") == len(pacs.stored)
-    assert desk.in_backlog() == 40 - len(pacs.stored)
+    assert desk.in_backlog() == 24 - len(pacs.stored)
     desk.backlogs.send_again(AET)
     with lying_pacs(port=desk.port) as again:
         assert desk.work_off() is None
         assert not set(pacs.stored) & set(again.stored)
-    assert desk.jobs("done") == 40
+    assert desk.jobs("done") == 24
 
 
 def test_what_a_dying_worker_had_in_hand_is_sent(desk: Desk) -> None:
@@ -201,7 +201,7 @@ def test_waiting_results_hold_no_thread_and_no_socket(tmp_path: Path) -> None:
         with lying_pacs(port=waiting.port):
             wait_until(lambda: waiting.jobs("done") == 4, what="the first deliveries", log=waiting.log)
         few = most_held(waiting, sender.pid, 10)
-        many = most_held(waiting, sender.pid, 200)
+        many = most_held(waiting, sender.pid, 100)
         assert many[0] - few[0] <= 3 * SENDER_CONCURRENCY  # those of the engine's pool, which come one by one
         assert many[1] == few[1]
         with lying_pacs(port=waiting.port) as pacs:
