@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient
+from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, Rules, SeriesEvidence, as_json, decide, series_evidence
+from dicomnode.inquiry import Inquiry
 from dicomnode.logs import get_logger
 from storage import Storage
 from storage.records import Job, PackageRecord, Priority, Revision, Route, Study
+from storage.registry import matching
 
 LEASE = "completion"
 SELF_TEST = "DICOMNODE-CHECK"  # AE title of the simulated scanner and PACS of `dicomnode check --send`
 QUIET_SECONDS_WITHOUT_ROUTE = 60.0
-# While the association that brings a study is still open, more images are likely: wait this many quiet periods.
-OPEN_ASSOCIATION_FACTOR = 5
 
 log = get_logger(__name__)
 
@@ -43,10 +44,30 @@ class _Run:
     priority: Priority
 
 
-class Completion:
-    """A thread that closes studies that have become quiet."""
+class Seen:
+    """What was read of the studies that are being received: it holds until another image of a study comes."""
 
-    def __init__(self, storage: Storage, client: EngineClient, settings: EngineSection) -> None:
+    def __init__(self) -> None:
+        self._studies: dict[str, tuple[datetime, list[tuple[str, str]], tuple[SeriesEvidence, ...]]] = {}
+
+    def of(self, storage: Storage, study: Study) -> tuple[list[tuple[str, str]], tuple[SeriesEvidence, ...]]:
+        """Return who sent the study, and what its series tell."""
+        uid = study.study_instance_uid
+        if uid not in self._studies or self._studies[uid][0] != study.last_received_at:
+            self._studies[uid] = study.last_received_at, storage.index.callers(uid), series_evidence(storage.index.planes(uid))
+        return self._studies[uid][1:]
+
+    def forget_but(self, study_instance_uids: Collection[str]) -> None:
+        """Keep nothing of studies other than these."""
+        self._studies = {uid: known for uid, known in self._studies.items() if uid in study_instance_uids}
+
+
+class Completion:
+    """A thread that closes studies when enough says that they are complete."""
+
+    def __init__(self, storage: Storage, client: EngineClient, settings: EngineSection, inquiry: Inquiry | None = None) -> None:
+        """`inquiry` asks the peers that routes name; without it they give no answer."""
+        self._inquiry = inquiry
         self._storage = storage
         self._client = client
         self._settings = settings
@@ -63,50 +84,79 @@ class Completion:
         self._stopping.set()
         self._thread.join()
         self._storage.leases.release(LEASE, self._owner)
+        if self._inquiry is not None:
+            self._inquiry.stop()
 
     def _run(self) -> None:
-        up_since = datetime.now(UTC)
+        up_since, seen = datetime.now(UTC), Seen()
         while not self._stopping.wait(self._settings.poll_seconds):
             try:
                 if self._storage.leases.hold(LEASE, self._owner, self._settings.lease_seconds):
-                    close_complete_studies(self._storage, self._client, datetime.now(UTC), up_since=up_since)
+                    close_complete_studies(
+                        self._storage, self._client, datetime.now(UTC), up_since=up_since, seen=seen, inquiry=self._inquiry
+                    )
             except Exception:  # the database may be away for a while; the next round tries again
                 log.exception("completion failed")
 
 
-def close_complete_studies(storage: Storage, client: EngineClient, now: datetime, *, up_since: datetime) -> list[Revision]:
+def close_complete_studies(
+    storage: Storage,
+    client: EngineClient,
+    now: datetime,
+    *,
+    up_since: datetime,
+    seen: Seen | None = None,
+    inquiry: Inquiry | None = None,
+) -> list[Revision]:
     """Close each study that is complete at `now`, with its jobs, and return the revisions closed.
 
-    Silence counts from `up_since` at the earliest: while the node was down a modality could not send the rest.
+    Silence counts from `up_since` at the earliest: while the node was down a modality could not send the rest. `seen` spares reading
+    again what was read before.
     """
+    seen = seen or Seen()
+    every = storage.registry.routes()
+    least = min([SETTLED_SECONDS, *(route.quiet_seconds for route in every)])
     closed = []
-    for study in storage.index.receiving():
-        routes = _routes_of(storage, study.study_instance_uid)
-        evidence = completeness_evidence(study, routes, now, up_since=up_since)
-        if evidence is None:
+    receiving = storage.index.receiving()
+    for study in receiving:
+        silent = (now - max(study.last_received_at, up_since)).total_seconds()
+        if silent < least:
             continue
-        revision = _close(storage, client, study, routes, evidence)
+        callers, series = seen.of(storage, study)
+        routes = _chosen(every, callers)
+        rules = rules_of(routes)
+        asked = {route.completeness_peer for route in routes if route.completeness_peer is not None}
+        evidence = Evidence(
+            images=sum(one.images for one in series),
+            released=study.released_at is not None and study.released_at >= study.last_received_at,
+            silent_seconds=silent,
+            series=series,
+            peers=inquiry.evidence(study, asked) if inquiry is not None and silent >= min(SETTLED_SECONDS, rules.quiet_seconds) else (),
+        )
+        decision = decide(evidence, rules)
+        revision = _close(storage, client, study, routes, evidence, decision) if decision.closes else None
         if revision is not None:
             log.info(
-                "closed", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=evidence, outcome=revision.outcome
-            )
+                "closed", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=decision.reason,
+                outcome=revision.outcome,
+            )  # fmt: skip
             closed.append(revision)
+    open_studies = {study.study_instance_uid for study in receiving}
+    seen.forget_but(open_studies)
+    if inquiry is not None:
+        inquiry.forget_but(open_studies)
     return closed
 
 
-def completeness_evidence(study: Study, routes: Sequence[Route], now: datetime, *, up_since: datetime) -> str | None:
-    """Say why the study is held complete at `now`, or None while it isn't.
-
-    The longest quiet period of its routes counts from the last image. An association that is still open is a hint that more comes.
-    """
+def rules_of(routes: Sequence[Route]) -> Rules:
+    """Return what routes that share a study make of its evidence: the longest of their times, and early only if all say so."""
     quiet = max((route.quiet_seconds for route in routes), default=QUIET_SECONDS_WITHOUT_ROUTE)
-    silence = (now - max(study.last_received_at, up_since)).total_seconds()
-    released = study.released_at is not None and study.released_at >= study.last_received_at
-    if released and silence >= quiet:
-        return f"association released and quiet for {quiet:g} s"
-    if silence >= quiet * OPEN_ASSOCIATION_FACTOR:
-        return f"quiet for {quiet * OPEN_ASSOCIATION_FACTOR:g} s, association not released"
-    return None
+    waits = [route.longest_wait_seconds for route in routes if route.longest_wait_seconds is not None]
+    return Rules(
+        quiet_seconds=quiet,
+        longest_wait_seconds=max(waits) if waits and len(waits) == len(routes) else None,
+        early=bool(routes) and all(route.early for route in routes),
+    )
 
 
 def reanalyse(storage: Storage, client: EngineClient, study: Study) -> list[str]:
@@ -149,22 +199,28 @@ def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Prior
 
 
 def _routes_of(storage: Storage, study_instance_uid: str) -> list[Route]:
-    """The routes that match who sent the study; for a self-test only its own, so that a phantom never reaches a PACS."""
-    callers = storage.index.callers(study_instance_uid)
-    routes = storage.registry.matching(callers)
+    return _chosen(storage.registry.routes(), storage.index.callers(study_instance_uid))
+
+
+def _chosen(routes: Sequence[Route], callers: Collection[tuple[str, str]]) -> list[Route]:
+    """The routes that match who sent a study; for a self-test only its own, so that a phantom never reaches a PACS."""
+    mine = matching(routes, callers)
     if any(calling == SELF_TEST for calling, _ in callers):
-        return [route for route in routes if route.from_ae_title == SELF_TEST]
-    return routes
+        return [route for route in mine if route.from_ae_title == SELF_TEST]
+    return mine
 
 
-def _close(storage: Storage, client: EngineClient, study: Study, routes: Sequence[Route], evidence: str) -> Revision | None:
+def _close(
+    storage: Storage, client: EngineClient, study: Study, routes: Sequence[Route], evidence: Evidence, decision: Decision
+) -> Revision | None:
     packages, missing = _packages_of(storage, routes)
     problems = [f"package {name} is not enabled" for name in missing]
     outcome = "; ".join([f"{len(packages)} job(s)"] * bool(packages) + problems) or "no route"
     with storage.database.writing() as transaction:
         revision = storage.index.close_revision(
-            transaction, study.study_instance_uid, seen_last_received_at=study.last_received_at, evidence=evidence, outcome=outcome
-        )
+            transaction, study.study_instance_uid, seen_last_received_at=study.last_received_at, evidence=decision.reason, outcome=outcome,
+            facts=as_json(evidence, decision),
+        )  # fmt: skip
         if revision is not None:
             _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, routes)
     return revision

@@ -122,7 +122,8 @@ class Analyser:
             return self._analyse(job, prefetched, wanted)
         except NotEligible as refusal:
             headers = headers if job.report_refusals else []
-            refused = self._without_result(job, headers, wanted, "refused", refusal.code, refusal.reason)
+            reason = " ".join([refusal.reason, *self._incomplete(job)])
+            refused = self._without_result(job, headers, wanted, "refused", refusal.code, reason)
             return replace(refused, detail={"considered": list(refusal.considered)})
         except PackageError as error:
             return self._without_result(job, headers, wanted, "failed", "package", str(error))
@@ -147,6 +148,7 @@ class Analyser:
         except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
             raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
         clock.lap("inference")
+        findings = replace(findings, notes=(*self._incomplete(job), *findings.notes))
         identity = identity_of(job)
         headers_of_all = [header for series in selection.series for header in series.headers]
         findings = compared(self._storage, job, findings, next(iter(volumes.values())), selection.series[0].headers, self._decoder)
@@ -157,6 +159,11 @@ class Analyser:
         return Outcome(
             state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
         )
+
+    def _incomplete(self, job: Job) -> list[str]:
+        """What the reader is told of a study that was closed though images are evidently absent: a sentence, or none."""
+        (revision,) = (known for known in self._storage.index.revisions(job.study_instance_uid) if known.number == job.revision)
+        return [f"The study was incomplete when it was analysed: {'; '.join(revision.incomplete)}."] if revision.incomplete else []
 
     def _volume(self, manifest: Manifest, series: SelectedSeries, prefetched: Prefetched) -> Volume:
         """Take or read a series, and refuse one whose pixels aren't what its header says."""

@@ -6,7 +6,7 @@ Whoever adds an instance or closes a revision holds the study's row lock until t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, 
 from storage.database import Database
 from storage.errors import Conflict
 from storage.query import folded
-from storage.records import Instance, InstanceHeader, Priority, Quarantined, Revision, Series, StoredObject, Study
+from storage.records import Instance, InstanceHeader, Plane, Priority, Quarantined, Revision, Series, StoredObject, Study
 from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
 from storage.statements import Statement
 
@@ -248,6 +248,29 @@ class Index:
         with self._database.reading() as connection:
             return [_study(row) for row in connection.execute(statement)]
 
+    def planes(self, study_instance_uid: str) -> list[Plane]:
+        """Return where each image of the study that counts lies, in the order of arrival."""
+        series = SERIES.c.series_instance_uid, SERIES.c.series_number, SERIES.c.modality
+        image = INSTANCE.c.instance_number, INSTANCE.c.acquisition_number, INSTANCE.c.images_in_acquisition
+        statement = (
+            select(*series, *image, INSTANCE.c.orientation, INSTANCE.c.position)
+            .join_from(INSTANCE, SERIES)
+            .join(STUDY, INSTANCE.c.study_row == STUDY.c.id)
+            .where(_images_of(study_instance_uid))
+            .order_by(INSTANCE.c.id)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(statement).all()
+        return [Plane(**{**row._mapping, "orientation": row.orientation or ""}) for row in rows]
+
+    def absent(self, sop_instance_uids: Collection[str]) -> set[str]:
+        """Return those of the UIDs under which nothing was received, and no result was made here."""
+        known: set[str] = set()
+        with self._database.reading() as connection:
+            for row in self._statements.known.all(connection, {"uids": list(sop_instance_uids)}):
+                known.add(row[0])
+        return set(sop_instance_uids) - known
+
     def callers(self, study_instance_uid: str) -> list[tuple[str, str]]:
         """Return the distinct (calling, called) AE titles that brought the images of the study: a revision holds all of them."""
         statement = (
@@ -264,9 +287,18 @@ class Index:
             return "stat" if connection.execute(statement).scalar_one() else "routine"
 
     def close_revision(
-        self, connection: Connection, study_instance_uid: str, *, seen_last_received_at: datetime, evidence: str, outcome: str
+        self,
+        connection: Connection,
+        study_instance_uid: str,
+        *,
+        seen_last_received_at: datetime,
+        evidence: str,
+        outcome: str,
+        facts: Mapping[str, Any] | None = None,
     ) -> Revision | None:
         """Close the next revision in the caller's write transaction, so that its jobs are created in the same one.
+
+        `facts` is what was evident, as JSON has it.
 
         None, and nothing changed, if an image arrived since the caller looked, or if no image is new.
 
@@ -285,6 +317,7 @@ class Index:
             closed_at=self._database.now(connection),
             evidence=evidence,
             outcome=outcome,
+            facts=facts or {},
         )
         connection.execute(
             REVISION.insert().values(
@@ -294,6 +327,7 @@ class Index:
                 closed_at=revision.closed_at,
                 evidence=evidence,
                 outcome=outcome,
+                facts=revision.facts,
             )
         )
         connection.execute(update(STUDY).where(STUDY.c.id == study.id).values(revision=revision.number, closed_image=study.last_image))
@@ -358,6 +392,10 @@ class Index:
                     "object_id": stored.object_id,
                     "sha256": header.dataset_sha256,
                     "size": stored.size,
+                    "acquisition_number": header.acquisition_number,
+                    "images_in_acquisition": header.images_in_acquisition,
+                    "orientation": header.orientation,
+                    "position": header.position,
                 }
             )
         row_ids: dict[str, int] = {}
@@ -523,4 +561,5 @@ def _revision(row: Row[Any]) -> Revision:
         closed_at=row.closed_at,
         evidence=row.evidence,
         outcome=row.outcome,
+        facts=row.facts,
     )

@@ -60,6 +60,10 @@ class InstanceHeader:
     birth_date: str = ""
     sex: str = ""
     body_part: str = ""
+    acquisition_number: int | None = None
+    images_in_acquisition: int | None = None  # (0020,1002), of an image with one frame
+    orientation: str = ""  # the direction cosines of Image Orientation (Patient), rounded; "" where there is no plane in space
+    position: float | None = None  # of Image Position (Patient) along the normal of that plane, in mm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,20 @@ class Instance:
     note: str
     received_at: datetime
     stored: StoredObject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """What the index knows of an image's place in its series and acquisition: by that it is seen whether others are absent."""
+
+    series_instance_uid: str
+    series_number: int | None
+    modality: str
+    instance_number: int | None
+    acquisition_number: int | None
+    images_in_acquisition: int | None
+    orientation: str
+    position: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +136,14 @@ class Revision:
     study_instance_uid: str
     number: int
     closed_at: datetime
-    evidence: str  # why it was held complete
+    evidence: str  # why it was held complete, or "incomplete: …"
     outcome: str  # "jobs" or why there are none, e.g. "no route"
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what was evident when it was closed; empty before that was kept
+
+    @property
+    def incomplete(self) -> tuple[str, ...]:
+        """What spoke against its being complete when it was closed all the same."""
+        return tuple(self.facts.get("incomplete", ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +196,9 @@ class Route:
     quiet_seconds: float
     report_refusals: bool  # send an SR "not analysed: reason" when the package refuses the study
     objects: tuple[str, ...] | None = None  # what its peers are given of this package, in place of their display profiles
+    early: bool = False  # a study closes before its quiet period is over where it is proven complete
+    longest_wait_seconds: float | None = None  # after the quiet period, for images that are evidently absent; None: four quiet periods
+    completeness_peer: str | None = None  # who is asked (C-FIND) what it holds of a study
 
 
 @dataclass(frozen=True, kw_only=True)

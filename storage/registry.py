@@ -6,7 +6,7 @@ Must never be written from an association request or from a package's own files.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,16 @@ class Registry:
                 connection.execute(update(PEER).where(PEER.c.ae_title == peer.ae_title).values(**values))
 
     def remove_peer(self, ae_title: str) -> None:
-        """Remove a peer. Raises StorageError if it is unknown, or if a route sends to it."""
+        """Remove a peer. Raises StorageError if it is unknown, or if a route sends to it or asks it."""
         used = select(ROUTE_DESTINATION.c.route).where(ROUTE_DESTINATION.c.ae_title == ae_title)
+        asks = select(ROUTE.c.name).where(ROUTE.c.completeness_peer == ae_title)
         with self._database.writing() as connection:
             routes = sorted(connection.execute(used).scalars())
             if routes:
                 raise Conflict(f"route {', '.join(routes)} sends to {ae_title}: change or remove the route first")
+            asking = sorted(connection.execute(asks).scalars())
+            if asking:
+                raise Conflict(f"route {', '.join(asking)} asks {ae_title}: change or remove the route first")
             if not connection.execute(delete(PEER).where(PEER.c.ae_title == ae_title)).rowcount:
                 raise StorageError(f"there is no peer {ae_title}")
 
@@ -93,12 +97,17 @@ class Registry:
             "quiet_seconds": route.quiet_seconds,
             "report_refusals": route.report_refusals,
             "objects": None if route.objects is None else list(route.objects),
+            "early": route.early,
+            "longest_wait_seconds": route.longest_wait_seconds,
+            "completeness_peer": route.completeness_peer,
         }
         with self._database.writing() as connection:
             peers = set(connection.execute(select(PEER.c.ae_title)).scalars())
             unknown = [ae_title for ae_title in route.to_ae_titles if ae_title not in peers]
             if unknown:
                 raise Conflict(f"route {route.name} sends to {', '.join(unknown)}, which is no peer")
+            if route.completeness_peer is not None and route.completeness_peer not in peers:
+                raise Conflict(f"route {route.name} asks {route.completeness_peer}, which is no peer")
             if self._database.insert_new(connection, ROUTE, {"name": route.name, **values}) is None:
                 connection.execute(update(ROUTE).where(ROUTE.c.name == route.name).values(**values))
                 connection.execute(delete(ROUTE_DESTINATION).where(ROUTE_DESTINATION.c.route == route.name))
@@ -113,11 +122,7 @@ class Registry:
 
     def matching(self, callers: Collection[tuple[str, str]]) -> list[Route]:
         """Return the routes, by name, that take a study sent as one of these (calling, called) pairs of AE titles."""
-        return [
-            route
-            for route in self.routes()
-            if any(route.from_ae_title in {ANY, calling} and route.called_ae_title in {ANY, called} for calling, called in callers)
-        ]
+        return matching(self.routes(), callers)
 
     def packages(self) -> list[PackageRecord]:
         """Return every version of every package, by name and age."""
@@ -182,6 +187,15 @@ class Registry:
         return self._packages / name / version
 
 
+def matching(routes: Iterable[Route], callers: Collection[tuple[str, str]]) -> list[Route]:
+    """Return those of the routes that take a study sent as one of these (calling, called) pairs of AE titles."""
+    return [
+        route
+        for route in routes
+        if any(route.from_ae_title in {ANY, calling} and route.called_ae_title in {ANY, called} for calling, called in callers)
+    ]
+
+
 def _is(name: str, version: str) -> Any:  # SQLAlchemy's clause types say nothing to a reader here
     return (PACKAGE.c.name == name) & (PACKAGE.c.version == version)
 
@@ -226,6 +240,9 @@ def _route(row: Row[Any], to_ae_titles: tuple[str, ...]) -> Route:
         quiet_seconds=row.quiet_seconds,
         report_refusals=row.report_refusals,
         objects=None if row.objects is None else tuple(row.objects),
+        early=row.early,
+        longest_wait_seconds=row.longest_wait_seconds,
+        completeness_peer=row.completeness_peer,
     )
 
 

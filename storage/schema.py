@@ -144,6 +144,10 @@ INSTANCE = Table(
     Column("object_id", Text, nullable=False, unique=True),
     Column("sha256", Text, nullable=False),  # of the data set, as everywhere here
     Column("size", BigInteger, nullable=False),
+    Column("acquisition_number", BigInteger),
+    Column("images_in_acquisition", BigInteger),
+    Column("orientation", WireText),
+    Column("position", Float),
     Index(None, "study_row", "id"),
     Index(None, "series_row"),
     sqlite_autoincrement=True,  # ids are never used again, so a revision's upper bound stays true
@@ -158,6 +162,7 @@ REVISION = Table(
     Column("closed_at", UtcTime, nullable=False),
     Column("evidence", Text, nullable=False),
     Column("outcome", Text, nullable=False),
+    Column("facts", JSON, nullable=False, server_default="{}"),
 )
 
 QUARANTINE = Table(
@@ -210,6 +215,9 @@ ROUTE = Table(
     Column("quiet_seconds", Float, nullable=False),
     Column("report_refusals", Boolean, nullable=False),
     Column("objects", JSON(none_as_null=True)),
+    Column("early", Boolean, nullable=False, server_default=false()),
+    Column("longest_wait_seconds", Float),
+    Column("completeness_peer", Text),
 )
 
 ROUTE_DESTINATION = Table(

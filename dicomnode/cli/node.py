@@ -160,21 +160,19 @@ def _prepare(settings: Settings) -> None:
 
 def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.commitment import StorageCommitment
-    from dicomnode.completion import Completion
     from dicomnode.receiver import Receiver
 
     receiver = Receiver(settings, storage, commitment=StorageCommitment(settings, storage, client))
-    completion = Completion(storage, client, settings.engine)
     try:
         receiver.start()
     except OSError as error:
         listener = settings.listener
         raise NodeError(f"cannot listen on {listener.host}:{listener.port}: {error.strerror or error}") from error
-    completion.start()
+    stop_completion = _start_completion(settings, storage, client)
 
     def stop() -> bool:
         receiver.stop()
-        completion.stop()
+        stop_completion()
         return True
 
     return stop
@@ -182,7 +180,6 @@ def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) 
 
 def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.analysis.decoding import Decoder
-    from dicomnode.completion import Completion
     from dicomnode.pipeline import Analyser
     from dicomnode.prefetch import Prefetcher
 
@@ -192,21 +189,30 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
     queues = (Queue(kind="analyse", work=analyser.analyse, concurrency=1),)
     worker = Worker(settings.engine, storage, client, database_url=settings.database_url, queues=queues)
     analyser.let_pass(worker.do_now)
-    completion = Completion(storage, client, settings.engine)
     worker.start()
-    completion.start()
+    stop_completion = _start_completion(settings, storage, client)
     if prefetcher:
         prefetcher.start()
 
     def stop() -> bool:
         if prefetcher:
             prefetcher.stop()
-        completion.stop()
+        stop_completion()
         drained = worker.stop(DRAIN_SECONDS)
         decoder.close()
         return drained
 
     return stop
+
+
+def _start_completion(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
+    from dicomnode.completion import Completion
+    from dicomnode.inquiry import Inquirer, Inquiry
+
+    inquiry = Inquiry(storage, Inquirer(calling_ae_title=settings.node.ae_title, tls=settings.tls))
+    completion = Completion(storage, client, settings.engine, inquiry)
+    completion.start()
+    return completion.stop
 
 
 def _start_sender(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:

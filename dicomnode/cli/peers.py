@@ -165,6 +165,17 @@ def route_add(
     called: Annotated[str, typer.Option("--called", help="called AE title, or *")] = "*",
     priority: Annotated[Literal["stat", "routine"] | None, typer.Option("--priority", help="else what the images ask for")] = None,
     quiet: Annotated[float, typer.Option("--quiet", min=0.0, help="seconds without an image until a study counts as complete")] = 30.0,
+    early: Annotated[
+        bool,
+        typer.Option("--early", help="a study closes sooner where it is proven complete: by the peer that is asked, else by its images"),
+    ] = False,
+    longest_wait: Annotated[
+        float | None,
+        typer.Option("--longest-wait", min=0.0, help="seconds after the quiet period for images evidently absent; else four quiet periods"),
+    ] = None,
+    completeness_peer: Annotated[
+        str | None, typer.Option("--completeness-peer", metavar="AET", help="a peer that is asked (C-FIND) what it holds of the study")
+    ] = None,
     report_refusals: Annotated[
         bool, typer.Option("--report-refusals", help="send an SR 'not analysed: reason' for studies that don't fit")
     ] = False,
@@ -192,6 +203,8 @@ def route_add(
         for title in to:
             if not _known_peer(storage, title).receives:
                 raise UsageError(f"{title} is a peer that doesn't receive results: `dicomnode peer add {title} HOST PORT --receives`")
+        if completeness_peer is not None:
+            _known_peer(storage, completeness_peer)
         storage.registry.add_route(
             Route(
                 name=name,
@@ -204,6 +217,9 @@ def route_add(
                 quiet_seconds=quiet,
                 report_refusals=report_refusals,
                 objects=given,
+                early=early,
+                longest_wait_seconds=longest_wait,
+                completeness_peer=None if completeness_peer is None else ae_title(completeness_peer),
             )
         )
 
@@ -223,6 +239,9 @@ def route_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "quiet_seconds",
             "report_refusals",
             "objects",
+            "early",
+            "longest_wait_seconds",
+            "completeness_peer",
         ]
         show(storage.registry.routes(), columns, as_json=json)
 

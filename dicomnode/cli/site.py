@@ -100,6 +100,9 @@ class RouteEntry(_Entry):
     quiet_seconds: Annotated[float, Field(ge=0)]
     report_refusals: bool = False
     objects: tuple[str, ...] | None = None
+    early: bool = False
+    longest_wait_seconds: Annotated[float | None, Field(ge=0)] = None
+    completeness_peer: str | None = None
 
     @field_validator("objects")
     @classmethod
@@ -136,6 +139,12 @@ def registry_import(file: Annotated[Path, typer.Argument(help="site.toml")], con
             for route in site.routes
             for title in route.to_ae_titles
             if title not in receiving
+        ]
+        known = {p.ae_title for p in storage.registry.peers()} | {p.ae_title for p in site.peers}
+        mistakes += [
+            f"route {route.name}: {route.completeness_peer} is no peer"
+            for route in site.routes
+            if route.completeness_peer is not None and route.completeness_peer not in known
         ]
         mistakes += [
             f"route {route.name}: there is no package {route.package}"

@@ -150,7 +150,7 @@ def _add_routes(storage: Storage, packages: Sequence[str]) -> None:
         storage.registry.add_route(
             Route(
                 name=package, from_ae_title=SCANNER, called_ae_title=NODE, package=package, version=None, to_ae_titles=(PACS,),
-                priority=None, quiet_seconds=QUIET_SECONDS, report_refusals=False,
+                priority=None, quiet_seconds=QUIET_SECONDS, report_refusals=False, longest_wait_seconds=0.0,
             )
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ Must never decode pixels, change a byte of the data set, or put a value from the
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -43,7 +44,11 @@ STUDY_INSTANCE_UID: Final = 0x0020000D
 SERIES_INSTANCE_UID: Final = 0x0020000E
 STUDY_ID: Final = 0x00200010
 SERIES_NUMBER: Final = 0x00200011
+ACQUISITION_NUMBER: Final = 0x00200012
 INSTANCE_NUMBER: Final = 0x00200013
+IMAGE_POSITION: Final = 0x00200032
+IMAGE_ORIENTATION: Final = 0x00200037
+IMAGES_IN_ACQUISITION: Final = 0x00201002
 SAMPLES_PER_PIXEL: Final = 0x00280002
 PHOTOMETRIC_INTERPRETATION: Final = 0x00280004
 NUMBER_OF_FRAMES: Final = 0x00280008
@@ -59,6 +64,8 @@ _WANTED: Final = frozenset(
         PATIENT_NAME, PATIENT_ID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID, SERIES_NUMBER, INSTANCE_NUMBER, SAMPLES_PER_PIXEL,
         PHOTOMETRIC_INTERPRETATION, NUMBER_OF_FRAMES, ROWS, COLUMNS, BITS_ALLOCATED, PRIORITY, STUDY_TIME, STUDY_ID, REFERRING_PHYSICIAN,
         BIRTH_DATE, SEX, BODY_PART,
+        PHOTOMETRIC_INTERPRETATION, NUMBER_OF_FRAMES, ROWS, COLUMNS, BITS_ALLOCATED, PRIORITY, ACQUISITION_NUMBER, IMAGE_POSITION,
+        IMAGE_ORIENTATION, IMAGES_IN_ACQUISITION,
     }
 )  # fmt: skip
 _NESTED: Final = frozenset({(REQUEST_ATTRIBUTES, PRIORITY)})
@@ -209,6 +216,7 @@ def _checked_header(
     note = _check_pixel_data(contents, sop_class, syntax)
     character_sets = tuple(term.strip() for term in _plain(values.get(CHARACTER_SET)).split("\\"))
     priorities = (values.get(PRIORITY), contents.nested_values.get((REQUEST_ATTRIBUTES, PRIORITY)))
+    orientation, position = _plane(values)
     priority: Priority = "stat" if any(_plain(value).upper() == "STAT" for value in priorities) else "routine"
     return InstanceHeader(
         sop_instance_uid=request.sop_instance_uid,
@@ -237,6 +245,10 @@ def _checked_header(
         birth_date=_plain(values.get(BIRTH_DATE))[:16],
         sex=_plain(values.get(SEX))[:16],
         body_part=_plain(values.get(BODY_PART))[:16],
+        acquisition_number=_number(values.get(ACQUISITION_NUMBER)),
+        images_in_acquisition=_number(values.get(IMAGES_IN_ACQUISITION)) if NUMBER_OF_FRAMES not in values else None,
+        orientation=orientation,
+        position=position,
     )
 
 
@@ -295,6 +307,21 @@ def _plain(value: bytes | None) -> str:
 def _unsigned(value: bytes | None, syntax: TransferSyntax) -> int:
     """The first US of a value, 0 if there is none."""
     return int.from_bytes((value or b"")[:2], "little" if syntax.little_endian else "big")
+
+
+def _plane(values: dict[int, bytes]) -> tuple[str, float | None]:
+    """The direction of an image's plane as text, and its place along the normal in mm (PS3.3 C.7.6.2.1.1); ("", None) if it has none."""
+    if IMAGE_POSITION not in values or IMAGE_ORIENTATION not in values:
+        return "", None
+    try:
+        x, y, z = map(float, values[IMAGE_POSITION].rstrip(b" \x00").split(b"\\"))
+        a, b, c, d, e, f = map(float, values[IMAGE_ORIENTATION].rstrip(b" \x00").split(b"\\"))
+    except ValueError:
+        return "", None
+    position = x * (b * f - c * e) + y * (c * d - a * f) + z * (a * e - b * d)
+    if not math.isfinite(position):
+        return "", None
+    return " ".join(f"{round(cosine, 2) + 0.0:g}" for cosine in (a, b, c, d, e, f)), round(position, 3)
 
 
 def _number(value: bytes | None) -> int | None:
