@@ -195,9 +195,20 @@ class Viewer:
             self.page.wait_for_selector("canvas.cornerstone-canvas")
 
     def show(self, series_description: str) -> None:
-        """Open a series by double-clicking it in the list, as a reader does."""
+        """Open a series by double-clicking it in the list, as a reader does, who would do it again if nothing came of it."""
+        from playwright.sync_api import TimeoutError as OutOfTime
+
+        in_the_list = self.page.locator('[data-cy^="study-browser-thumbnail"]').filter(has_text=series_description).first
         with self._explained(f"the series {series_description}"):
-            self.page.locator('[data-cy^="study-browser-thumbnail"]').filter(has_text=series_description).first.dblclick()
+            for last in (False, False, False, True):
+                in_the_list.dblclick()
+                try:
+                    self.page.wait_for_function(_SHOWN, arg=series_description, timeout=250 * PATIENCE_SECONDS)
+                except OutOfTime:
+                    if last:
+                        raise
+                    continue
+                return
 
     def wait_for(self, condition: str, argument: object = None) -> None:
         """Wait until a JavaScript function of the argument says something true."""
@@ -206,7 +217,10 @@ class Viewer:
 
     def wait_for_words(self, *words: str) -> None:
         """Wait until each of these is written on the image."""
-        self.wait_for(f"words => words.every(word => ({_WORDS}).includes(word))", list(words))
+        with self._explained(f"the words {words}"):
+            self.page.wait_for_function(
+                f"words => {{ {_RENDERED} return words.every(word => ({_WORDS}).includes(word)); }}", arg=list(words), polling=500
+            )
 
     def words(self) -> str:
         """What annotations say on the image."""
@@ -240,6 +254,7 @@ class Viewer:
         pages: list[NDArray[np.uint8]] = []
 
         def shown() -> bool:
+            self.page.evaluate(f"() => {{ {_RENDERED} }}")
             pages[:] = [self.pixels(name)]
             return right(pages[0])
 
@@ -276,4 +291,13 @@ _WORDS = "[...document.querySelectorAll('svg text')].map(text => text.textConten
 _VIEWPORT = (
     "const grid = window.services?.viewportGridService?.getState();"
     " const vp = grid && window.services.cornerstoneViewportService.getCornerstoneViewport(grid.activeViewportId);"
+)
+# OHIF learns which annotations belong to a report maybe after it has rendered its image, and then draws them with the next one.
+_RENDERED = f"{_VIEWPORT} vp?.render();"
+_SHOWN = (
+    f"description => {{ {_VIEWPORT}"
+    " const shown = grid?.viewports.get(grid.activeViewportId)?.displaySetInstanceUIDs ?? [];"
+    " const of_segments = window.services.segmentationService.getSegmentations().map(one => one.segmentationId);"
+    " return [...shown, ...of_segments].some("
+    "   uid => window.services.displaySetService.getDisplaySetByUID(uid)?.SeriesDescription === description); }"
 )
