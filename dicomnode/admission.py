@@ -5,7 +5,7 @@ anybody in because the registry can't be asked.
 
 | the peer's record | what its caller must show |
 |---|---|
-| AE title, sends or commits | this calling AE title |
+| AE title, and that it sends, commits or queries | this calling AE title |
 | networks; without them host | an address of theirs |
 | tls | a certificate that the site's CA signed, on the TLS port; a peer without tls comes by the plain port alone |
 | client_cert | the certificate with this SHA-256 |
@@ -74,7 +74,9 @@ class Admission:
     def grants(self, ae_title: str) -> Grants:
         """What a caller that was let in may do. Raises StorageError if the registry can't be asked."""
         peer = self._peer(ae_title.strip(" "))
-        return Grants(stores=peer is not None and peer.sends, commits=peer is not None and peer.commits)
+        if peer is None:
+            return Grants(stores=False, commits=False)
+        return Grants(stores=peer.sends, commits=peer.commits, queries=peer.queries)
 
     def admit(self, caller: Caller) -> str | None:
         """Return None to let the caller in, or why not, in words of this list.
@@ -127,7 +129,7 @@ class Admission:
             peer = self._registry.peer(check_ae_title(ae_title))
         except ValueError:
             return None
-        return peer if peer is not None and (peer.sends or peer.commits) else None
+        return peer if peer is not None and _may_call(peer) else None
 
     def _comes_from(self, peer: Peer, address: str) -> bool:
         try:
@@ -147,7 +149,7 @@ class Admission:
         names: set[str] = set()
         try:
             for peer in self._registry.peers():
-                if peer.sends or peer.commits:
+                if _may_call(peer):
                     with suppress(ValueError):
                         stated = _stated_networks(peer)
                         networks.update(stated)
@@ -179,6 +181,10 @@ class Admission:
                 self._known.clear()
             self._known[digest] = time.monotonic() + _PASSCODE_SECONDS
         return known
+
+
+def _may_call(peer: Peer) -> bool:
+    return peer.sends or peer.commits or peer.queries
 
 
 def network(text: str) -> Network:

@@ -53,6 +53,7 @@ class ListenerSection(_Section):
     processes: int = Field(1, ge=1, le=32, description="listener processes that share the port")
     maximum_associations: int = Field(64, ge=1, description="associations at a time")
     maximum_associations_per_ae: int = Field(32, ge=1, description="associations at a time of one calling AE title")
+    maximum_queries: int = Field(8, ge=1, description="queries and retrievals that run at a time; more are refused")
     maximum_half_open: int = Field(32, ge=1, description="connections without an association yet, of all addresses that are no peer's")
     maximum_half_open_per_address: int = Field(4, ge=1, description="the same, of one address that is no peer's")
     maximum_half_open_per_peer: int = Field(64, ge=1, description="the same, of one address of a peer")

@@ -126,6 +126,57 @@ class ResourceLimitation(CommitmentRefused):
     dimse_status = 0x0213  # PS3.7 C.5.19 Resource limitation
 
 
+class QueryRefused(NodeError):
+    """A query or retrieval (PS3.4 C.4) is answered with a failure status; the message becomes its Error Comment."""
+
+    dimse_status = 0xC001
+
+
+class QueryTooBroad(QueryRefused):
+    """More entities match than one query is answered with (the first of them were sent), or as many queries run as may at a time."""
+
+    dimse_status = 0xA700  # PS3.4 C.4.1.1.4 Refused: Out of Resources
+    transient = True
+
+
+class RetrievalTooLarge(QueryRefused):
+    """More objects match than one retrieval fetches, or as many run as may at a time; nothing was sent."""
+
+    dimse_status = 0xA701  # PS3.4 C.4.2.1.5 Refused: Out of Resources - Unable to calculate number of matches
+
+
+class RetrievalFailed(QueryRefused):
+    """Not one of the objects could be sent."""
+
+    dimse_status = 0xA702  # PS3.4 C.4.2.1.5 Refused: Out of Resources - Unable to perform sub-operations
+    transient = True
+
+
+class DestinationUnknown(QueryRefused):
+    """The Move Destination is no peer that is registered to receive."""
+
+    dimse_status = 0xA801  # PS3.4 C.4.2.1.5 Refused: Move Destination unknown
+
+
+class QueryUnacceptable(QueryRefused):
+    """The level is not one of the model, a unique key is absent, or a key has a value that its attribute can't be matched with."""
+
+    dimse_status = 0xA900  # PS3.4 C.4.1.1.4 Error: Identifier does not match SOP Class
+
+
+class QueryNotUnderstood(QueryRefused):
+    """The identifier cannot be read to its end, or has too many elements."""
+
+    dimse_status = 0xC001  # PS3.4 C.4.1.1.4 Failed: Unable to process
+
+
+class QueryFailure(QueryRefused):
+    """The node itself failed, e.g. its database is away; the cause is in the log."""
+
+    dimse_status = 0xC002
+    transient = True
+
+
 class PackageError(UsageError):
     """A model package cannot be used: malformed manifest, wrong digest, unsafe weights, or not checked."""
 

@@ -1,4 +1,4 @@
-"""The Storage SCP role: what a peer sends is checked, safe on disk and in the index, and only then acknowledged.
+"""The role that peers call: what they send is checked, safe on disk and in the index before it is acknowledged; what they ask is answered.
 
 Must never load torch, MONAI or highdicom.
 """
@@ -9,6 +9,7 @@ from dicomnode.admission import Admission
 from dicomnode.config import Settings
 from dicomnode.dimse.commitment import CommitmentService
 from dicomnode.dimse.listener import Listener
+from dicomnode.holdings import StoredHoldings
 from dicomnode.reception import Reception
 from storage import Storage
 
@@ -28,6 +29,7 @@ class Receiver:
             released=reception.notes.released,
             grants=admission.grants,
             commitment=commitment,
+            holdings=StoredHoldings(settings, storage),
             is_peer=admission.is_peer,
             count=reception.notes.count,
             tls=settings.tls,

@@ -38,6 +38,7 @@ NODE_AET = "DICOMNODE"
 ORTHANC_AET = "ORTHANC"
 SCANNER_AET = "SCANNER"
 WORKSTATION_AET = "WORKST"
+DCMQRSCP_AET = "DCMQRSCP"
 PATIENCE_SECONDS = 240.0  # how long a test waits for what happens at once on an idle machine; nothing is measured by it
 TEST_PORTS = (20000, 32000)  # outgoing connections begin at 32768 (/proc/sys/net/ipv4/ip_local_port_range)
 # Debian's DCMTK and Orthanc leave Nagle's algorithm on, which costs 44 ms an image.
@@ -230,6 +231,25 @@ def storescp(folder: Path, *, ae_title: str) -> Iterator[Peer]:
     log = folder.with_suffix(".log")
     with running([command, "--aetitle", ae_title, "+B", "+xa", "-od", folder, str(peer.port)], log=log, environment=QUICK):
         wait_until(lambda: listens(peer), what="storescp to listen", log=log)
+        yield peer
+
+
+@contextmanager
+def dcmqrscp(folder: Path, *, known: Sequence[Peer] = ()) -> Iterator[Peer]:
+    """Run DCMTK's dcmqrscp, a PACS that answers C-STORE, C-FIND, C-MOVE and C-GET; it moves to the peers that are `known` to it."""
+    command = program("dcmqrscp", "dcmtk")
+    (folder / DCMQRSCP_AET).mkdir(parents=True)
+    peer = loopback_peer(DCMQRSCP_AET, free_port())
+    hosts = [f"host{number} = ({other.ae_title}, {other.host}, {other.port})" for number, other in enumerate(known)]
+    lines = [
+        f"NetworkTCPPort = {peer.port}", "MaxPDUSize = 16384", "MaxAssociations = 16",
+        "HostTable BEGIN", *hosts, "HostTable END", "VendorTable BEGIN", "VendorTable END",
+        "AETable BEGIN", f"{DCMQRSCP_AET} {folder / DCMQRSCP_AET} RW (200, 1024mb) ANY", "AETable END",
+    ]  # fmt: skip
+    file, log = folder / "dcmqrscp.cfg", folder / "dcmqrscp.log"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with running([command, "--config", file], log=log, environment=QUICK):
+        wait_until(lambda: listens(peer), what="dcmqrscp to listen", log=log)
         yield peer
 
 

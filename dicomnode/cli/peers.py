@@ -62,6 +62,10 @@ def peer_add(
     empty_frames: Annotated[
         bool, typer.Option("--empty-frames", help="its segmentations have a frame for each image, with a finding or without")
     ] = False,
+    queries: Annotated[
+        bool | None,
+        typer.Option("--queries/--no-queries", help="may ask what the node holds and fetch it; a peer that sends or receives may"),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
@@ -69,8 +73,8 @@ def peer_add(
     from dicomnode.dimse.tls import fingerprint, read_certificate
     from dicomnode.results.profile import chosen
 
-    if not (sends or receives):
-        raise UsageError("a peer needs --sends, --receives or both")
+    if not (sends or receives or queries):
+        raise UsageError("a peer needs --sends, --receives or --queries")
     if not host or any(not 0x20 < ord(character) < 0x7F for character in host):
         raise UsageError(f"{host!r} is no host name or address")
     if client_cert is not None and not tls:
@@ -104,6 +108,7 @@ def peer_add(
         commits=commits,
         seg_per=seg_per,
         empty_frames=empty_frames,
+        queries=queries is not False,
     )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
@@ -123,6 +128,7 @@ def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "sends",
             "receives",
             "commits",
+            "queries",
             "objects",
             "seg_per",
             "empty_frames",

@@ -50,6 +50,7 @@ class PeerEntry(_Entry):
     commits: bool = False
     seg_per: SegmentationPer = "model"
     empty_frames: bool = False
+    queries: bool = True
 
     @field_validator("ae_title")
     @classmethod

@@ -6,6 +6,7 @@ and writes.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pynetdicom.transport import AddressInformation
 
 from dicomnode.dimse import command as commands
 from dicomnode.dimse.commitment import answered, read_report, read_request, refused
+from dicomnode.dimse.conversation import RunningQuery
 from dicomnode.dimse.negotiation import USER_IDENTITY, Caller, Grants, UpperLayer, caller_of, loggable, user_identity
 from dicomnode.dimse.pdu import (
     ABORT,
@@ -33,10 +35,12 @@ from dicomnode.dimse.pdu import (
     UNEXPECTED_PDU,
     UNRECOGNIZED_PDU,
     Aborted,
+    Ended,
     pdu_header,
     rejection,
     send_abort,
 )
+from dicomnode.dimse.querying import is_query
 from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.storing import Store
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
@@ -75,6 +79,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         self._command_context = 0
         self._store: Store | None = None
         self._other: tuple[int, bytes, bytearray] | None = None  # context, command and data set of a request that is no C-STORE
+        self._query: tuple[int, Any] | None = None  # context and request of a query that is to be, or being, answered
+        self._running: RunningQuery | None = None
         self._message_begin: float | None = None  # wire.waited when the message under way began
         self._message_bytes = 0
         self._received = 0
@@ -89,8 +95,9 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         try:
             if self._negotiate(request):
                 self._number = next(self._listener.numbers)
-                while self._next_pdu():
-                    pass
+                with contextlib.suppress(Ended):
+                    while True:
+                        self.turn()
         except Aborted as aborted:
             self._refuse(aborted.why)
             self._leave()
@@ -137,7 +144,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             return False
         requested = {str(context.abstract_syntax) for context in primitive.presentation_context_definition_list}
         self._grants = self._granted()
-        self.acceptor.supported_contexts = self._listener.contexts.of(requested, self._grants)
+        roles = {str(uid): (item.scu_role, item.scp_role) for uid, item in self.requestor.role_selection.items()}
+        self.acceptor.supported_contexts = self._listener.contexts.of(requested, self._grants, roles)
         try:
             self.acse.negotiate_association()
         except (ConnectionLost, DeadlineMissed):
@@ -196,6 +204,24 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
                 _log.exception("an association's end could not be recorded")
 
     # PDUs
+
+    def has_come(self) -> bool:
+        """Return whether something has come to be read."""
+        return self._wire.has_come()
+
+    def send(self, pdus: bytes) -> None:
+        """Send whole PDUs. Raises Aborted if the peer doesn't take them in time."""
+        try:
+            self._wire.send(pdus, self._settings.pdu_seconds)
+        except DeadlineMissed as missed:
+            raise Aborted("message not taken", NOT_SPECIFIED) from missed
+
+    def turn(self) -> None:
+        """Read and serve one PDU, waiting for it if need be. Raises Ended at the association's end."""
+        if not self._next_pdu():
+            raise Ended
+        if self._query is not None and self._running is None:  # the PDU of the request has been read to its end
+            self._serve_query()
 
     def _next_pdu(self) -> bool:
         """Read and serve one PDU; return whether the association goes on."""
@@ -276,7 +302,18 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         if commands.COMMAND_FIELD not in command or commands.COMMAND_DATA_SET_TYPE not in command:
             raise Aborted("command set malformed", INVALID_VALUE)
         has_data = commands.unsigned(command.get(commands.COMMAND_DATA_SET_TYPE)) != commands.NO_DATA_SET
-        if commands.unsigned(command.get(commands.COMMAND_FIELD)) != commands.C_STORE_RQ:
+        kind = commands.unsigned(command.get(commands.COMMAND_FIELD))
+        if self._running is not None:
+            if has_data or not self._running.take(command):
+                raise Aborted("a request amid a query", NOT_SPECIFIED)
+            self._message_begin = None
+            return
+        if self._query is not None:
+            raise Aborted("a request amid a query", NOT_SPECIFIED)
+        if kind == commands.C_CANCEL_RQ and not has_data:  # of what is answered already
+            self._message_ended()
+            return
+        if kind != commands.C_STORE_RQ:
             self._other = (context_id, encoded, bytearray())
             if not has_data:
                 self._serve_other()
@@ -339,14 +376,22 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
 
     def _finish_store(self) -> None:
         assert self._store is not None  # noqa: S101  called at the end of a request
-        self._answer(self._store.context_id, self._store.finish())
+        self.send(commands.pdus(self._store.context_id, self._store.finish(), self.requestor.maximum_length or 0))
         self._message_ended()
 
-    def _answer(self, context_id: int, command: bytes) -> None:
+    # queries and retrievals
+
+    def _serve_query(self) -> None:
+        """Answer the query that has come, reading meanwhile what may come amid it."""
+        assert self._query is not None  # noqa: S101  called for a query only
+        context_id, request = self._query
+        self._running = RunningQuery(self, self._calling, self._called)
         try:
-            self._wire.send(commands.pdus(context_id, command, self.requestor.maximum_length or 0), self._settings.pdu_seconds)
+            self._listener.serve_query(self._running, request, self._accepted_cx[context_id])
         except DeadlineMissed as missed:
             raise Aborted("response not taken", NOT_SPECIFIED) from missed
+        self._query = self._running = None
+        self._message_ended()
 
     # storage commitment: pynetdicom's service class calls these
 
@@ -378,6 +423,9 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             self.dimse.receive_primitive(primitive)
             while not self.dimse.msg_queue.empty():
                 _, message = self.dimse.msg_queue.get_nowait()
+                if is_query(message):
+                    self._query, self._other, self._message_begin = (context_id, message), None, None
+                    return
                 self._serve_request(message, context_id)
         except ConnectionLost:
             raise

@@ -16,17 +16,24 @@ from dicomnode.dimse.contexts import (
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
     MAXIMUM_CONTEXTS,
+    PATIENT_ROOT_FIND,
+    PATIENT_ROOT_GET,
+    PATIENT_ROOT_MOVE,
     STORAGE_CLASSES,
     STORAGE_COMMITMENT,
+    STUDY_ROOT_FIND,
+    STUDY_ROOT_GET,
+    STUDY_ROOT_MOVE,
     VERIFICATION,
     offered_syntaxes,
 )
 from dicomnode.dimse.encoding import Limits
 from dicomnode.dimse.guard import IDLE_SECONDS
+from dicomnode.dimse.querying import MAXIMUM_MATCHES, MAXIMUM_RETRIEVED
 from dicomnode.dimse.scp import CHARACTER_SETS
 from dicomnode.dimse.scu import COMMITMENT_TRANSIENT, TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
-from dicomnode.errors import CommitmentRefused, NodeError, StoreRefused
+from dicomnode.errors import CommitmentRefused, NodeError, QueryRefused, StoreRefused
 from dicomnode.findings import Code
 from dicomnode.version import VERSION
 
@@ -57,6 +64,12 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
             ("Verification", f"`{VERIFICATION}`", "yes", "yes"),
             ("Storage", f"the {len(STORAGE_CLASSES)} below", "yes, in the transfer syntax an object is stored in", "yes"),
             ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "yes"),
+            ("Patient Root Query/Retrieve - FIND", f"`{PATIENT_ROOT_FIND}`", "yes", "yes"),
+            ("Patient Root Query/Retrieve - MOVE", f"`{PATIENT_ROOT_MOVE}`", "no", "yes"),
+            ("Patient Root Query/Retrieve - GET", f"`{PATIENT_ROOT_GET}`", "no", "yes"),
+            ("Study Root Query/Retrieve - FIND", f"`{STUDY_ROOT_FIND}`", "yes", "yes"),
+            ("Study Root Query/Retrieve - MOVE", f"`{STUDY_ROOT_MOVE}`", "no", "yes"),
+            ("Study Root Query/Retrieve - GET", f"`{STUDY_ROOT_GET}`", "no", "yes"),
         ],
     )
     yield from _associations(settings)
@@ -65,6 +78,7 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
     yield from _checks(settings.listener)
     yield from _statuses()
     yield from _commitment(settings)
+    yield from _queries(settings.listener)
     yield from _tables(settings.listener)
     if private_codes:
         yield "## Private codes"
@@ -72,8 +86,8 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
         yield "numeric content items with units of UCUM. All other codes are public; those of findings come with the model packages."
         yield from _codes(private_codes)
     yield "## Character sets"
-    yield "Patient name, patient ID, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022"
-    yield "extensions included, for the node's own lists; what can't be decoded shows as U+FFFD. The stored object is not changed."
+    yield "Names, IDs, accession number and descriptions are decoded by Specific Character Set (0008,0005), ISO 2022 extensions"
+    yield "included, for the node's own lists and for queries; what can't be decoded shows as U+FFFD. The stored object is not changed."
     yield f"Known are {', '.join(f'`{term}`' for term in sorted(CHARACTER_SETS) if term)}."
 
 
@@ -90,7 +104,7 @@ def _associations(settings: Settings) -> Iterator[str]:
             ("TCP port of DICOM over TLS", _tls_port(settings.tls)),
             ("Asynchronous operations", "one at a time"),
             ("Extended negotiation", "not used"),
-            ("Role selection", "for storage commitment: who opens an association to report proposes itself as SCP of the class"),
+            ("Role selection", "for storage commitment: who reports proposes itself as SCP of the class; for C-GET: of what it fetches"),
             ("User identity", "as acceptor: types 1 and 2, for peers that are registered with a user name; no positive response is sent"),
         ],
     )
@@ -98,7 +112,8 @@ def _associations(settings: Settings) -> Iterator[str]:
     yield "is known of it: calling AE title, network, way (TLS or not), certificate, user identity. Everybody else gets the same"
     yield "A-ASSOCIATE-RJ: rejected permanent, DICOM UL service user, no reason given. The registry is asked at every association. Without"
     yield "TLS the calling AE title is a name and not a proof: keep that port inside the hospital's network."
-    yield "A peer that only commits (`--commits` without `--sends`) may report and do nothing else."
+    yield "A peer that doesn't send gets no Storage context in which it is the SCU; one that may not query (`--no-queries`) gets no"
+    yield "Query/Retrieve context."
     yield "Every proposed context of the classes below is accepted with the first transfer syntax that the peer names and this"
     yield "statement lists."
     yield ""
@@ -200,6 +215,52 @@ def _commitment(settings: Settings) -> Iterator[str]:
     yield from _table(("Status", "Meaning"), _refusals(CommitmentRefused))
 
 
+def _queries(listener: ListenerSection) -> Iterator[str]:
+    yield "## Query/Retrieve: SCP"
+    yield "A peer may ask what the node holds, images and results, unless it is registered with `--no-queries`. Queries are hierarchical"
+    yield "(PS3.4 C.4.1.3.1): of each level above the one that is asked for the unique key has one value. Neither relational queries nor"
+    yield "date-time, fuzzy or time zone matching are negotiated. Dates and times are matched each for itself. Patient's Name is matched"
+    yield "without case and accents, each component group for itself; other text as it is written."
+    yield from _table(
+        ("Level", "Matched and returned", "Returned"),
+        [
+            ("PATIENT", "Patient's Name, Patient ID, Birth Date, Sex", "Number of Patient Related Studies, Series, Instances"),
+            (
+                "STUDY",
+                "of PATIENT; Study Date, Time, ID, UID, Description, Accession Number, Modalities in Study, Referring Physician",
+                "Number of Study Related Series, Instances",
+            ),
+            (
+                "SERIES",
+                "those of STUDY but Modalities in Study; Modality, Series Number, Instance UID, Description, Body Part Examined",
+                "Number of Series Related Instances",
+            ),
+            ("IMAGE", "those of SERIES; Instance Number, SOP Instance UID, SOP Class UID", "Available Transfer Syntax UID"),
+        ],
+    )
+    yield "Single value, list of UID, wildcard, range and universal matching are supported; several values of other attributes match if one"
+    yield "does. Every answer has Query/Retrieve Level and Retrieve AE Title, and Instance Availability (`ONLINE`) where it is asked for."
+    yield "Other attributes come back empty, and the status is FF01 then. Text is answered in the Specific Character Set of the request if"
+    yield "that has all its characters, else in ISO_IR 192."
+    yield ""
+    yield f"A query is answered with at most {MAXIMUM_MATCHES:,} matches; a retrieval fetches at most {MAXIMUM_RETRIEVED:,} objects."
+    yield f"A C-CANCEL holds between two answers or objects. {listener.maximum_queries} run at a time (`listener.maximum_queries`)."
+    yield "Objects of a C-MOVE go to a registered peer that receives, as they are stored, with the Move Originator's AE Title and Message"
+    yield "ID. Those of a C-GET go out as they are stored if the caller accepts that transfer syntax; what is stored in Explicit or"
+    yield "Implicit VR Little Endian goes out in the other one if it accepts that alone."
+    yield "Nothing is decompressed."
+    yield from _table(
+        ("Status", "Meaning"),
+        [
+            ("0000", "all is answered, or was sent"),
+            ("FF00, FF01", "an answer, or the state of a retrieval; FF01: not each attribute is known"),
+            ("B000", "some objects failed (Failed SOP Instance UID List) or were taken with a warning"),
+            ("FE00", "cancelled"),
+            *_refusals(QueryRefused),
+        ],
+    )
+
+
 def _refusals(kind: type[NodeError]) -> Iterator[tuple[str, str]]:
     for refusal in sorted(kind.__subclasses__(), key=lambda refusal: refusal.dimse_status):
         yield f"{refusal.dimse_status:04X}", " ".join((refusal.__doc__ or "").split())
@@ -211,7 +272,7 @@ def _tables(listener: ListenerSection) -> Iterator[str]:
     yield from _table(("SOP class", "UID", "Kind"), ((row.name, f"`{row.uid}`", row.kind) for row in STORAGE_CLASSES))
     yield "## Transfer syntaxes"
     yield "Each of them for each Storage SOP class; Verification in any of pynetdicom's default ones (Implicit and Explicit VR);"
-    yield "Storage Commitment in Explicit and Implicit VR Little Endian."
+    yield "Storage Commitment and Query/Retrieve in Explicit and Implicit VR Little Endian."
     offered = offered_syntaxes(accept_deflated=listener.accept_deflated)
     yield from _table(("Transfer syntax", "UID"), ((row.name, f"`{row.uid}`") for row in offered))
     yield "Not accepted:"

@@ -15,7 +15,8 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from pynetdicom import AE, _config as pynetdicom_config
@@ -27,16 +28,31 @@ from dicomnode.dimse.association import AcceptedAssociation
 from dicomnode.dimse.commitment import CommitmentService
 from dicomnode.dimse.contexts import (
     COMMITMENT_SYNTAXES,
+    EXPLICIT_LITTLE_ENDIAN,
+    FIND_SYNTAXES,
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
+    IMPLICIT_LITTLE_ENDIAN,
+    QUERY_MODELS,
     STORAGE_COMMITMENT,
     VERIFICATION,
     offered_syntaxes,
     storage_class,
 )
+from dicomnode.dimse.conversation import RunningQuery
 from dicomnode.dimse.guard import Guard
 from dicomnode.dimse.negotiation import Caller, Grants
-from dicomnode.dimse.pdu import ASSOCIATE_RQ, INVALID_VALUE, UNEXPECTED_PDU, UNRECOGNIZED_PDU, Aborted, pdu_header, send_abort
+from dicomnode.dimse.pdu import (
+    ASSOCIATE_RQ,
+    INVALID_VALUE,
+    NOT_SPECIFIED,
+    UNEXPECTED_PDU,
+    UNRECOGNIZED_PDU,
+    Aborted,
+    pdu_header,
+    send_abort,
+)
+from dicomnode.dimse.querying import Holdings, Queries
 from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.storing import Sink
 from dicomnode.dimse.tls import ServerContexts
@@ -56,8 +72,9 @@ class Listener:
     `admit` is asked at every association and returns None, or the reason for log and metrics why the caller is not let in; the
     caller gets one and the same rejection. `receive` makes the sink of each C-STORE request, or raises StoreRefused. `released` is
     called once per association that was let in, with its number, after its last store has ended: on release, on abort and on a broken
-    connection. `grants` says what a caller that was let in may do, by its AE title, and `commitment` what messages of storage commitment
-    mean. `is_peer` says from memory whether an address is a peer's. `count` is told of each refusal.
+    connection. `grants` says what a caller that was let in may do, by its AE title, `commitment` what messages of storage commitment
+    mean, and queries are answered from `holdings`; without it there are none. `is_peer` says from memory whether an address is a
+    peer's. `count` is told of each refusal.
     """
 
     def __init__(
@@ -70,6 +87,7 @@ class Listener:
         released: Callable[[int], None] = lambda _association: None,
         grants: Callable[[str], Grants] = lambda _ae_title: Grants(stores=True, commits=False),
         commitment: CommitmentService | None = None,
+        holdings: Holdings | None = None,
         is_peer: Callable[[str], bool] = lambda _address: False,
         count: Callable[[str], None] = lambda _refusal: None,
         tls: TlsSection | None = None,
@@ -81,10 +99,14 @@ class Listener:
         self.released = released
         self.grants = grants
         self.commitment = commitment
+        self._queries = Queries(holdings) if holdings is not None else None
+        self._queries_at_a_time = threading.BoundedSemaphore(settings.maximum_queries)
         self.count = count
         self.numbers = itertools.count(1)
         self.guard = Guard(settings, is_peer)
-        self.contexts = _Contexts([syntax.uid for syntax in offered_syntaxes(accept_deflated=settings.accept_deflated)])
+        self.contexts = _Contexts(
+            [syntax.uid for syntax in offered_syntaxes(accept_deflated=settings.accept_deflated)], queries=holdings is not None
+        )
         self.entity = AE(self.ae_titles[0])
         self.entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
         self.entity.implementation_version_name = IMPLEMENTATION_VERSION_NAME
@@ -135,6 +157,19 @@ class Listener:
         self.guard.drain(drain_seconds, "the node stops")
         _log.info("stopped listening", ae_title=self.ae_titles[0])
 
+    def serve_query(self, conversation: RunningQuery, request: Any, context: Any) -> None:
+        """Answer a query or retrieval, or say that too many run."""
+        if self._queries is None:
+            raise Aborted("request not supported", NOT_SPECIFIED)
+        if not self._queries_at_a_time.acquire(blocking=False):
+            self.count("query refused: too many at a time")
+            self._queries.refuse(conversation, request, context)
+            return
+        try:
+            self._queries.serve(conversation, request, context)
+        finally:
+            self._queries_at_a_time.release()
+
     def refuse(self, what: str, reason: str, **told: object) -> None:
         """Count that somebody was refused something, and log it, of one address at most so many times a minute."""
         self.count(f"{what}: {reason}")
@@ -167,8 +202,12 @@ class Listener:
 class _Contexts:
     """The presentation contexts that are accepted, each made once and shared by all associations: negotiation only reads them."""
 
-    def __init__(self, syntaxes: list[str]) -> None:
+    def __init__(self, syntaxes: list[str], *, queries: bool) -> None:
         self._syntaxes = syntaxes
+        # For a C-GET, in which the node sends: as the caller takes it, and what most objects can be sent in first.
+        self._first_uncompressed = [EXPLICIT_LITTLE_ENDIAN, IMPLICIT_LITTLE_ENDIAN]
+        self._first_uncompressed += [syntax for syntax in syntaxes if syntax not in self._first_uncompressed]
+        self._queries = {uid: build_context(uid, list(FIND_SYNTAXES)) for uid in QUERY_MODELS} if queries else {}
         self._made: dict[str, Any] = {}
         self._verification = build_context(VERIFICATION)
         self._commitment = build_context(STORAGE_COMMITMENT, list(COMMITMENT_SYNTAXES))
@@ -176,17 +215,30 @@ class _Contexts:
         # the caller may say in which one is judged by the message.
         self._commitment.scu_role = self._commitment.scp_role = True
 
-    def of(self, requested: set[str], grants: Grants) -> list[Any]:
-        """Return the contexts for those of the abstract syntaxes that the table has and the caller is granted."""
+    def of(self, requested: set[str], grants: Grants, roles: Mapping[str, tuple[bool, bool]] = MappingProxyType({})) -> list[Any]:
+        """Return the contexts for those of the abstract syntaxes that the table has and the caller is granted.
+
+        `roles` are the roles (SCU, SCP) that the caller proposes for itself, by class: one that queries may be the SCP of what it fetches.
+        """
         for uid in requested - self._made.keys():
             if storage_class(uid) is not None:
                 self._made[uid] = build_context(uid, self._syntaxes)
         contexts = [self._verification]
+        if grants.queries:
+            contexts += [self._queries[uid] for uid in sorted(requested) if uid in self._queries]
+        fetched = {uid for uid, (_, as_scp) in roles.items() if as_scp and grants.queries and uid in self._made} & requested
+        contexts += [self._fetched(uid, grants) for uid in sorted(fetched)]
         if grants.stores:
-            contexts += [self._made[uid] for uid in sorted(requested) if uid in self._made]
+            contexts += [self._made[uid] for uid in sorted(requested - fetched) if uid in self._made]
         if (grants.stores or grants.commits) and STORAGE_COMMITMENT in requested:
             contexts.append(self._commitment)
         return contexts
+
+    def _fetched(self, uid: str, grants: Grants) -> Any:
+        """The context of a class of which the caller is the SCP, and the SCU too if it may store."""
+        context = build_context(uid, self._first_uncompressed)
+        context.scu_role, context.scp_role = grants.stores, True
+        return context
 
 
 class _Server(AssociationServer):  # type: ignore[misc]  # pynetdicom is untyped here
@@ -339,8 +391,3 @@ class Connection(RequestHandler):  # type: ignore[misc]  # pynetdicom is untyped
 
     def _refuse(self, reason: str, **told: object) -> None:
         self._listener.refuse("connection refused", reason, host=self.address, **told)
-
-
-def send_without_delay(event: Any) -> None:
-    """Set TCP_NODELAY on a connection that has just opened: DIMSE waits for each response (pynetdicom: EVT_CONN_OPEN)."""
-    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

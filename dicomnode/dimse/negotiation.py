@@ -37,6 +37,7 @@ class Grants:
 
     stores: bool  # send instances, and ask this node to commit to them
     commits: bool  # report what it commits to
+    queries: bool = False  # ask what this node holds, and fetch it
 
 
 def caller_of(request: bytes, address: str, certificate: bytes | None) -> Caller:

@@ -32,6 +32,10 @@ class Aborted(Exception):
         self.reason = reason
 
 
+class Ended(Exception):
+    """The association has ended as associations do: it was released, or the peer aborted it."""
+
+
 def pdu_header(wire: Wire, deadline: float) -> tuple[int, int]:
     """Read the six bytes that every PDU begins with (PS3.8 9.3.1): its type, and the bytes that follow."""
     kind, _, length = struct.unpack(">BBL", wire.take(6, deadline))

@@ -40,7 +40,6 @@ from dicomnode.dimse.contexts import (
     STORAGE_COMMITMENT_INSTANCE,
     VERIFICATION,
 )
-from dicomnode.dimse.listener import send_without_delay
 from dicomnode.dimse.tls import PeerContext, peer_context
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable
 from storage.records import Peer
@@ -100,11 +99,13 @@ def send_each(
     calling_ae_title: str,
     tls: TlsSection | None = None,
     timeout_seconds: float = 30,
+    originator: tuple[str, int] | None = None,
 ) -> Generator[SendOutcome]:
     """Send `objects` to `peer` and give the outcome of each before the next one is sent. Whoever closes the iterator ends the sending.
 
     One association proposes exactly the pairs of SOP class and transfer syntax that it sends; there are more associations, and
     another order, only where there are more than 128 pairs. `tls` is the node's own certificate, for peers that are called over TLS.
+    `originator` is who asked for it by a C-MOVE, and that request's Message ID.
     """
     if _lacks_certificate(peer, tls):
         yield from (_outcome(item, "permanent", _LACKING.format(peer.ae_title)) for item in objects)
@@ -126,7 +127,7 @@ def send_each(
                 elif _pair(item) not in accepted:
                     outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
                 else:
-                    outcome, trouble = _store(association, item, number)
+                    outcome, trouble = _store(association, item, number, originator)
                 yield outcome
 
 
@@ -311,7 +312,7 @@ def association_with(
             max_pdu=_MAXIMUM_PDU_BYTES,
             ext_neg=list(roles),
             tls_args=None if context is None else (context, peer.host),
-            evt_handlers=[(evt.EVT_CONN_OPEN, send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection), *handlers],
+            evt_handlers=[(evt.EVT_CONN_OPEN, _send_without_delay), (evt.EVT_PDU_RECV, entity.note_rejection), *handlers],
         )
         keep_responses(association)
         yield association, _trouble(association, context, entity.rejection)
@@ -320,6 +321,11 @@ def association_with(
     finally:
         for connection in [*entity.connections, *(context.connections if context is not None else ())]:
             connection.close()
+
+
+def _send_without_delay(event: Any) -> None:
+    """Set TCP_NODELAY on a connection that has just opened: DIMSE waits for each response (pynetdicom: EVT_CONN_OPEN)."""
+    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def keep_responses(association: Any) -> None:
@@ -367,13 +373,14 @@ class _Entity(AE):  # type: ignore[misc]  # pynetdicom is untyped here
         return wrapper
 
 
-def _store(association: Any, item: Outgoing, number: int) -> tuple[SendOutcome, str | None]:
+def _store(association: Any, item: Outgoing, number: int, originator: tuple[str, int] | None) -> tuple[SendOutcome, str | None]:
     """Send one object; return its outcome, and why no more can be sent on the association, or None."""
     broken = "the association broke before the peer had answered"
     if not association.is_established:
         return _outcome(item, "transient", broken), broken
     try:
-        answer = association.send_c_store(item.path, msg_id=number % 65536)
+        ae_title, message_id = originator or (None, None)
+        answer = association.send_c_store(item.path, msg_id=number % 65536, originator_aet=ae_title, originator_id=message_id)
     except OSError as error:
         return _outcome(item, "permanent", f"the stored file cannot be read: {error.strerror}"), None
     except (

@@ -7,7 +7,9 @@ bytes mean; listener.py does.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -46,6 +48,16 @@ class Wire:
         if self._begin == self._end:
             self._begin = self._end = 0
             self._receive(deadline)
+
+    def has_come(self) -> bool:
+        """Return whether there is a byte to take, or the end of the connection, without waiting."""
+        if self._begin != self._end or self._ended:
+            return True
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def end(self) -> None:
         """Make the thread that reads see the end of the connection, now and for good. The one call that another thread may make."""

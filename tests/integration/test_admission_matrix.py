@@ -84,7 +84,7 @@ def storage(site: Site) -> Iterator[Storage]:
     assert pinned is not None
     for ae_title, tls, client_cert in (("CT-PLAIN", False, None), ("CT-TLS", True, None), ("CT-PINNED", True, pinned.sha256)):
         storage.registry.add_peer(a_peer(ae_title, tls=tls, client_cert=client_cert))
-    storage.registry.add_peer(a_peer("PACS", sends=False))
+    storage.registry.add_peer(a_peer("PACS", sends=False, queries=False))
     yield storage
     storage.database.close()
 

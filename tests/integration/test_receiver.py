@@ -191,7 +191,7 @@ def test_success_is_said_only_after_the_file_and_the_row_are_safe(scanner, stora
         ("NOBODY", "DICOMNODE", SCANNER),
         ("SCANNER", "OTHERNODE", SCANNER),
         ("NOBODY", "OTHERNODE", SCANNER),
-        ("SCANNER", "DICOMNODE", replace(SCANNER, sends=False, receives=True)),
+        ("SCANNER", "DICOMNODE", replace(SCANNER, sends=False, receives=True, queries=False)),
         ("scanner", "DICOMNODE", SCANNER),
     ],
 )
@@ -207,7 +207,7 @@ def test_the_registry_is_asked_at_every_association(receiver, storage):
     association = associate(receiver.port, PAIRS)
     assert association.is_established
     association.release()
-    storage.registry.add_peer(replace(SCANNER, sends=False))
+    storage.registry.add_peer(replace(SCANNER, sends=False, queries=False))
     assert answer_to_request(receiver.port, PAIRS) == REJECTED
 
 

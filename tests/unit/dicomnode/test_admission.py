@@ -61,8 +61,9 @@ def test_another_calling_ae_title_is_kept_out(title: str) -> None:
     assert reason(PLAIN, calling_ae_title=title) == "calling AE title"
 
 
-def test_a_peer_that_only_receives_is_kept_out() -> None:
-    assert reason(replace(PLAIN, sends=False, receives=True)) == "calling AE title"
+def test_a_peer_that_only_receives_and_may_not_ask_is_kept_out() -> None:
+    assert reason(replace(PLAIN, sends=False, receives=True, queries=False)) == "calling AE title"
+    assert reason(replace(PLAIN, sends=False, receives=True)) is None
 
 
 def test_spaces_around_ae_titles_do_not_count() -> None:
