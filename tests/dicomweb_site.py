@@ -14,14 +14,14 @@ from typing import Any
 import pydicom
 from dicomweb_client.web import DICOMwebClient
 from dimse_cases import EXPLICIT, encoded
-from pydicom import Dataset
+from pydicom import Dataset, dcmread
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID
 
 from dicomnode.config import ListenerSection, NodeSection, Settings, TlsSection, WebSection
 from dicomnode.web.app import Web
 from storage import Storage, open_storage, prepare_storage
-from storage.records import Peer
+from storage.records import Peer, Result
 
 PATIENCE_SECONDS = 120
 HOST = "127.0.0.1"
@@ -96,3 +96,27 @@ def serving(folder: Path, url: str, *peers: Peer, certificates: TlsSection | Non
     finally:
         role.stop(PATIENCE_SECONDS)
         storage.database.close()
+
+
+def keep_as_results(storage: Storage, study_instance_uid: str, *files: bytes) -> None:
+    """Close the study's revision and keep these files as what an analysis of it made."""
+    study = storage.index.study(study_instance_uid)
+    assert study is not None
+    seen = study.last_received_at
+    headers = [(dcmread(BytesIO(file), stop_before_pixels=True), storage.objects.put(file)) for file in files]
+    with storage.database.writing() as connection:
+        storage.index.close_revision(connection, study_instance_uid, seen_last_received_at=seen, evidence="the test", outcome="jobs")
+        storage.jobs.create(
+            connection, key="k", kind="analyse", study_instance_uid=study_instance_uid, revision=1, package="p", version="1", digest="d",
+            run=1, priority="routine",
+        )  # fmt: skip
+        made = [
+            Result(
+                sop_instance_uid=header.SOPInstanceUID, sop_class_uid=header.SOPClassUID, modality=header.Modality, job_key="k",
+                transfer_syntax_uid=header.file_meta.TransferSyntaxUID, study_instance_uid=study_instance_uid, stored=stored,
+                created_at=storage.database.now(connection), series_instance_uid=header.SeriesInstanceUID,
+                series_number=header.get("SeriesNumber"), series_description=header.get("SeriesDescription"),
+                instance_number=header.get("InstanceNumber"),
+            ) for header, stored in headers
+        ]  # fmt: skip
+        storage.jobs.add_results(connection, made)

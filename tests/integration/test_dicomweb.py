@@ -25,8 +25,7 @@ from dimse_cases import (
 from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
 
-from dicomweb_site import Site, file_of, serving
-from storage.records import Result
+from dicomweb_site import Site, file_of, keep_as_results, serving
 
 
 @pytest.fixture
@@ -237,29 +236,13 @@ def test_results_that_never_left_the_node_stand_beside_the_images(small: Site) -
     image = a_dataset()
     assert small.stow(file_of(image))[0] == 200
     report = a_dataset(SR, SOPInstanceUID="2.25.1", SeriesInstanceUID="2.25.2", Modality="SR", PixelData=None, Rows=None, Columns=None)
-    storage = small.storage
-    study = storage.index.study("1.2.3.4")
-    assert study is not None
-    stored = storage.objects.put(file_of(report))
-    with storage.database.writing() as connection:
-        storage.index.close_revision(
-            connection, "1.2.3.4", seen_last_received_at=study.last_received_at, evidence="the test says so", outcome="jobs"
-        )
-        storage.jobs.create(
-            connection, key="k", kind="analyse", study_instance_uid="1.2.3.4", revision=1, package="p", version="1", digest="d", run=1,
-            priority="routine",
-        )  # fmt: skip
-        made = Result(
-            sop_instance_uid="2.25.1", sop_class_uid=SR, transfer_syntax_uid=EXPLICIT, modality="SR", study_instance_uid="1.2.3.4",
-            job_key="k", stored=stored, created_at=storage.database.now(connection), series_instance_uid="2.25.2", series_number=901,
-            series_description="AI", instance_number=1,
-        )  # fmt: skip
-        storage.jobs.add_results(connection, [made])
+    keep_as_results(small.storage, "1.2.3.4", file_of(report))
+    (held,) = small.storage.query.held({"SOPInstanceUID": "2.25.1"}, limit=2)
     client = small.client()
     assert [one["00080060"]["Value"] for one in client.search_for_series("1.2.3.4")] == [["CT"], ["SR"]]
     assert [encoded(one) for one in client.retrieve_study("1.2.3.4")] == [encoded(image), encoded(report)]
     assert [one["00080018"]["Value"] for one in client.retrieve_study_metadata("1.2.3.4")] == [[image.SOPInstanceUID], ["2.25.1"]]
-    storage.objects.remove(stored.object_id)
+    small.storage.objects.remove(held.object_id)
     place = "/studies/1.2.3.4/series/2.25.2/instances/2.25.1"
     assert [small.get(path)[0] for path in (place, f"{place}/frames/1", "/studies/1.2.3.4")] == [410, 410, 206]
     assert small.get(f"{place}/metadata")[0] == 200, "what the index knows of it"
