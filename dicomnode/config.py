@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -226,6 +227,19 @@ def check_ae_title(value: str) -> str:
     if any(not 0x20 <= ord(c) <= 0x7E or c == "\\" for c in title):
         raise ValueError(f"the AE title {title!r} has a character that VR AE does not allow")
     return title
+
+
+def check_dicomweb_address(value: str) -> tuple[str, str, int]:
+    """Return the address of a DICOMweb service without a slash at its end, its host and its port, else raise ValueError."""
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"{value!r} is no URL") from error
+    plain = value.isascii() and value.isprintable() and " " not in value
+    if not plain or parts.scheme not in {"http", "https"} or not host or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("a DICOMweb address is http://HOST/… or https://HOST/…, without a user, a query or a fragment")
+    return value.rstrip("/"), host, port or (443 if parts.scheme == "https" else 80)
 
 
 def load_settings(file: Path | None, environment: Mapping[str, str] = os.environ) -> Settings:

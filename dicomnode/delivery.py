@@ -7,6 +7,7 @@ or make an object, and holds nothing while it waits.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
@@ -16,6 +17,7 @@ from dicomnode.config import Settings
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
 from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
+from dicomnode.stow import post_each
 from storage import Storage
 from storage.records import Job, Peer, Result
 
@@ -79,7 +81,7 @@ class Sender:
         """Send what the peer doesn't have yet and record each outcome; None if the job was ended or started anew meanwhile."""
         outcomes = []
         objects = [self._outgoing(result) for result in self._waiting(job)]
-        with closing(send_each(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls)) as sending:
+        with closing(self._sending(peer, objects)) as sending:
             for outcome in sending:
                 outcomes.append(outcome)
                 retrying = outcome.state == "transient" and wait is not None
@@ -94,6 +96,12 @@ class Sender:
                 if not self._storage.jobs.is_current(job):
                     return None
         return outcomes
+
+    def _sending(self, peer: Peer, objects: list[Outgoing]) -> Generator[SendOutcome]:
+        """Send to a peer by the way that its record names."""
+        if peer.stow_url is not None:
+            return post_each(peer, objects, tls=self._settings.tls)
+        return send_each(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls)
 
     def _delivered(self, job: Job, peer: Peer, attempt: int) -> float | None:
         """The peer has everything: that is all, or it is asked to commit to it."""

@@ -180,6 +180,8 @@ class Peer:
     seg_per: SegmentationPer = "model"  # one segmentation with all findings of a model, or one for each finding
     empty_frames: bool = False  # whether segmentations hold frames without a finding, too: one for each image
     queries: bool = True  # may ask what the node holds, and fetch it
+    stow_url: str | None = None  # its DICOMweb, where results go by STOW-RS instead of C-STORE
+    stow_credentials: str | None = None  # path of a file with what it is shown there; its content is never kept
 
 
 @dataclass(frozen=True, kw_only=True)

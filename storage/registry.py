@@ -58,6 +58,8 @@ class Registry:
             "seg_per": peer.seg_per,
             "empty_frames": peer.empty_frames,
             "queries": peer.queries,
+            "stow_url": peer.stow_url,
+            "stow_credentials": peer.stow_credentials,
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -225,6 +227,8 @@ def _peer(row: Row[Any]) -> Peer:
         seg_per=row.seg_per,
         empty_frames=row.empty_frames,
         queries=row.queries,
+        stow_url=row.stow_url,
+        stow_credentials=row.stow_credentials,
     )
 
 

@@ -201,6 +201,8 @@ PEER = Table(
     Column("seg_per", Text, nullable=False, server_default="model"),
     Column("empty_frames", Boolean, nullable=False, server_default=false()),
     Column("queries", Boolean, nullable=False, server_default=true()),
+    Column("stow_url", Text),
+    Column("stow_credentials", Text),
 )
 
 ROUTE = Table(

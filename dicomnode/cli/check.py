@@ -135,6 +135,11 @@ def _leads_on(storage: Storage, route: Route) -> str:
 
 
 def _answers(settings: Settings, peer: Peer) -> str:
+    if peer.stow_url is not None:
+        from dicomnode.stow import reach
+
+        reach(peer, tls=settings.tls)
+        return f"its DICOMweb answers at {peer.stow_url}"
     from dicomnode.dimse.scu import echo
 
     echo(peer, calling_ae_title=settings.node.ae_title, tls=settings.tls)

@@ -10,6 +10,7 @@ import typer
 
 from dicomnode.cli.packages import known_package
 from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_version, opened, show
+from dicomnode.config import check_dicomweb_address
 from dicomnode.errors import NodeError, UsageError
 from storage import Storage
 from storage.records import Peer, Route
@@ -27,8 +28,8 @@ def register(app: typer.Typer) -> None:
 @peer.command("add")
 def peer_add(
     aet: str,
-    host: str,
-    port: Annotated[int, typer.Argument(min=1, max=65535)],
+    host: Annotated[str | None, typer.Argument(help="host name or address; of a peer with --stow that of its URL")] = None,
+    port: Annotated[int | None, typer.Argument(min=1, max=65535, help="TCP port, likewise")] = None,
     sends: Annotated[bool, typer.Option("--sends", help="may send studies here")] = False,
     receives: Annotated[bool, typer.Option("--receives", help="gets results")] = False,
     networks: Annotated[
@@ -66,6 +67,13 @@ def peer_add(
         bool | None,
         typer.Option("--queries/--no-queries", help="may ask what the node holds and fetch it; a peer that sends or receives may"),
     ] = None,
+    stow: Annotated[
+        str | None, typer.Option("--stow", metavar="URL", help="its DICOMweb: results go there by STOW-RS instead of C-STORE")
+    ] = None,
+    stow_credentials: Annotated[
+        Path | None,
+        typer.Option("--stow-credentials", metavar="FILE", help="file with USER:PASSCODE or Bearer TOKEN for it, read at each request"),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
@@ -73,6 +81,9 @@ def peer_add(
     from dicomnode.dimse.tls import fingerprint, read_certificate
     from dicomnode.results.profile import chosen
 
+    stow, host, port = _address(stow, host, port, takes_results=receives and not commits)
+    if stow_credentials is not None and stow is None:
+        raise UsageError("--stow-credentials needs --stow")
     if not (sends or receives or queries):
         raise UsageError("a peer needs --sends, --receives or --queries")
     if not host or any(not 0x20 < ord(character) < 0x7F for character in host):
@@ -109,6 +120,8 @@ def peer_add(
         seg_per=seg_per,
         empty_frames=empty_frames,
         queries=queries is not False,
+        stow_url=stow,
+        stow_credentials=str(stow_credentials.absolute()) if stow_credentials is not None else None,
     )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
@@ -129,6 +142,7 @@ def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "receives",
             "commits",
             "queries",
+            "stow_url",
             "objects",
             "seg_per",
             "empty_frames",
@@ -151,11 +165,17 @@ def peer_remove(aet: str, config: ConfigOption = None) -> None:
 
 @peer.command("echo")
 def peer_echo(aet: str, config: ConfigOption = None) -> None:
-    """Send a C-ECHO to a peer."""
+    """Send a C-ECHO to a peer; of one with --stow, ask its DICOMweb for a study."""
     from dicomnode.dimse.scu import echo
 
     with opened(config) as (settings, storage):
         known = _known_peer(storage, aet)
+        if known.stow_url is not None:
+            from dicomnode.stow import reach
+
+            reach(known, tls=settings.tls)
+            typer.echo(f"{known.ae_title} at {known.stow_url} answers")
+            return
         commits = echo(known, calling_ae_title=settings.node.ae_title, tls=settings.tls)
         if known.commits and not commits:
             raise NodeError(f"{known.ae_title} at {known.host}:{known.port} answers, and does not accept storage commitment")
@@ -259,6 +279,21 @@ def route_remove(name: str, config: ConfigOption = None) -> None:
         if name not in {known.name for known in storage.registry.routes()}:
             raise UsageError(f"there is no route {name!r}")
         storage.registry.remove_route(name)
+
+
+def _address(stow: str | None, host: str | None, port: int | None, *, takes_results: bool) -> tuple[str | None, str, int]:
+    """Return the address of a peer's DICOMweb, its host and its port. What --stow doesn't name HOST and PORT do."""
+    if stow is not None:
+        if not takes_results:  # a peer of STOW-RS stores what it says it stores: there is nothing to commit to
+            raise UsageError("--stow needs --receives, and doesn't go with --commits")
+        try:
+            stow, its_host, its_port = check_dicomweb_address(stow)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        host, port = host or its_host, port or its_port
+    if host is None or port is None:
+        raise UsageError("a peer needs HOST and PORT, or --stow URL")
+    return stow, host, port
 
 
 def _passcode(file: str) -> str:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dicomnode.admission import check_passcode_hash, check_user_name, network
 from dicomnode.cli.terminal import ConfigOption, opened
-from dicomnode.config import check_ae_title, toml_value
+from dicomnode.config import check_ae_title, check_dicomweb_address, toml_value
 from dicomnode.errors import UsageError
 from dicomnode.results.profile import check_objects
 from storage import Storage
@@ -51,6 +51,13 @@ class PeerEntry(_Entry):
     seg_per: SegmentationPer = "model"
     empty_frames: bool = False
     queries: bool = True
+    stow_url: str | None = None
+    stow_credentials: str | None = None  # a path
+
+    @field_validator("stow_url")
+    @classmethod
+    def _stow_url(cls, value: str | None) -> str | None:
+        return None if value is None else check_dicomweb_address(value)[0]
 
     @field_validator("ae_title")
     @classmethod
@@ -85,6 +92,10 @@ class PeerEntry(_Entry):
             raise ValueError("passcode_hash needs user")
         if self.commits and not self.receives:
             raise ValueError("commits needs receives")
+        if self.stow_url is not None and (self.commits or not self.receives):
+            raise ValueError("stow_url needs receives, and no commits")
+        if self.stow_credentials is not None and self.stow_url is None:
+            raise ValueError("stow_credentials needs stow_url")
         return self
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dicomnode.config import CommitmentSection, ListenerSection, Settings, TlsSection
 from dicomnode.dimse.commitment import CLASS_INSTANCE_CONFLICT, DUPLICATE_TRANSACTION, NO_SUCH_INSTANCE, PROCESSING_FAILURE
+from dicomnode.dimse.conformance_dicomweb import dicomweb_lines
 from dicomnode.dimse.contexts import (
     DEFLATED,
     EXCLUDED_TRANSFER_SYNTAXES,
@@ -79,6 +80,7 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
     yield from _statuses()
     yield from _commitment(settings)
     yield from _queries(settings.listener)
+    yield from dicomweb_lines(settings.web, _table)
     yield from _tables(settings.listener)
     if private_codes:
         yield "## Private codes"

@@ -15,7 +15,7 @@ from dicomnode.errors import NodeError
 
 MAXIMUM_PART_HEADER: Final = 8192  # bytes
 MAXIMUM_PREAMBLE: Final = 65536
-_BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
+_BOUNDARY: Final = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,199}[0-9A-Za-z'()+_,./:=?-]")  # Orthanc's has 73, where RFC 2046 allows 70
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*", re.DOTALL)
 _LINE_END: Final = re.compile(rb"[ \t]*\r\n")
 

@@ -72,7 +72,7 @@ BAD_BODIES = (
     (b"\r\n--cut\r\nContent-Type: text/html\r\n\r\nx\r\n--cut--", RELATED, 415),
     (b"\r\n--cut\r\nContent-Type: application/dicom+json\r\n\r\n[]\r\n--cut--", RELATED, 415),
     (body_of(b"x"), 'multipart/related; type="application/dicom"', 400),
-    (body_of(b"x"), f'multipart/related; type="application/dicom"; boundary="{"x" * 71}"', 400),
+    (body_of(b"x"), f'multipart/related; type="application/dicom"; boundary="{"x" * 201}"', 400),
     (body_of(b"x"), "multipart/form-data; boundary=cut", 415),
     (body_of(b"x"), 'multipart/related; type="application/dicom+json"; boundary=cut', 415),
     (b"{}", "application/json", 415),

@@ -1,0 +1,53 @@
+"""The part of the conformance statement on DICOMweb (PS3.18): what the web role answers, and how results are sent by STOW-RS.
+
+Must never state what a test of the web role doesn't hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from dicomnode.config import WebSection
+
+SERVICES = (
+    ("Search", "`/studies`, `/series`, `/instances` and those of a study or a series", "application/dicom+json"),
+    ("Retrieve", "study, series, instance", "multipart/related of application/dicom; an instance as application/dicom, too"),
+    ("Retrieve metadata", "`…/metadata` of study, series, instance", "application/dicom+json"),
+    ("Retrieve frames", "`…/frames/1,2`", "octets, or the media type of the stored transfer syntax, as it is stored"),
+    ("Retrieve bulk data", "`…/bulkdata/…`, as metadata name it", "application/octet-stream, alone or in parts"),
+    ("Store", "POST to `/studies` and `/studies/{study}`", "multipart/related of application/dicom; the answer is application/dicom+json"),
+)
+FAILURES = (
+    ("0122", "the SOP class is none of those below"),
+    ("C122", "the transfer syntax is none of those below"),
+    ("C005", "the instance is of another study than the one that it was sent to"),
+    ("any status of the Storage SCP", "as there"),
+)
+OUTCOMES = (
+    ("200 or 202, and the object stands in Referenced SOP Sequence", "sent"),
+    ("a failure reason: A700 to A7FF, 0110", "sent again later"),
+    ("any other failure reason", "failed: a person must look"),
+    ("408, 425, 500; no answer", "sent again later"),
+    ("401, 403, 407, 429, 502, 503, 504; no connection", "sent again later, and no other object until then"),
+    ("any other, redirects among them", "failed: a person must look"),
+)
+
+
+def dicomweb_lines(web: WebSection, table: Callable[[tuple[str, ...], Iterable[tuple[str, ...]]], Iterator[str]]) -> Iterator[str]:
+    """Give the lines of the section; `table` makes those of a table."""
+    state = "runs with `dicomnode serve`" if web.enabled else "is not run by `dicomnode serve` (`web.enabled`)"
+    yield "## DICOMweb: origin server"
+    yield f"The web role {state}; `dicomnode run web` runs it in any case. Its addresses begin with `/dicom-web`."
+    yield from table(("Transaction", "Resource", "Media type"), SERVICES)
+    yield "Objects and frames are given as they are stored: nothing is decoded, rendered or transcoded, but for objects in Implicit VR"
+    yield "Little Endian or deflated, which are given in Explicit VR Little Endian where that is asked for or nothing is named. Where no"
+    yield "transfer syntax is named, what is stored compressed is given in its own. 206 is answered without what can't be given, 410 for"
+    yield "what the node no longer holds, 406 for what is not accepted."
+    yield "Searches match and return what C-FIND does. Keys that are not matched, fuzzy matching and unknown fields are named in a"
+    yield f"Warning header. One answer has up to {web.maximum_matches} matches."
+    yield "An instance that is stored takes the way of C-STORE, with the same checks. Its calling AE title is that of the peer."
+    yield from table(("Failure Reason (0008,1197)", "When"), FAILURES)
+    yield "Callers are registered peers by HTTP Basic authentication or by certificate; without either only who is on the same machine."
+    yield "## DICOMweb: user agent"
+    yield "Results go by STOW-RS to peers that are registered with `--stow`: a request for each object, as it is stored."
+    yield from table(("Answer", "Outcome"), OUTCOMES)

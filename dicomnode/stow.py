@@ -1,0 +1,175 @@
+"""The user agent of STOW-RS (PS3.18 10.5): sends stored objects over HTTP to a peer, exactly as they are stored.
+
+One request for each object, over one connection, so that each has its own outcome. The outcomes are those of C-STORE, and so are the
+classes of failure. Must never hold more of an object in memory than a chunk, follow a redirect (results would go where nobody said), or
+try again by itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import ssl
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import httpx
+
+from dicomnode.config import TlsSection
+from dicomnode.dimse.scu import Outgoing, SendOutcome, classify
+from dicomnode.dimse.tls import peer_context
+from dicomnode.errors import ConfigError, PeerUnavailable
+from storage.records import Peer
+
+CHUNK_BYTES: Final = 1 << 20
+_ANSWER_BYTES: Final = 1 << 20  # most that is read of an answer
+# HTTP statuses that can be others later. Of the second kind are those with which the peer takes no other object now either.
+_TRANSIENT: Final = frozenset({408, 425, 500})
+_AWAY: Final = frozenset({401, 403, 407, 429, 502, 503, 504})
+
+
+def post_each(
+    peer: Peer, objects: Sequence[Outgoing], *, tls: TlsSection | None = None, timeout_seconds: float = 60
+) -> Generator[SendOutcome]:
+    """Send `objects` to the peer's DICOMweb and give the outcome of each before the next one is sent.
+
+    `tls` is the node's own certificate, which is shown to peers that are called over TLS of the site's own CA.
+    """
+    try:
+        client = _client(peer, tls, timeout_seconds)
+    except ConfigError as error:
+        yield from (_outcome(item, "permanent", str(error)) for item in objects)
+        return
+    with client:
+        away: str | None = None
+        for item in objects:
+            outcome = _outcome(item, "transient", away, is_away=True) if away is not None else _post(client, peer, item)
+            away = outcome.error if outcome.is_away else None
+            yield outcome
+
+
+def reach(peer: Peer, *, tls: TlsSection | None = None, timeout_seconds: float = 10) -> None:
+    """See that a peer's DICOMweb answers, and lets the node in.
+
+    Raises:
+        PeerUnavailable: it doesn't; one sentence says why.
+        ConfigError: its credentials or this node's certificate can't be used.
+    """
+    with _client(peer, tls, timeout_seconds) as client:
+        try:
+            answer = client.get(f"{peer.stow_url}/studies", params={"limit": "1"}, headers=_credentials(peer))
+        except httpx.HTTPError as error:
+            raise PeerUnavailable(f"{peer.ae_title} at {peer.stow_url}: {_words(error)}") from error
+    if answer.status_code not in {200, 204, 406}:
+        raise PeerUnavailable(f"{peer.ae_title} at {peer.stow_url}: HTTP {answer.status_code}")
+
+
+def _client(peer: Peer, tls: TlsSection | None, timeout_seconds: float) -> httpx.Client:
+    """Raises ConfigError if the node's certificate is needed and can't be used."""
+    if peer.tls:
+        if tls is None or tls.certificate is None:
+            raise ConfigError(f"peer {peer.ae_title} is called over TLS with this node's certificate, and it has none: set [tls]")
+        verify: ssl.SSLContext = peer_context(tls, pin=peer.client_cert, timeout_seconds=timeout_seconds)
+    else:
+        verify = ssl.create_default_context()
+    return httpx.Client(verify=verify, timeout=timeout_seconds, follow_redirects=False, trust_env=False)
+
+
+def _post(client: httpx.Client, peer: Peer, item: Outgoing) -> SendOutcome:
+    boundary = f"dicomnode-{os.urandom(16).hex()}"
+    begin = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode("ascii")  # Orthanc takes it without parameters alone
+    end = f"\r\n--{boundary}--\r\n".encode("ascii")
+    try:
+        headers = {
+            "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
+            "Content-Length": str(len(begin) + item.path.stat().st_size + len(end)),
+            "Accept": "application/dicom+json",
+            **_credentials(peer),
+        }
+        body = _body(begin, item.path, end)
+        with client.stream("POST", f"{peer.stow_url}/studies", content=body, headers=headers) as answer:
+            return _judged(item, answer.status_code, _read(answer))
+    except ConfigError as error:  # the credentials: a person may mend them meanwhile
+        return _outcome(item, "transient", str(error), is_away=True)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        return _outcome(item, "transient", _words(error), is_away=True)
+    except httpx.HTTPError as error:
+        return _outcome(item, "transient", _words(error))
+    except OSError as error:
+        return _outcome(item, "permanent", f"the stored file cannot be sent: {error.strerror}")
+
+
+def _body(begin: bytes, path: Path, end: bytes) -> Iterator[bytes]:
+    yield begin
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+    yield end
+
+
+def _read(answer: httpx.Response) -> bytes:
+    content = bytearray()
+    for chunk in answer.iter_bytes(65536):
+        content += chunk
+        if len(content) > _ANSWER_BYTES:
+            return b""
+    return bytes(content)
+
+
+def _judged(item: Outgoing, status: int, content: bytes) -> SendOutcome:
+    """What an answer says of the one object that was sent (PS3.18 10.5.3): it counts as stored only if the answer names it as stored."""
+    stored, reasons = _response(content)
+    if status in {200, 202} and item.sop_instance_uid in stored:
+        return SendOutcome(sop_instance_uid=item.sop_instance_uid, state="sent", status=0, error=None)
+    if status in {200, 202, 409} and reasons:
+        reason = reasons[0]
+        state: Literal["transient", "permanent"] = "transient" if classify(reason) == "transient" else "permanent"
+        return SendOutcome(sop_instance_uid=item.sop_instance_uid, state=state, status=reason, error=f"failure reason 0x{reason:04X}")
+    if status in {200, 202}:
+        return _outcome(item, "permanent", f"HTTP {status}, but the answer doesn't say that the object is stored")
+    away = status in _AWAY
+    return _outcome(item, "transient" if away or status in _TRANSIENT else "permanent", f"HTTP {status}", is_away=away)
+
+
+def _response(content: bytes) -> tuple[set[str], list[int]]:
+    """The SOP Instance UIDs that a Store Instances Response in JSON names as stored, and the failure reasons; nothing for anything else."""
+    try:
+        answer: Any = json.loads(content)
+        answer = answer[0] if isinstance(answer, list) and answer else answer
+        stored, *failed = (answer.get(tag, {}).get("Value", []) for tag in ("00081199", "00081198", "0008119A"))
+        return (
+            {str(item["00081155"]["Value"][0]) for item in stored},
+            [int(item["00081197"]["Value"][0]) & 0xFFFF for items in failed for item in items],
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return set(), []
+
+
+def _credentials(peer: Peer) -> dict[str, str]:
+    """The Authorization header by the peer's file of credentials, read anew for each request: tokens are exchanged while the node runs.
+
+    Raises ConfigError if the file can't be read, or holds no such.
+    """
+    if peer.stow_credentials is None:
+        return {}
+    try:
+        line = next(iter(Path(peer.stow_credentials).read_text(encoding="utf-8").splitlines()), "").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the credentials for {peer.ae_title} cannot be read: {type(error).__name__}") from error
+    scheme, _, token = line.partition(" ")
+    if scheme.lower() == "bearer" and token.isascii() and token.isprintable():
+        return {"Authorization": f"Bearer {token}"}
+    if ":" in line:
+        return {"Authorization": f"Basic {base64.b64encode(line.encode()).decode()}"}
+    raise ConfigError(f"the credentials for {peer.ae_title} are no line USER:PASSCODE or Bearer TOKEN")
+
+
+def _outcome(item: Outgoing, state: Literal["transient", "permanent"], error: str, *, is_away: bool = False) -> SendOutcome:
+    return SendOutcome(sop_instance_uid=item.sop_instance_uid, state=state, status=None, error=error, is_away=is_away)
+
+
+def _words(error: Exception) -> str:
+    """What went wrong on the way, in words: of the library's own, which may name addresses alone."""
+    return f"no answer: {str(error).strip() or type(error).__name__}"
