@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DIST = Path(os.environ.get("OHIF_DIST", Path(__file__).parents[1] / ".cache" / "ohif-3.13.2" / "package" / "dist"))
 PATIENCE_SECONDS = 240  # WebGL in software on a busy machine; nothing is measured here
+POLL = 250  # milliseconds; with each frame, as is Playwright's habit, it would keep the renderer busy
 SOFTWARE_WEBGL = [
     "--no-sandbox",
     "--no-first-run",
@@ -163,7 +164,7 @@ def chromium() -> Iterator[BrowserContext]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
     with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         context = driver.chromium.launch_persistent_context(
-            profile, executable_path=executable, headless=True, args=SOFTWARE_WEBGL, viewport={"width": 1300, "height": 800},
+            profile, executable_path=executable, headless=True, args=SOFTWARE_WEBGL, viewport={"width": 1000, "height": 640},
             timeout=1000 * PATIENCE_SECONDS,
         )  # fmt: skip
         context.set_default_timeout(1000 * PATIENCE_SECONDS)
@@ -203,7 +204,7 @@ class Viewer:
             for last in (False, False, False, True):
                 in_the_list.dblclick()
                 try:
-                    self.page.wait_for_function(_SHOWN, arg=series_description, timeout=250 * PATIENCE_SECONDS)
+                    self.page.wait_for_function(_SHOWN, arg=series_description, timeout=250 * PATIENCE_SECONDS, polling=POLL)
                 except OutOfTime:
                     if last:
                         raise
@@ -213,13 +214,13 @@ class Viewer:
     def wait_for(self, condition: str, argument: object = None) -> None:
         """Wait until a JavaScript function of the argument says something true."""
         with self._explained(f"{condition} of {argument}"):
-            self.page.wait_for_function(condition, arg=argument)
+            self.page.wait_for_function(condition, arg=argument, polling=POLL)
 
     def wait_for_words(self, *words: str) -> None:
         """Wait until each of these is written on the image."""
         with self._explained(f"the words {words}"):
             self.page.wait_for_function(
-                f"words => {{ {_RENDERED} return words.every(word => ({_WORDS}).includes(word)); }}", arg=list(words), polling=500
+                f"words => {{ {_RENDERED} return words.every(word => ({_WORDS}).includes(word)); }}", arg=list(words), polling=POLL
             )
 
     def words(self) -> str:
