@@ -8,6 +8,7 @@ A series tells by itself that images are absent from its middle, never that its 
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -158,7 +159,9 @@ def contradictions(evidence: Evidence) -> tuple[str, ...]:
 
 def as_json(evidence: Evidence, decision: Decision) -> dict[str, Any]:
     """Return the record that is kept with a revision."""
-    return {**asdict(evidence), "silent_seconds": round(evidence.silent_seconds, 3), "incomplete": list(decision.incomplete)}
+    record = {**asdict(evidence), "silent_seconds": round(evidence.silent_seconds, 3), "incomplete": decision.incomplete}
+    known: dict[str, Any] = json.loads(json.dumps(record))  # lists where there were tuples, as it will be when it is read again
+    return known
 
 
 def series_evidence(planes: Iterable[Plane]) -> tuple[SeriesEvidence, ...]:

@@ -15,14 +15,13 @@ from datetime import datetime
 from typing import Any
 
 from dicomnode.config import TlsSection
-from dicomnode.dimse.find import FindLimits, StudyContent, series_content, study_content
+from dicomnode.dimse.find import ASKING, FindLimits, StudyContent, series_content, study_content
 from dicomnode.errors import NodeError
 from dicomnode.evidence import PeerEvidence
 from dicomnode.logs import get_logger
 from storage import Storage
 from storage.records import Peer, Study
 
-LIMITS = FindLimits(seconds=10.0, answers=20_000)
 AGAIN_SECONDS = 30.0  # an answer that is older is asked for again
 ALONE_SECONDS = 60.0  # how long a peer that gave no answer is asked nothing
 # Modalities of series that hold no images (PS3.3 C.7.3.1.1.1): a peer that has more of them has no more to analyse.
@@ -40,7 +39,7 @@ class Inquirer:
 
     calling_ae_title: str
     tls: TlsSection | None = None
-    limits: FindLimits = LIMITS
+    limits: FindLimits = ASKING
     again_seconds: float = AGAIN_SECONDS
     alone_seconds: float = ALONE_SECONDS
     study_content: Callable[..., StudyContent | None] = field(default=study_content)

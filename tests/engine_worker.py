@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
@@ -23,6 +24,12 @@ def main(url: str, folder: str, journal: str, behaviour: str) -> None:
         storage.jobs.start(key)
         with Path(journal).open("a", encoding="utf-8") as stream:
             stream.write(key + "\n")
+        if behaviour == "record":  # what an analysis is given
+            job = storage.jobs.job(key)
+            assert job is not None
+            given = [instance.sop_instance_uid for instance in storage.index.instances(job.study_instance_uid, job.revision)]
+            with Path(journal + ".given").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps([key, given]) + "\n")
         if behaviour == "hang":
             time.sleep(600)
         if behaviour == "raise":

@@ -17,7 +17,7 @@ from dicomnode.config import Settings
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.errors import UsageError
 from storage import Storage
-from storage.records import Backlog, Commitment, CommitmentRequest, Delivery, Job, JobKind, JobState, Study
+from storage.records import Backlog, Commitment, CommitmentRequest, Delivery, Job, JobKind, JobState, Revision, Study
 
 study = typer.Typer(no_args_is_help=True, help="Studies: list, show all that is known of one, analyse one again.")
 commitment = typer.Typer(no_args_is_help=True, help="Storage commitment: what peers were asked, and what they ask this node.")
@@ -71,12 +71,28 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
             show([{name: [dataclasses.asdict(row) for row in rows] for name, (rows, _) in tables.items()}], [], as_json=True)
             return
         analyses = storage.jobs.jobs(study_instance_uid=uid, kind="analyse")
+        tables["evident of series"], tables["asked"] = _evidence(storage.index.revisions(uid))
         tables["why"], tables["considered"] = _selection(analyses)
         tables["findings"], tables["compared with"] = _findings(analyses)
         for name, (rows, columns) in tables.items():
             if rows:
                 Console().print(f"[bold]{name}[/bold]")
                 show(rows, columns, as_json=False)
+
+
+def _evidence(revisions: Sequence[Revision]) -> tuple[tuple[Sequence[Any], list[str]], tuple[Sequence[Any], list[str]]]:
+    """Two tables: what each series told of its completeness when a revision was closed, and what peers that were asked hold."""
+    series = [
+        {
+            "revision": revision.number, **known,
+            "numbers": f"{known['numbers']}: {known['absent']}" if known["absent"] else known["numbers"],
+            "stated": ", ".join(f"{a['images']} of {a['stated']}" for a in known["acquisitions"]),
+        }
+        for revision in revisions for known in revision.facts.get("series", ())
+    ]  # fmt: skip
+    peers = [{"revision": revision.number, **known} for revision in revisions for known in revision.facts.get("peers", ())]
+    columns = ["revision", "series_number", "modality", "images", "numbers", "slices", "stated"]
+    return (series, columns), (peers, ["revision", "peer", "state", "instances", "absent", "reason"])
 
 
 def _selection(jobs: Sequence[Job]) -> tuple[tuple[Sequence[Any], list[str]], tuple[Sequence[Any], list[str]]]:

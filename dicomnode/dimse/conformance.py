@@ -29,6 +29,7 @@ from dicomnode.dimse.contexts import (
     offered_syntaxes,
 )
 from dicomnode.dimse.encoding import Limits
+from dicomnode.dimse.find import ASKING, PENDING, TRANSIENT as QUERY_TRANSIENT
 from dicomnode.dimse.guard import IDLE_SECONDS
 from dicomnode.dimse.querying import MAXIMUM_MATCHES, MAXIMUM_RETRIEVED
 from dicomnode.dimse.scp import CHARACTER_SETS
@@ -80,6 +81,7 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
     yield from _statuses()
     yield from _commitment(settings)
     yield from _queries(settings.listener)
+    yield from _query_scu()
     yield from dicomweb_lines(settings.web, _table)
     yield from _tables(settings.listener)
     if private_codes:
@@ -259,6 +261,20 @@ def _queries(listener: ListenerSection) -> Iterator[str]:
             ("B000", "some objects failed (Failed SOP Instance UID List) or were taken with a warning"),
             ("FE00", "cancelled"),
             *_refusals(QueryRefused),
+def _query_scu() -> Iterator[str]:
+    yield "## Query: SCU"
+    yield "A peer that a route names is asked how many images it holds of a study that has become quiet: at the level SERIES,"
+    yield "by Study Instance UID, for Series Instance UID, Modality and Number of Series Related Instances (0020,1209); without that"
+    yield "number, or where it is larger than what came, at the level IMAGE for the SOP Instance UIDs. The Study Root model is used where it is accepted,"
+    yield f"else Patient Root. A query ends after {ASKING.seconds:g} s, {ASKING.answers:,} answers or {ASKING.size // 2**20} MiB, with"
+    yield "C-CANCEL and A-ABORT. No answer is no evidence, and the peer is asked nothing for a minute."
+    yield from _table(
+        ("Status", "Outcome"),
+        [
+            (", ".join(f"{status:04X}" for status in sorted(PENDING)), "an answer"),
+            ("0000", "the end of the answers"),
+            (f"{_ranges(QUERY_TRANSIENT)}, no association, or no response", "no answer now"),
+            ("any other, or no context that is accepted", "no answer"),
         ],
     )
 

@@ -39,6 +39,9 @@ class FindLimits:
     size: int = 64 * 2**20  # bytes of all answers
 
 
+ASKING = FindLimits(seconds=10.0, answers=20_000)  # of a study that seems complete
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudyContent:
     """What a peer says that it holds of a study."""

@@ -52,9 +52,9 @@ class Site(Desk):
         (route,) = self.storage.registry.routes()
         self.storage.registry.add_route(replace(route, to_ae_titles=tuple(profiles), report_refusals=True))
 
-    def analyse(self, files: list[Path]) -> str:
+    def analyse(self, files: list[Path], *, stated: int | None = None) -> str:
         """Receive and analyse; return how the job ended."""
-        self.receive(files)
+        self.receive(files, stated=stated)
         now = datetime.now(UTC)
         close_complete_studies(self.storage, self.client, now + timedelta(hours=1), up_since=now)
         (job,) = self.storage.jobs.jobs(study_instance_uid=self.study, kind="analyse")
@@ -103,6 +103,31 @@ def test_each_peer_is_given_the_objects_of_its_profile(site: Site) -> None:
 def test_a_reason_is_told_in_the_words_that_a_peer_can_show(site: Site) -> None:
     assert site.analyse(site.files[:3]) == "refused"
     assert site.given() == {"VIEWER": [REPORT], "PLAIN": [CAPTURE], "BOTH": sorted([PLAIN_REPORT, CAPTURE]), "LABELS": [REPORT]}
+
+
+@pytest.mark.parametrize("images", [None, 3])
+def test_what_was_analysed_or_not_of_an_incomplete_study_says_so_in_each_report(tmp_path: Path, study: Path, images: int | None) -> None:
+    site = Site(tmp_path, study, VIEWER=("seg", "sr"), PLAIN=("sr-comprehensive", "key-image"))
+    files = site.files[:images]
+    assert site.analyse(files, stated=500) == ("done" if images is None else "refused")
+    words = f"The study was incomplete when it was analysed: series 2: {len(files)} of 500 images."
+    (revision,) = site.storage.index.revisions(site.study)
+    assert revision.evidence.startswith(f"incomplete: series 2: {len(files)} of 500 images; ")
+    results = [result for result in site.storage.jobs.results() if result.sop_class_uid in {REPORT, PLAIN_REPORT}]
+    assert len(results) == 2
+    for result in results:
+        report = pydicom.dcmread(site.storage.objects.path(result.stored.object_id))
+        assert any(words in text for text in texts(report)), texts(report)
+    (job,) = site.storage.jobs.jobs(kind="analyse")
+    assert images is None or words in str(job.reason)
+    site.client.close()
+    site.storage.database.close()
+
+
+def texts(content: pydicom.Dataset) -> list[str]:
+    """What a report says in words."""
+    mine = [str(content.TextValue)] if content.get("ValueType") == "TEXT" else []
+    return mine + [text for item in content.get("ContentSequence", ()) for text in texts(item)]
 
 
 def test_pictures_are_made_only_where_somebody_is_given_them(tmp_path: Path, study: Path) -> None:

@@ -52,7 +52,8 @@ class Desk:
         )  # fmt: skip
         self.study = ""
 
-    def receive(self, files: list[Path]) -> None:
+    def receive(self, files: list[Path], *, stated: int | None = None) -> None:
+        """Put files into the store and the index; each says that its acquisition has `stated` images."""
         for file in files:
             image = pydicom.dcmread(file, stop_before_pixels=True)
             self.study = str(image.StudyInstanceUID)
@@ -64,6 +65,7 @@ class Desk:
                 patient_id=str(image.PatientID), patient_name=str(image.PatientName), study_date=str(image.StudyDate),
                 study_description="", accession_number="", series_number=2,
                 series_description="", requested_priority="routine", calling_ae_title="SCANNER", called_ae_title="NODE",
+                images_in_acquisition=stated,
             )  # fmt: skip
             assert self.storage.index.add_instance(header, stored) == "stored"
 

@@ -258,7 +258,8 @@ def test_in_every_case_more_silence_never_opens_a_study_again():
 
 def test_the_record_is_json_and_holds_all_of_it():
     evidence = study(GAP, silent=150.12345, peers=(HOLDS_MORE,))
-    record = json.loads(json.dumps(as_json(evidence, decide(evidence, RULES))))
+    record = as_json(evidence, decide(evidence, RULES))
+    assert json.loads(json.dumps(record)) == record
     assert record["silent_seconds"] == 150.123
     assert record["series"][0]["absent"] == "4 is absent"
     assert record["peers"][0] == {"peer": "PACS", "state": "answered", "instances": 12, "absent": 2, "reason": ""}

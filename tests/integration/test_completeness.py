@@ -1,0 +1,290 @@
+"""Many studies interleaved over 16 associations, slices shuffled, with gaps and late images: each revision is what it should be.
+
+What it should be is written down with each study when it is made, before anything is sent, and nothing of the node is asked for it.
+The clock is the test's: a study's silence is as long as `Bench.later` says, however long the machine takes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dimse_cases import a_dataset, encoded
+from raw_dicom import Image, association, association_request
+
+from dicomnode.completion import Seen, close_complete_studies
+from dicomnode.config import ListenerSection, NodeSection, Settings
+from dicomnode.engine import EngineClient, prepare_engine
+from dicomnode.receiver import Receiver
+from pacs import PATIENCE_SECONDS, loopback_peer, wait_until
+from storage import open_storage, prepare_storage
+from storage.records import Route
+
+WORKER = Path(__file__).parents[1] / "engine_worker.py"
+ASSOCIATIONS = 16
+CALM, HASTY = "CALM", "HASTY"  # called AE titles: studies that wait for their quiet period, and studies that are closed at any moment
+QUIET = 3600.0
+WAITED = 5 * QUIET + 60  # a quiet period and, for what is absent, four more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A study: what is sent of it in each round, and what must come of it."""
+
+    uid: str
+    called: str
+    rounds: tuple[list[Image], ...]  # 1: at first, 2: after a quiet period, 3: after the longest wait
+    waits: int  # how many of the three times it is still open after: a quiet period, another one, the longest wait
+    revisions: list[tuple[frozenset[str], tuple[str, ...]]]  # content, and what is said to be absent
+
+    @property
+    def images(self) -> frozenset[str]:
+        return uids(image for sent in self.rounds for image in sent)
+
+
+def uids(images: Iterable[Image]) -> frozenset[str]:
+    return frozenset(image.sop_instance_uid for image in images)
+
+
+def slices(study: str, series: int, count: int, stated: int | None = None) -> dict[int, Image]:
+    """A CT series by Instance Number; each slice has UIDs of its own."""
+    made = {}
+    for number in range(1, count + 1):
+        dataset = a_dataset(
+            StudyInstanceUID=study, SeriesInstanceUID=f"{study}.{series}", SeriesNumber=series, InstanceNumber=number,
+            AcquisitionNumber=series, ImagePositionPatient=[-120.5, -99.25, 2.5 * number - 500], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        )  # fmt: skip
+        if stated is not None:
+            dataset.ImagesInAcquisition = stated
+        made[number] = Image(dataset.SOPInstanceUID, encoded(dataset))
+    return made
+
+
+def plan(kind: str, uid: str, chance: random.Random) -> Planned:
+    """A study of a kind."""
+    count = chance.randrange(12, 18)
+    by_number = slices(uid, 1, count)
+    series, more = list(by_number.values()), list(slices(uid, 2, chance.randrange(3, 6)).values())
+    counted = list(slices(uid, 1, count, count + 2).values())
+
+    def part(*numbers: int) -> list[Image]:
+        return [by_number[number] for number in numbers]
+
+    def without(*numbers: int) -> list[Image]:
+        return [image for number, image in by_number.items() if number not in numbers]
+
+    gap = "series 1: Instance Number {} absent, where the slices have a gap".format
+    whole, all_of_it = uids(series), uids(series + more)
+    short = f"series 1: {count} of {count + 2} images of acquisition 1"
+    rounds, waits, revisions = {
+        "whole": ((series, [], []), 0, [(whole, ())]),
+        "two series": ((series + more, [], []), 0, [(all_of_it, ())]),
+        "gap": ((without(8), [], []), 2, [(uids(without(8)), (gap("8 is"),))]),
+        "gap filled in time": ((without(8), part(8), []), 1, [(whole, ())]),
+        "gap filled late": (
+            (without(5, 8, 9), [], part(5, 8, 9)), 2, [(uids(without(5, 8, 9)), (gap("5, 8 to 9 are"),)), (whole, ())]
+        ),
+        "gap filled late in part": (
+            (without(5, 8), [], part(5)), 2, [(uids(without(5, 8)), (gap("5, 8 are"),)), (uids(without(8)), (gap("8 is"),))]
+        ),
+        "fewer than stated": ((counted, [], []), 2, [(uids(counted), (short,))]),
+        "late series": ((series, more, []), 0, [(whole, ()), (all_of_it, ())]),
+        "late twice": (
+            (without(count), part(count), more), 0, [(uids(without(count)), ()), (whole, ()), (all_of_it, ())]
+        ),
+        "sent again": ((series, series, series), 0, [(whole, ())]),
+        "hasty": ((series + more, [], []), 0, []),
+    }[kind]  # fmt: skip
+    called = HASTY if kind == "hasty" else CALM
+    return Planned(uid=uid, called=called, rounds=tuple(map(list, rounds)), waits=waits, revisions=revisions)
+
+
+KINDS = (
+    "whole", "two series", "gap", "gap filled in time", "gap filled late", "gap filled late in part", "fewer than stated", "late series",
+    "late twice", "sent again", "hasty", "hasty",
+)  # fmt: skip
+
+
+class Bench:
+    """A receiver, a thread that closes studies all the time, and a worker that writes down what each analysis is given."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        prepare_storage(url, folder)
+        prepare_engine(url)
+        self.storage = open_storage(url, folder)
+        self.client = EngineClient(url)
+        self.given = folder / "journal.given"
+        self.later = timedelta()
+        self._register()
+        settings = Settings(node=NodeSection(data=folder, ae_title=CALM, more_ae_titles=(HASTY,)), listener=ListenerSection(port=0))
+        self.receiver = Receiver(settings, self.storage)
+        self.receiver.start()
+        self._worker = subprocess.Popen([sys.executable, str(WORKER), url, str(folder), str(folder / "journal"), "record"])
+        self._stopping = threading.Event()
+        self.trouble: list[Exception] = []
+        self.looked = 0
+        self._closer = threading.Thread(target=self._close)
+        self._closer.start()
+
+    def _register(self) -> None:
+        registry = self.storage.registry
+        registry.add_peer(loopback_peer("SCANNER", 104))
+        registry.add_package("stub", "1", "d" * 64)
+        registry.set_check("stub", "1", "d" * 64, {}, passed=True)
+        registry.enable("stub", "1")
+        for called, quiet in ((CALM, QUIET), (HASTY, 0.0)):
+            registry.add_route(
+                Route(name=called, from_ae_title="*", called_ae_title=called, package="stub", version=None, to_ae_titles=("SCANNER",),
+                      priority=None, quiet_seconds=quiet, report_refusals=False)
+            )  # fmt: skip
+
+    def _close(self) -> None:
+        seen = Seen()
+        while not self._stopping.wait(0.1):
+            now = datetime.now(UTC)
+            try:
+                close_complete_studies(self.storage, self.client, now + self.later, up_since=now - timedelta(days=1), seen=seen)
+            except Exception as error:  # noqa: BLE001  told by whoever waits
+                self.trouble.append(error)
+            self.looked += 1
+
+    def send(self, called: str, images: Sequence[Image]) -> list[str]:
+        """Send over one association, in this order; return the SOP Instance UIDs in the order of their Success."""
+        taken = []
+        request = association_request(called=called)
+        with association(self.receiver.port, request=request, seconds=PATIENCE_SECONDS) as connection:
+            for image in images:
+                assert connection.store(image).status == 0
+                taken.append(image.sop_instance_uid)
+            connection.release()
+        return taken
+
+    def send_round(self, number: int, studies: Sequence[Planned], chance: random.Random) -> list[list[str]]:
+        """Send a round of all studies, shuffled, over 16 associations at a time; return what each sent, in its order."""
+        parts: list[tuple[str, list[Image]]] = []
+        for called, associations in ((CALM, ASSOCIATIONS - 4), (HASTY, 4)):
+            images = [image for study in studies if study.called == called for image in study.rounds[number]]
+            chance.shuffle(images)
+            parts += [(called, images[start::associations]) for start in range(associations) if images]
+        with ThreadPoolExecutor(ASSOCIATIONS) as pool:
+            return list(pool.map(lambda part: self.send(*part), parts))
+
+    def open(self) -> set[str]:
+        """The studies with images that no revision holds yet."""
+        return {study.study_instance_uid for study in self.storage.index.receiving()}
+
+    def settle(self, later: float, still_open: set[str], what: str) -> None:
+        """Let so many seconds pass, and wait until none but these studies are open, and they are; then let time stand again."""
+        self.wait(self._released, f"the ends of the associations before {what}")
+        self.later = timedelta(seconds=later)
+        self.wait(lambda: self.open() <= still_open, what)
+        looked = self.looked
+        self.wait(lambda: self.looked > looked + 2, "another look at those that stay open")
+        self.later = timedelta()
+        assert self.open() == still_open, what
+
+    def wait(self, condition: Any, what: str) -> None:
+        wait_until(lambda: bool(self.trouble) or condition(), what=what)
+        assert self.trouble == []
+
+    def _released(self) -> bool:
+        return all(study.released_at and study.released_at >= study.last_received_at for study in self.storage.index.receiving())
+
+    def records(self) -> list[tuple[str, frozenset[str]]]:
+        """Each analysis by its key, and what it was given."""
+        lines = self.given.read_text(encoding="utf-8").splitlines() if self.given.exists() else []
+        return [(key, frozenset(uids)) for key, uids in map(json.loads, lines)]
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._closer.join()
+        self._worker.terminate()
+        self._worker.wait(PATIENCE_SECONDS)
+        self.receiver.stop(drain_seconds=0)
+        self.client.close()
+        self.storage.database.close()
+
+
+@contextmanager
+def a_bench(url: str, folder: Path) -> Iterator[Bench]:
+    bench = Bench(url, folder)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def run(bench: Bench, number: int) -> None:
+    chance = random.Random(20260128)
+    studies = [plan(KINDS[n % len(KINDS)], f"1.2.826.0.1.{n + 1}", chance) for n in range(number)]
+    calm = {study.uid for study in studies if study.called == CALM}
+
+    def still_open(times: int) -> set[str]:
+        return {study.uid for study in studies if study.waits > times}
+
+    sent = bench.send_round(0, studies, chance)
+    assert calm <= bench.open(), "closed before its time"
+    bench.settle(QUIET + 60, still_open(0), "the studies that are whole")
+    sent += bench.send_round(1, studies, chance)
+    bench.settle(QUIET + 60, still_open(1), "the studies that have become whole")
+    bench.settle(WAITED, set(), "the studies that were waited for in vain")
+    sent += bench.send_round(2, studies, chance)
+    bench.settle(WAITED, set(), "what came late")
+    expected = sum(len(bench.storage.index.revisions(study.uid)) for study in studies)
+    bench.wait(lambda: len(bench.records()) >= expected, "the analyses")
+    check(bench, studies, sent)
+
+
+def check(bench: Bench, studies: Sequence[Planned], sent: Sequence[Sequence[str]]) -> None:
+    records = bench.records()
+    assert max(Counter(key for key, _ in records).values()) == 1, "analysed twice"
+    given = dict(records)
+    keys = set()
+    for study in studies:
+        revisions = bench.storage.index.revisions(study.uid)
+        contents = []
+        for revision in revisions:
+            key = f"analyse/{study.uid}/{revision.number}/stub/1"
+            keys.add(key)
+            contents.append(given[key])
+            assert frozenset(i.sop_instance_uid for i in bench.storage.index.instances(study.uid, revision.number)) == given[key]
+            assert revision.facts["images"] == len(given[key])
+            assert revision.evidence.startswith("incomplete: ") == bool(revision.incomplete)
+        assert [revision.number for revision in revisions] == list(range(1, len(revisions) + 1))
+        if study.called == CALM:
+            assert list(zip(contents, (revision.incomplete for revision in revisions), strict=True)) == study.revisions
+        assert contents[-1] == study.images, "not all of it was analysed in the end"
+        for earlier, later in pairwise(contents):
+            assert earlier < later, "a revision without anything new"
+        for one in sent:  # what an association sent before an image that a revision holds, the revision holds, too
+            mine = [uid for uid in one if uid in study.images]
+            for content in contents:
+                known = [uid in content for uid in dict.fromkeys(mine)]
+                assert known == sorted(known, reverse=True)
+    assert set(given) == keys, "an analysis of no revision"
+    jobs = bench.storage.jobs.jobs(kind="analyse")
+    assert {job.key for job in jobs} == keys
+
+
+def test_40_studies(tmp_path: Path) -> None:
+    with a_bench(f"sqlite:///{tmp_path / 'node.sqlite'}", tmp_path) as bench:
+        run(bench, 40)
+
+
+@pytest.mark.long
+def test_300_studies(database_url: str, tmp_path: Path) -> None:
+    with a_bench(database_url, tmp_path) as bench:
+        run(bench, 300)
