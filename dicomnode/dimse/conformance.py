@@ -261,13 +261,17 @@ def _queries(listener: ListenerSection) -> Iterator[str]:
             ("B000", "some objects failed (Failed SOP Instance UID List) or were taken with a warning"),
             ("FE00", "cancelled"),
             *_refusals(QueryRefused),
+        ],
+    )
+
+
 def _query_scu() -> Iterator[str]:
     yield "## Query: SCU"
-    yield "A peer that a route names is asked how many images it holds of a study that has become quiet: at the level SERIES,"
-    yield "by Study Instance UID, for Series Instance UID, Modality and Number of Series Related Instances (0020,1209); without that"
-    yield "number, or where it is larger than what came, at the level IMAGE for the SOP Instance UIDs. The Study Root model is used where it is accepted,"
-    yield f"else Patient Root. A query ends after {ASKING.seconds:g} s, {ASKING.answers:,} answers or {ASKING.size // 2**20} MiB, with"
-    yield "C-CANCEL and A-ABORT. No answer is no evidence, and the peer is asked nothing for a minute."
+    yield "A peer that a route names is asked how many images it holds of a study that has become quiet: at the level SERIES, by Study"
+    yield "Instance UID, for Series Instance UID, Modality and Number of Series Related Instances (0020,1209); where that is absent, or"
+    yield "more than what came, at the level IMAGE for the SOP Instance UIDs. The Study Root model is used where it is accepted, else"
+    yield f"Patient Root. A query ends after {ASKING.seconds:g} s, {ASKING.answers:,} answers or {ASKING.size // 2**20} MiB, with C-CANCEL"
+    yield "and A-ABORT. No answer is no evidence, and the peer is asked nothing for a minute."
     yield from _table(
         ("Status", "Outcome"),
         [
