@@ -71,17 +71,23 @@ class StorageCommitment:
             jobs.finish(job.key, "failed", reason_code=NOT_COMMITTED, reason=reason)
             log.warning("not committed", job=job.key, peer=peer.ae_title, attempt=attempt)
             return None
-        return self._request(job, peer, sent, schedule[attempt] if attempt < len(schedule) else None)
+        return self._request(
+            job,
+            peer,
+            [delivery for delivery in deliveries if delivery.state == "sent"],
+            schedule[attempt] if attempt < len(schedule) else None,
+        )
 
-    def _request(self, job: Job, peer: Peer, sop_instance_uids: Sequence[str], wait: float | None) -> float | None:
+    def _request(self, job: Job, peer: Peer, sent: Sequence[Delivery], wait: float | None) -> float | None:
+        """Ask about these results, each by what the peer was sent of it."""
         jobs, commitments = self._storage.jobs, self._storage.commitments
         transaction_uid = f"2.25.{uuid.uuid4().int}"
         classes = {result.sop_instance_uid: result.sop_class_uid for result in jobs.results(study_instance_uid=job.study_instance_uid)}
-        asked = commitments.ask(transaction_uid, job.key, peer.ae_title, sop_instance_uids)
+        asked = commitments.ask(transaction_uid, job.key, peer.ae_title, [delivery.sop_instance_uid for delivery in sent])
         outcome = ask_commitment(
             peer,
             transaction_uid,
-            [Reference(sop_class_uid=classes[uid], sop_instance_uid=uid) for uid in sop_instance_uids],
+            [Reference(sop_class_uid=one.sent_class or classes[one.sop_instance_uid], sop_instance_uid=one.at_peer) for one in sent],
             calling_ae_title=self._settings.node.ae_title,
             tls=self._settings.tls,
             report=self.report,
@@ -99,10 +105,10 @@ class StorageCommitment:
             if not noted:  # the report was quicker: whoever took it has ended the job or put it on the queue
                 return None
             if outcome.state == "accepted":
-                reason = f"{peer.ae_title} has been asked to commit to {len(sop_instance_uids)} object(s): its report is awaited"
+                reason = f"{peer.ae_title} has been asked to commit to {len(sent)} object(s): its report is awaited"
                 jobs.explain_wait(transaction, job.key, reason)
                 return answer_seconds
-            reason = f"{peer.ae_title} has {len(sop_instance_uids)} object(s) and was not asked to commit to them: {outcome.error}"
+            reason = f"{peer.ae_title} has {len(sent)} object(s) and was not asked to commit to them: {outcome.error}"
             log.warning("not asked to commit", job=job.key, peer=peer.ae_title)
             is_away = outcome.is_away and wait is not None
             if outcome.state == "transient" and wait is not None and not is_away:

@@ -1,19 +1,22 @@
 """The deliver workflow: sends the stored result objects of one analysis to one peer, and tries again until they are there.
 
-A retry sends the stored bytes. What the peer has acknowledged is recorded before the next object is sent, and a sender whose job was
-started anew by another one sends no more: what ends or delays a sender costs one object sent twice at most. Must never encode, change
-or make an object, and holds nothing while it waits.
+A retry sends the stored bytes, or the same alternative of them. What the peer has acknowledged is recorded before the next object is
+sent, and a sender whose job was started anew by another one sends no more: what ends or delays a sender costs one object sent twice at
+most. Must never change what an object says, and holds nothing while it waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from dicomnode.backlog import Backlogs
 from dicomnode.commitment import StorageCommitment
 from dicomnode.config import Settings
+from dicomnode.dimse.contexts import storage_class, transfer_syntax
+from dicomnode.dimse.recoding import other_syntaxes, simpler_class
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
 from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
@@ -80,8 +83,8 @@ class Sender:
     def _send(self, job: Job, peer: Peer, wait: float | None) -> list[SendOutcome] | None:
         """Send what the peer doesn't have yet and record each outcome; None if the job was ended or started anew meanwhile."""
         outcomes = []
-        objects = [self._outgoing(result) for result in self._waiting(job)]
-        with closing(self._sending(peer, objects)) as sending:
+        objects, at_peer = self._waiting(job)
+        with closing(self._sending(peer, objects, at_peer)) as sending:
             for outcome in sending:
                 outcomes.append(outcome)
                 retrying = outcome.state == "transient" and wait is not None
@@ -91,17 +94,19 @@ class Sender:
                     state="sent" if outcome.state == "sent" else "waiting" if retrying else "failed",
                     status=outcome.status,
                     error=outcome.error,
+                    sent_as=_sent_as(outcome),
+                    note=_remark(outcome),
                     next_at=datetime.now(UTC) + timedelta(seconds=wait) if retrying and wait is not None and not outcome.is_away else None,
                 )
                 if not self._storage.jobs.is_current(job):
                     return None
         return outcomes
 
-    def _sending(self, peer: Peer, objects: list[Outgoing]) -> Generator[SendOutcome]:
-        """Send to a peer by the way that its record names."""
+    def _sending(self, peer: Peer, objects: list[Outgoing], at_peer: Collection[str]) -> Generator[SendOutcome]:
+        """Send to a peer by the way that its record names. A DICOMweb is told no alternatives: it negotiates nothing."""
         if peer.stow_url is not None:
             return post_each(peer, objects, tls=self._settings.tls)
-        return send_each(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls)
+        return send_each(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls, at_peer=at_peer)
 
     def _delivered(self, job: Job, peer: Peer, attempt: int) -> float | None:
         """The peer has everything: that is all, or it is asked to commit to it."""
@@ -110,21 +115,49 @@ class Sender:
         self._storage.jobs.finish(job.key, "done")
         return None
 
-    def _waiting(self, job: Job) -> list[Result]:
-        """The results of this job's analysis that its peer doesn't have yet, but for what it took often enough and doesn't hold."""
+    def _waiting(self, job: Job) -> tuple[list[Outgoing], list[str]]:
+        """The results of this job's analysis that its peer doesn't have yet, but for what it took often enough and doesn't hold.
+
+        Objects that refer to others go last. Beside them, what the peer has.
+        """
         rounds = self._settings.commitment.rounds
         rows = self._storage.jobs.deliveries(job_key=job.key)
-        open_uids = {row.sop_instance_uid for row in rows if row.state in {"waiting", "failed"} and row.refusals <= rounds}
-        return [
-            result
-            for result in self._storage.jobs.results(study_instance_uid=job.study_instance_uid)
-            if result.sop_instance_uid in open_uids
-        ]
+        results = {result.sop_instance_uid: result for result in self._storage.jobs.results(study_instance_uid=job.study_instance_uid)}
+        waiting = [row for row in rows if row.state in {"waiting", "failed"} and row.refusals <= rounds]
+        objects = [self._outgoing(row.ways or ((row.sop_instance_uid, ()),), results) for row in waiting]
+        return sorted(objects, key=lambda item: bool(item.refers_to)), [row.at_peer for row in rows if row.state in {"sent", "committed"}]
 
-    def _outgoing(self, result: Result) -> Outgoing:
-        return Outgoing(
-            sop_class_uid=result.sop_class_uid,
-            sop_instance_uid=result.sop_instance_uid,
-            transfer_syntax_uid=result.transfer_syntax_uid,
-            path=self._storage.objects.path(result.stored.object_id),
-        )
+    def _outgoing(self, ways: Sequence[tuple[str, tuple[str, ...]]], results: Mapping[str, Result]) -> Outgoing:
+        """A result with its alternatives, the best first: each as it is stored, in simpler transfer syntaxes, in a simpler SOP class."""
+        objects: list[Outgoing] = []
+        for uid, refers_to in ways:
+            stored = Outgoing(
+                sop_class_uid=results[uid].sop_class_uid,
+                sop_instance_uid=uid,
+                transfer_syntax_uid=results[uid].transfer_syntax_uid,
+                path=self._storage.objects.path(results[uid].stored.object_id),
+                refers_to=refers_to,
+            )
+            simpler = simpler_class(stored.sop_class_uid, uid)
+            other = [] if simpler is None else [replace(stored, sop_class_uid=simpler[0], sop_instance_uid=simpler[1], recoded=True)]
+            for one in (stored, *other):
+                syntaxes = other_syntaxes(stored.transfer_syntax_uid)
+                objects += [one, *(replace(one, transfer_syntax_uid=syntax, recoded=True) for syntax in syntaxes)]
+        return replace(objects[0], alternatives=tuple(objects[1:]))
+
+
+def _sent_as(outcome: SendOutcome) -> tuple[str, str] | None:
+    """SOP Class and SOP Instance UID of what the peer has in the place of an object."""
+    sent = outcome.sent
+    return None if sent is None or sent.sop_instance_uid == outcome.sop_instance_uid else (sent.sop_class_uid, sent.sop_instance_uid)
+
+
+def _remark(outcome: SendOutcome) -> str | None:
+    """What is to be known of an object that the peer has: what was sent in its place and why, or what the peer remarked."""
+    sent = outcome.sent
+    if sent is None or (sent.sop_instance_uid == outcome.sop_instance_uid and not sent.recoded):
+        return outcome.error
+    sop_class, syntax = storage_class(sent.sop_class_uid), transfer_syntax(sent.transfer_syntax_uid)
+    what = f"{sop_class.name if sop_class else sent.sop_class_uid} in {syntax.name if syntax else sent.transfer_syntax_uid}"
+    said = f"sent as {what}, because the peer does not accept what it was to get"
+    return said if outcome.error is None else f"{said}; {outcome.error}"

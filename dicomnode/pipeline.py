@@ -7,7 +7,7 @@ transaction at its end, and UIDs and dates derive from the job, so being killed 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from dicomnode.priors import compared, identity_of, superseded
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_of
 from dicomnode.results.presentation import encode_presentations
-from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, made_as, parts
+from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, alternative, made_as, parts
 from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.proof_presentations import prove_presentations
@@ -102,7 +102,7 @@ class Analyser:
         instances = self._storage.index.instances(job.study_instance_uid, job.revision)
         try:
             given = self._given(job)  # asked once: what is made is what is given
-            outcome = self._outcome(job, instances, frozenset(parts(OWN)).union(*given.values()))
+            outcome = self._outcome(job, instances, _to_make(given.values()))
             self._keep(job, outcome, given)
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
@@ -256,18 +256,42 @@ class Analyser:
                 return
             self._storage.jobs.add_results(transaction, results)
             for peer, wanted in given.items():
-                objects = [made for part in wanted for made in outcome.objects.get(part, ())]
-                if objects:
-                    self._create_delivery(transaction, job, peer, [made.sop_instance_uid for made in objects])
+                ways = _ways(wanted, outcome.objects)
+                if ways:
+                    self._create_delivery(transaction, job, peer, ways)
 
-    def _create_delivery(self, transaction: Any, job: Job, peer: str, sop_instance_uids: Sequence[str]) -> None:
+    def _create_delivery(self, transaction: Any, job: Job, peer: str, ways: Mapping[str, Sequence[tuple[str, Sequence[str]]]]) -> None:
         key = f"deliver/{job.key.removeprefix('analyse/')}/{peer}"
         self._storage.jobs.create(
             transaction, key=key, kind="deliver", study_instance_uid=job.study_instance_uid, revision=job.revision,
             package=job.package, version=job.version, digest=job.digest, run=job.run, peer=peer, priority=job.priority,
         )  # fmt: skip
-        self._storage.jobs.add_deliveries(transaction, key, peer, sop_instance_uids)
+        self._storage.jobs.add_deliveries(transaction, key, peer, list(ways), ways)
         self._client.enqueue(transaction, key, "deliver", job.priority)
+
+
+def _to_make(given: Iterable[Sequence[Part]]) -> frozenset[Part]:
+    """What the node keeps, what peers are given, and what they are given where they take no label maps."""
+    wanted = {*parts(OWN), *(part for each in given for part in each)}
+    return frozenset(wanted | {other for part in wanted for other in [alternative(part)] if other is not None})
+
+
+def _ways(wanted: Sequence[Part], objects: Mapping[Part, Sequence[ResultObject]]) -> dict[str, list[tuple[str, list[str]]]]:
+    """Of each object that a peer is given itself and its alternative, each with the segmentations that it refers to."""
+    ways: dict[str, list[tuple[str, list[str]]]] = {}
+    for part in wanted:
+        other = alternative(part)
+        alternatives = objects.get(other, ()) if other is not None else ()
+        for number, made in enumerate(objects.get(part, ())):
+            ways[made.sop_instance_uid] = [(made.sop_instance_uid, _referred_to(part, objects))]
+            if number < len(alternatives) and other is not None and alternatives[number].sop_instance_uid != made.sop_instance_uid:
+                ways[made.sop_instance_uid].append((alternatives[number].sop_instance_uid, _referred_to(other, objects)))
+    return ways
+
+
+def _referred_to(part: Part, objects: Mapping[Part, Sequence[ResultObject]]) -> list[str]:
+    kind, form = part
+    return [made.sop_instance_uid for made in objects.get((form.kind, form), ())] if form is not None and kind in REPORTS else []
 
 
 def _encoded(

@@ -112,10 +112,11 @@ class Commitments:
         of_job = select(DELIVERY).where(DELIVERY.c.job_key == asked.job_key, DELIVERY.c.peer == asked.peer, DELIVERY.c.state != "committed")
         for row in connection.execute(of_job.order_by(DELIVERY.c.sop_instance_uid)).all():
             values: dict[str, Any] = {}
-            if row.sop_instance_uid in committed:
+            at_peer = row.sent_as or row.sop_instance_uid
+            if at_peer in committed:
                 values = {"state": "committed", "status": 0, "error": None, "next_at": None, "committed_at": now}
             elif is_first and row.transaction_uid == asked.transaction_uid and row.state == "sent":
-                status, words = failed.get(row.sop_instance_uid, (None, f"{asked.peer} did not say whether it commits to it"))
+                status, words = failed.get(at_peer, (None, f"{asked.peer} did not say whether it commits to it"))
                 state = "waiting" if is_open and row.refusals < rounds else "failed"
                 values = {"state": state, "status": status, "error": words, "refusals": row.refusals + 1}
             if values:

@@ -268,10 +268,21 @@ class Jobs:
         with self._database.reading() as connection:
             return [_result(row) for row in connection.execute(statement)]
 
-    def add_deliveries(self, connection: Connection, job_key: str, peer: str, sop_instance_uids: Collection[str]) -> None:
-        """Note in the caller's write transaction that these results are to reach the peer; known ones stay as they were."""
+    def add_deliveries(
+        self,
+        connection: Connection,
+        job_key: str,
+        peer: str,
+        sop_instance_uids: Collection[str],
+        ways: Mapping[str, Sequence[tuple[str, Sequence[str]]]] | None = None,
+    ) -> None:
+        """Note in the caller's write transaction that these results are to reach the peer; known ones stay as they were.
+
+        `ways` tells of some what else could be sent in their place: themselves and their alternatives, with what each refers to.
+        """
         for uid in sop_instance_uids:
             values = {"sop_instance_uid": uid, "peer": peer, "job_key": job_key, "state": "waiting", "attempts": 0}
+            values["ways"] = [[way, list(refers_to)] for way, refers_to in (ways or {}).get(uid, ())]
             self._database.insert_new(connection, DELIVERY, values)
 
     def deliveries(self, *, study_instance_uid: str | None = None, job_key: str | None = None) -> list[Delivery]:
@@ -292,8 +303,12 @@ class Jobs:
         status: int | None = None,
         error: str | None = None,
         next_at: datetime | None = None,
+        sent_as: tuple[str, str] | None = None,
+        note: str | None = None,
     ) -> None:
-        """Note how one try to send one result ended. The time of the first success stays.
+        """Note how one try to send one result ended, and what went in its place (SOP Class and SOP Instance UID).
+
+        The time of the first success stays.
 
         Raises:
             Conflict: no such delivery was noted.
@@ -301,6 +316,7 @@ class Jobs:
         values: dict[str, Any] = {"state": state, "attempts": DELIVERY.c.attempts + 1, "status": status, "error": error, "next_at": next_at}
         with self._database.writing() as connection:
             if state == "sent":
+                values |= {"sent_class": sent_as and sent_as[0], "sent_as": sent_as and sent_as[1], "note": note}
                 values["sent_at"] = func.coalesce(DELIVERY.c.sent_at, self._database.now(connection))
             this = (DELIVERY.c.sop_instance_uid == sop_instance_uid) & (DELIVERY.c.peer == peer)
             if not connection.execute(update(DELIVERY).where(this).values(values)).rowcount:
@@ -377,4 +393,8 @@ def delivery(row: Row[Any]) -> Delivery:
         transaction_uid=row.transaction_uid,
         refusals=row.refusals,
         committed_at=row.committed_at,
+        ways=tuple((way, tuple(refers_to)) for way, refers_to in row.ways),
+        sent_as=row.sent_as,
+        sent_class=row.sent_class,
+        note=row.note,
     )

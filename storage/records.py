@@ -279,6 +279,15 @@ class Delivery:
     transaction_uid: str | None = None  # under which the peer was last asked to commit to it
     refusals: int = 0  # how often the peer answered that it doesn't hold it
     committed_at: datetime | None = None
+    ways: tuple[tuple[str, tuple[str, ...]], ...] = ()  # itself and its alternatives, the best first, with what each refers to
+    sent_as: str | None = None  # what the peer has in its place, by its SOP Instance UID; None: itself
+    sent_class: str | None = None  # and its SOP Class UID
+    note: str | None = None  # what was sent in its place or remarked by the peer, and why
+
+    @property
+    def at_peer(self) -> str:
+        """The SOP Instance UID under which the peer knows it."""
+        return self.sent_as or self.sop_instance_uid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -324,6 +324,10 @@ DELIVERY = Table(
     Column("transaction_uid", Text),  # under which the peer was last asked to commit to it
     Column("refusals", Integer, nullable=False, server_default="0"),  # how often it answered that it doesn't hold it
     Column("committed_at", UtcTime),
+    Column("ways", JSON, nullable=False, server_default="[]"),  # [[SOP Instance UID, [those it refers to]], …]: itself, alternatives
+    Column("sent_as", Text),  # what the peer has in its place, by its SOP Instance UID; null: itself
+    Column("sent_class", Text),  # and its SOP Class UID
+    Column("note", WireText),  # what the peer was sent in its place or remarked, and why
     Index(None, "job_key"),
 )
 

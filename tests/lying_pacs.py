@@ -39,6 +39,9 @@ class LyingPacs:
         self.ae_title = ae_title
         self.node_port = 0
         self.stored: Counter[str] = Counter()  # SOP Instance UIDs and how often they came
+        self.files: dict[str, bytes] = {}  # and as what, as Part 10 files
+        self.associations: set[Any] = set()  # on which something came
+        self.commits = False
         self.requests: list[Request] = []
         self.answered: list[int | None] = []  # what the node answered to each report
         self.answer: Callable[[Request], int | Dataset] = lambda _request: 0x0000
@@ -88,6 +91,9 @@ class LyingPacs:
         uid = str(event.request.AffectedSOPInstanceUID)
         status = self.store_status(uid)
         self.stored[uid] += status == 0
+        self.associations.add(event.assoc)
+        if status == 0:
+            self.files[uid] = event.encoded_dataset()
         if self.leave_after is not None and sum(self.stored.values()) >= self.leave_after:
             self.leave()
         return status

@@ -63,7 +63,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
             "results": (storage.jobs.results(study_instance_uid=uid), ["modality", "sop_instance_uid", "created_at"]),
             "deliveries": (
                 storage.jobs.deliveries(study_instance_uid=uid),
-                ["sop_instance_uid", "peer", "state", "attempts", "error", "next_at", "committed_at"],
+                ["sop_instance_uid", "peer", "state", "attempts", "error", "note", "next_at", "committed_at"],
             ),
             "refused": (refused, ["sop_instance_uid", "calling_ae_title", "dimse_status", "reason", "received_at"]),
         }

@@ -6,10 +6,11 @@ again by itself: outcomes say what happened, and the engine decides.
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,11 +41,13 @@ from dicomnode.dimse.contexts import (
     STORAGE_COMMITMENT_INSTANCE,
     VERIFICATION,
 )
+from dicomnode.dimse.recoding import recoded_file
 from dicomnode.dimse.tls import PeerContext, peer_context
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable
 from storage.records import Peer
 
 SUCCESS = 0x0000
+SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.20: the peer accepted the context and refuses the object by its class
 WARNINGS = frozenset({0x0001, 0x0107, 0x0116, *range(0xB000, 0xC000)})  # PS3.7 C.4, PS3.4 B.2.3: stored, with a remark
 # PS3.4 B.2.3 Refused: Out of Resources; PS3.7 C.5 Processing failure and Resource limitation: later it can work.
 TRANSIENT = frozenset({*range(0xA700, 0xA800), 0x0110, 0x0213})
@@ -59,12 +62,15 @@ Pair = tuple[str, str]  # SOP Class UID, Transfer Syntax UID
 
 @dataclass(frozen=True, kw_only=True)
 class Outgoing:
-    """A stored Part 10 file to send; its data set's bytes go out unchanged."""
+    """A stored Part 10 file to send; its data set's bytes go out unchanged unless they are `recoded`."""
 
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
     path: Path
+    recoded: bool = False  # the file is in another transfer syntax or SOP class, and is written in these
+    refers_to: tuple[str, ...] = ()  # SOP Instance UIDs of objects that it says nothing without
+    alternatives: tuple[Outgoing, ...] = ()  # what says the same to a peer that doesn't accept it, the best first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,7 @@ class SendOutcome:
     status: int | None  # DIMSE status, None if there was no response
     error: str | None
     is_away: bool = False  # there was no association: the peer would have taken no other object either
+    sent: Outgoing | None = None  # what went to the peer: the object, or one of its alternatives
 
 
 def send(
@@ -99,13 +106,16 @@ def send_each(
     calling_ae_title: str,
     tls: TlsSection | None = None,
     timeout_seconds: float = 30,
+    at_peer: Collection[str] = (),
     originator: tuple[str, int] | None = None,
 ) -> Generator[SendOutcome]:
     """Send `objects` to `peer` and give the outcome of each before the next one is sent. Whoever closes the iterator ends the sending.
 
-    One association proposes exactly the pairs of SOP class and transfer syntax that it sends; there are more associations, and
-    another order, only where there are more than 128 pairs. `tls` is the node's own certificate, for peers that are called over TLS.
-    `originator` is who asked for it by a C-MOVE, and that request's Message ID.
+    One association proposes exactly the pairs of SOP class and transfer syntax that it may send: those of the objects and of their
+    alternatives; there are more associations only where there are more than 128 pairs. Of an object and its alternatives goes the
+    first whose pair is accepted and, if one can, which refers to objects that the peer has: of those `at_peer`, or of these. `tls`
+    is the node's own certificate, for peers that are called over TLS. `originator` is who asked for it by a C-MOVE, and that request's
+    Message ID.
     """
     if _lacks_certificate(peer, tls):
         yield from (_outcome(item, "permanent", _LACKING.format(peer.ae_title)) for item in objects)
@@ -113,22 +123,53 @@ def send_each(
     # pynetdicom sends a file's bytes as they are only under this process-wide switch; without it each data set is decoded and
     # encoded again. It is set here, at the first sending, and stays: this function is the only sender of files.
     _config.STORE_SEND_CHUNKED_DATASET = True
-    pairs = sorted({_pair(item) for item in objects})
-    for first in range(0, len(pairs), MAXIMUM_CONTEXTS):
-        proposed = pairs[first : first + MAXIMUM_CONTEXTS]
+    there, message_ids = set(at_peer), itertools.cycle(range(1, 65536))
+    for group, proposed in _groups(objects):
         with association_with(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
             trouble: str | None = None
             accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
-            for number, item in enumerate((item for item in objects if _pair(item) in proposed), start=1):
+            for item in group:
                 if no_association is not None:
                     outcome = replace(_outcome(item, "transient", no_association), is_away=True)
                 elif trouble is not None:
                     outcome = _outcome(item, "transient", trouble)
-                elif _pair(item) not in accepted:
-                    outcome = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax")
                 else:
-                    outcome, trouble = _store(association, item, number, originator)
+                    outcome, trouble = _send_one(association, item, accepted, there, message_ids, originator)
                 yield outcome
+
+
+def _groups(objects: Sequence[Outgoing]) -> Iterator[tuple[list[Outgoing], list[Pair]]]:
+    """Objects in their order, as many at a time as one association has contexts for, and the pairs to propose."""
+    group, proposed = list[Outgoing](), set[Pair]()
+    for item in objects:
+        pairs = {_pair(way) for way in (item, *item.alternatives)}
+        if len(proposed | pairs) > MAXIMUM_CONTEXTS:
+            yield group, sorted(proposed)
+            group, proposed = [], set()
+        group.append(item)
+        proposed |= pairs
+    if group:
+        yield group, sorted(proposed)
+
+
+def _send_one(
+    association: Any,
+    item: Outgoing,
+    accepted: Collection[Pair],
+    there: set[str],
+    message_ids: Iterator[int],
+    originator: tuple[str, int] | None,
+) -> tuple[SendOutcome, str | None]:
+    """Send an object, or the first of its alternatives that the peer accepts; note in `there` which one."""
+    outcome, trouble = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax"), None
+    ways = sorted((item, *item.alternatives), key=lambda way: not there.issuperset(way.refers_to))
+    for way in (way for way in ways if _pair(way) in accepted):
+        outcome, trouble = _store(association, way, next(message_ids), originator)
+        outcome = replace(outcome, sop_instance_uid=item.sop_instance_uid, sent=way)
+        if outcome.status != SOP_CLASS_NOT_SUPPORTED:
+            there.add(way.sop_instance_uid)
+            break
+    return outcome, trouble
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,8 +420,10 @@ def _store(association: Any, item: Outgoing, number: int, originator: tuple[str,
     if not association.is_established:
         return _outcome(item, "transient", broken), broken
     try:
+        names = (item.sop_class_uid, item.sop_instance_uid, item.transfer_syntax_uid)
         ae_title, message_id = originator or (None, None)
-        answer = association.send_c_store(item.path, msg_id=number % 65536, originator_aet=ae_title, originator_id=message_id)
+        with recoded_file(item.path, *names) if item.recoded else nullcontext(item.path) as path:
+            answer = association.send_c_store(path, msg_id=number, originator_aet=ae_title, originator_id=message_id)
     except OSError as error:
         return _outcome(item, "permanent", f"the stored file cannot be read: {error.strerror}"), None
     except (

@@ -60,6 +60,14 @@ USUAL = Form()
 Part = tuple[str, Form | None]  # an object to make: its kind, of a segmentation its form, of a report that of the one it refers to
 
 
+def alternative(part: Part) -> Part | None:
+    """Return what is made for a peer that takes no label maps: the BINARY segmentation, and the report that refers to it."""
+    kind, form = part
+    if form is None or form.kind != "seg-labelmap":
+        return None
+    return ("seg" if kind in SEGMENTATIONS else kind), replace(form, kind="seg")
+
+
 def chosen(name: str | None, kinds: Iterable[str]) -> Profile:
     """Return the profile of this name, or of these kinds; without either the standard one.
 

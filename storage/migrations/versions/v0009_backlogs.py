@@ -1,4 +1,4 @@
-"""What waits for a peer that cannot be reached.
+"""What waits for a peer that cannot be reached, and what a peer is sent in the place of what it does not accept.
 
 Revision ID: 0009
 """
@@ -28,4 +28,8 @@ def upgrade() -> None:
     )
     op.add_column("job", sa.Column("in_backlog", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("job", sa.Column("waiting_since", sa.DateTime(timezone=True), nullable=True))
+    op.add_column("delivery", sa.Column("ways", sa.JSON(), nullable=False, server_default="[]"))
+    op.add_column("delivery", sa.Column("sent_as", sa.Text(), nullable=True))
+    op.add_column("delivery", sa.Column("sent_class", sa.Text(), nullable=True))
+    op.add_column("delivery", sa.Column("note", sa.Text(), nullable=True))
     op.create_index("ix_job_peer_in_backlog", "job", ["peer", "in_backlog"])
