@@ -33,7 +33,7 @@ from dicomnode.dimse.find import ASKING, PENDING, TRANSIENT as QUERY_TRANSIENT
 from dicomnode.dimse.guard import IDLE_SECONDS
 from dicomnode.dimse.querying import MAXIMUM_MATCHES, MAXIMUM_RETRIEVED
 from dicomnode.dimse.scp import CHARACTER_SETS
-from dicomnode.dimse.scu import COMMITMENT_TRANSIENT, TRANSIENT, WARNINGS
+from dicomnode.dimse.scu import COMMITMENT_TRANSIENT, SOP_CLASS_NOT_SUPPORTED, TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
 from dicomnode.errors import CommitmentRefused, NodeError, QueryRefused, StoreRefused
 from dicomnode.findings import Code
@@ -121,9 +121,10 @@ def _associations(settings: Settings) -> Iterator[str]:
     yield "Every proposed context of the classes below is accepted with the first transfer syntax that the peer names and this"
     yield "statement lists."
     yield ""
-    yield "**As requestor.** One association proposes exactly the pairs of SOP class and transfer syntax of the objects it sends"
-    yield f"(more than one association only above {MAXIMUM_CONTEXTS} pairs). Nothing is re-encoded: a peer that doesn't accept"
-    yield "an object's pair doesn't get it. A peer that is registered with TLS is called over TLS alone; its certificate must be the"
+    yield "**As requestor.** One association proposes exactly the pairs of SOP class and transfer syntax of the objects it sends, and of what"
+    yield f"it sends in their place (more than one association only above {MAXIMUM_CONTEXTS} pairs). An object goes as it is stored. Where a peer"
+    yield "doesn't accept that, a result goes natively in Explicit or Implicit VR Little Endian, a Comprehensive 3D SR as Comprehensive SR,"
+    yield "a Label Map Segmentation as BINARY Segmentation with the report that refers to it, and otherwise not at all. A peer that is registered with TLS is called over TLS alone; its certificate must be the"
     yield "registered one, or name the host that it is called at, and in either case be signed by the site's certification authority."
     yield ""
 
@@ -175,8 +176,9 @@ def _statuses() -> Iterator[str]:
             ("0000", "sent"),
             (_ranges(WARNINGS), "sent; the warning is kept with the delivery"),
             (_ranges(TRANSIENT), "sent again later"),
+            (f"{SOP_CLASS_NOT_SUPPORTED:04X}", "as a context that is not accepted: what can be sent in its place is"),
             ("no association, or no response", "sent again later"),
-            ("any other, or a context that is not accepted", "failed: a person must look"),
+            ("any other, or nothing that the peer accepts", "failed: a person must look"),
         ],
     )
 
@@ -196,7 +198,7 @@ def _commitment(settings: Settings) -> Iterator[str]:
             ("0000", "the report is awaited"),
             (_ranges(COMMITMENT_TRANSIENT), "asked again later"),
             ("no association, or no response", "asked again later"),
-            ("any other, or a context that is not accepted", "failed: a person must look"),
+            ("any other, or nothing that the peer accepts", "failed: a person must look"),
         ],
     )
     yield "A report is answered with Success once it is noted, also one that comes twice; other answers stand below."
