@@ -107,6 +107,7 @@ class StorageSection(_Section):
 
     database_url: str | None = Field(None, description="postgresql+psycopg://…; without it SQLite in the data folder")
     reserve_bytes: int = Field(1_000_000_000, ge=0, description="free disk below which images are refused with A700")
+    resume_bytes: int = Field(0, ge=0, description="free disk from which they are taken again; 0: a tenth more than the reserve")
 
 
 class EngineSection(_Section):
@@ -130,6 +131,24 @@ class CommitmentSection(_Section):
     rounds: int = Field(5, ge=0, description="how often an object is sent again that its peer says it doesn't hold; then it has failed")
     maximum_references: int = Field(5000, ge=1, description="instances that one request of a peer may name")
     maximum_waiting: int = Field(1000, ge=1, description="requests of one peer that may wait for our report")
+
+
+class RetentionSection(_Section):
+    """How long objects are kept: for ever, unless days, quota_bytes or disk_share is set. `dicomnode retention` shows what would go."""
+
+    days: float = Field(0, ge=0, description="a study to which nothing happened for so long goes; 0: none goes for its age")
+    quota_bytes: int = Field(0, ge=0, description="the oldest studies go while all objects together are larger; 0: no quota")
+    disk_share: float = Field(0, ge=0, lt=1, description="the oldest studies go while more of the disk is full, e.g. 0.85; 0: no quota")
+    minimum_days: float = Field(1, ge=0, description="a study to which something happened within so long stays, whatever the quota")
+    until_committed: bool = Field(True, description="a study stays until each peer that commits has committed to its results")
+    undelivered_days: float = Field(0, ge=0, description="a study whose results a peer hasn't, stays for so long; 0: until it has")
+    unanalysed_days: float = Field(0, ge=0, description="a study of which no analysis ended with a result or reason stays so long; 0: ever")
+    keep_stat: bool = Field(True, description="a study that was urgent (STAT) stays")
+    priors: int = Field(
+        1, ge=0, description="so many last analysed studies of a patient stay to be compared with; for a quota they go last"
+    )
+    prior_days: float = Field(365, ge=0, description="for so long")
+    interval_seconds: float = Field(600, gt=0, description="between two looks at what may go")
 
 
 class AnalysisSection(_Section):
@@ -199,6 +218,7 @@ class Settings(_Section):
     storage: StorageSection = StorageSection()
     engine: EngineSection = EngineSection()
     commitment: CommitmentSection = CommitmentSection()
+    retention: RetentionSection = RetentionSection()
     analysis: AnalysisSection = AnalysisSection()
     web: WebSection = WebSection()
     log: LogSection = LogSection()

@@ -22,6 +22,7 @@ from storage.objects import ObjectStore
 from storage.query import Query
 from storage.registry import Registry
 from storage.requests import CommitmentRequests
+from storage.retention import Retention
 from storage.upgrade import is_current, upgrade
 
 
@@ -41,6 +42,7 @@ class Storage:
     requests: CommitmentRequests
     leases: Leases
     counters: Counters
+    retention: Retention
 
 
 def prepare_storage(database_url: str, folder: Path) -> None:
@@ -65,8 +67,10 @@ def prepare_storage(database_url: str, folder: Path) -> None:
         database.close()
 
 
-def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> Storage:
-    """Open what `prepare_storage` made. `reserve_bytes` of the disk stay free: below that nothing more is stored.
+def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0, resume_bytes: int = 0) -> Storage:
+    """Open what `prepare_storage` made.
+
+    `reserve_bytes` of the disk stay free: below that nothing more is taken in until `resume_bytes` are, 0 for a tenth more.
 
     Raises:
         StorageError: the folder is absent, or the database is absent or of another version of the program.
@@ -79,7 +83,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
     except StorageError:
         database.close()
         raise
-    objects, index = ObjectStore(folder / "objects", reserve_bytes=reserve_bytes), Index(database)
+    objects, index = ObjectStore(folder / "objects", reserve_bytes=reserve_bytes, resume_bytes=resume_bytes), Index(database)
     return Storage(
         database=database,
         objects=objects,
@@ -93,4 +97,5 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0) -> 
         requests=CommitmentRequests(database),
         leases=Leases(database),
         counters=Counters(database),
+        retention=Retention(database, objects),
     )

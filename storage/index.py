@@ -47,13 +47,13 @@ class _Statements:
         wanted = and_(SERIES.c.study_row == STUDY.c.id, database.is_one_of(SERIES.c.series_instance_uid, "series"))
         series = SERIES.c.id.label("series_row"), SERIES.c.series_instance_uid
         lock = (
-            select(STUDY.c.id, STUDY.c.study_instance_uid, STUDY.c.last_received_at, *series)
+            select(STUDY.c.id, STUDY.c.study_instance_uid, STUDY.c.last_received_at, STUDY.c.holds, *series)
             .outerjoin_from(STUDY, SERIES, wanted)
             .where(database.is_one_of(STUDY.c.study_instance_uid, "studies"))
             .order_by(STUDY.c.study_instance_uid)
             .with_for_update(of=STUDY)
         )
-        self.lock_studies = Statement(engine, lock)  # (study row, its UID, last received at, series row, its UID)
+        self.lock_studies = Statement(engine, lock)  # (row, UID, last received at, holds, series row, its UID)
         columns = [column.name for column in INSTANCE.c if column is not INSTANCE.c.id]
         self.insert_instance = Statement(engine, database.inserting_new(INSTANCE, INSTANCE.c.id), columns)
 
@@ -63,6 +63,7 @@ class _StudyRow(NamedTuple):
 
     row_id: int
     last_received_at: datetime
+    holds: bool
     series: dict[str, int]
 
 
@@ -411,6 +412,8 @@ class Index:
         }
         for last_image in last_images.values():
             self._statements.count_images.first(connection, last_image)
+        if again := [study.row_id for study in studies.values() if not study.holds]:  # their objects had been removed
+            connection.execute(update(STUDY).where(STUDY.c.id.in_(again)).values(holds=True))
         return outcomes
 
     def _locked_studies(self, connection: Connection, headers: Sequence[InstanceHeader]) -> dict[str, _StudyRow]:
@@ -447,10 +450,10 @@ class Index:
     def _lock_studies(self, connection: Connection, studies: Sequence[str], series: Sequence[str]) -> dict[str, _StudyRow]:
         """Lock those of the studies that exist, in one order everywhere, so that locks never wait in a ring."""
         found: dict[str, _StudyRow] = {}
-        for row_id, uid, last_received_at, series_row, series_uid in self._statements.lock_studies.all(
+        for row_id, uid, last_received_at, holds, series_row, series_uid in self._statements.lock_studies.all(
             connection, {"studies": studies, "series": series}
         ):
-            study = found.setdefault(uid, _StudyRow(row_id, last_received_at, {}))
+            study = found.setdefault(uid, _StudyRow(row_id, last_received_at, bool(holds), {}))
             if series_row is not None:
                 study.series[series_uid] = series_row
         return found
@@ -551,6 +554,9 @@ def _study(row: Row[Any]) -> Study:
         first_received_at=row.first_received_at,
         last_received_at=row.last_received_at,
         released_at=row.released_at,
+        holds=row.holds,
+        removed_at=row.removed_at,
+        removed_why=row.removed_why,
     )
 
 

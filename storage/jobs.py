@@ -260,8 +260,12 @@ class Jobs:
             self._database.insert_new(connection, RESULT, values)
 
     def results(self, *, study_instance_uid: str | None = None, job_key: str | None = None) -> list[Result]:
-        """Return the result objects of a study, of a job, or all, oldest first."""
-        statement = select(RESULT).order_by(RESULT.c.created_at, RESULT.c.modality.desc(), RESULT.c.sop_instance_uid)
+        """Return the result objects of a study, of a job, or all, oldest first; none that was removed."""
+        statement = (
+            select(RESULT)
+            .where(RESULT.c.removed_at.is_(None))
+            .order_by(RESULT.c.created_at, RESULT.c.modality.desc(), RESULT.c.sop_instance_uid)
+        )
         for column, value in ((RESULT.c.study_instance_uid, study_instance_uid), (RESULT.c.job_key, job_key)):
             if value is not None:
                 statement = statement.where(column == value)

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +30,14 @@ _REMEMBERED_FOLDERS = 100
 class ObjectStore:
     """The files below one folder. Any number of threads and processes may use the same folder."""
 
-    def __init__(self, folder: Path, *, reserve_bytes: int = 0):
+    def __init__(self, folder: Path, *, reserve_bytes: int = 0, resume_bytes: int = 0):
+        """Below `reserve_bytes` of free disk intake stops until `resume_bytes` are free; 0: a tenth more than the reserve."""
         self._folder = str(folder)
         self._incoming = f"{folder}/incoming"
+        self._stopped = f"{folder}/intake-stopped"  # a file, so that all processes agree and a restart changes nothing
         self._reserve_bytes = reserve_bytes
+        self._resume_bytes = resume_bytes
+        self._tell: Callable[[bool, int], None] | None = None
         self._durable: set[str] = set()  # folders whose names this process has synced
         self._writer: Writer | None = None
         self._lock = threading.Lock()
@@ -46,9 +51,11 @@ class ObjectStore:
             StorageError: the disk failed; nothing is left behind.
         """
         self.demand(len(prefix))
+        return self._begin(prefix, self.demand)
+
+    def _begin(self, prefix: bytes, demand: Callable[[int], None]) -> Incoming:
         try:
-            part = self._own_writer().new_part()
-            return Incoming(part, prefix, demand=self.demand)
+            return Incoming(self._own_writer().new_part(), prefix, demand=demand)
         except OSError as error:
             raise failure(error) from error
 
@@ -78,18 +85,19 @@ class ObjectStore:
         return outcomes
 
     def put(self, *chunks: bytes | memoryview) -> StoredObject:
-        """Write the chunks as one new file; when this returns they survive a power cut.
+        """Write the chunks of a result as one new file; when this returns they survive a power cut.
 
-        Preamble and file meta information, if the first chunk has them, are no part of the digest.
+        Preamble and file meta information, if the first chunk has them, are no part of the digest. Results may take half of the
+        reserve, and whether intake is stopped is nothing to them: what waits for them could otherwise never be removed.
 
         Raises:
-            OutOfSpace: the disk is full, or would be below its reserve; nothing is left behind.
+            OutOfSpace: the disk is full, or would be below half of its reserve; nothing is left behind.
             StorageError: the disk failed; nothing is left behind.
         """
-        self.demand(sum(memoryview(chunk).nbytes for chunk in chunks))
+        self._demand_for_result(sum(memoryview(chunk).nbytes for chunk in chunks))
         first = memoryview(chunks[0])
         begin = meta_length(first)
-        incoming = self.create(bytes(first[:begin]))
+        incoming = self._begin(bytes(first[:begin]), self._demand_for_result)
         try:
             for chunk in (first[begin:], *chunks[1:]):
                 incoming.write(chunk)
@@ -132,11 +140,58 @@ class ObjectStore:
         free = os.statvfs(self._folder)
         return free.f_bavail * free.f_frsize
 
+    def total_bytes(self) -> int:
+        """Return the size of the file system of the objects."""
+        there = os.statvfs(self._folder)
+        return there.f_blocks * there.f_frsize
+
+    @property
+    def resume_bytes(self) -> int:
+        """How much of the disk must be free before intake that was stopped goes on."""
+        return max(self._resume_bytes, self._reserve_bytes) if self._resume_bytes else self._reserve_bytes * 11 // 10
+
+    @property
+    def intake_stopped(self) -> bool:
+        """Whether nothing is taken in, as the disk came to its reserve and hasn't recovered yet. True for all processes alike."""
+        return os.path.exists(self._stopped)
+
+    def watch_intake(self, tell: Callable[[bool, int], None]) -> None:
+        """Call `tell` once for each stop (True) and resumption (False) that this process comes upon first, with the free bytes."""
+        self._tell = tell
+
     def demand(self, size: int) -> None:
-        """Raise OutOfSpace if so many bytes more would take of the disk's reserve."""
-        free = self.free_bytes()
-        if free - size < self._reserve_bytes:
+        """Raise OutOfSpace if intake is stopped, or if so many bytes more would take of the disk's reserve, which stops it.
+
+        It goes on with the first demand after enough is free: with a gap between, so that it doesn't stop and go by the image.
+        """
+        free, stopped = self.free_bytes(), self.intake_stopped
+        if stopped and free - size >= self.resume_bytes:
+            with suppress(OSError):  # another process was first
+                os.unlink(self._stopped)
+                self._tell_change(False, free)
+        elif stopped:
+            raise OutOfSpace(f"{free} bytes are free: intake goes on when {self.resume_bytes} are, {self._reserve_bytes} are the reserve")
+        elif free - size < self._reserve_bytes:
+            if self._reserve_bytes:
+                with suppress(OSError):
+                    os.close(os.open(self._stopped, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                    self._tell_change(True, free)
             raise OutOfSpace(f"{free} bytes are free, and {self._reserve_bytes} of them are the reserve")
+
+    def look(self) -> bool:
+        """Judge the disk as an image would, so that a change is seen without one; return whether intake is stopped."""
+        with suppress(OutOfSpace):
+            self.demand(0)
+        return self.intake_stopped
+
+    def _demand_for_result(self, size: int) -> None:
+        free = self.free_bytes()
+        if free - size < self._reserve_bytes // 2:
+            raise OutOfSpace(f"{free} bytes are free, and half of the reserve of {self._reserve_bytes} is kept from results, too")
+
+    def _tell_change(self, stopped: bool, free: int) -> None:
+        if self._tell is not None:
+            self._tell(stopped, free)
 
     def sweep(self, is_known: Callable[[Sequence[str]], set[str]]) -> int:
         """Remove what writers that are dead left behind, unfinished files and objects that no row knows; return how many.

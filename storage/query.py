@@ -311,7 +311,7 @@ _INSTANCE_OF_RESULT: Final[Mapping[str, Any]] = {
 }
 _COMPARED: Final[Mapping[str, Any]] = {"PatientName": PATIENT.c.folded_name}  # where another column is compared than is shown
 
-_RESULTS = RESULT.c.study_instance_uid == STUDY.c.study_instance_uid
+_RESULTS = and_(RESULT.c.study_instance_uid == STUDY.c.study_instance_uid, RESULT.c.removed_at.is_(None))
 # Results that haven't come back, and whose series hasn't.
 _NO_INSTANCE = ~exists().where(INSTANCE.c.sop_instance_uid == RESULT.c.sop_instance_uid)
 _NO_SERIES = ~exists().where(SERIES.c.study_row == STUDY.c.id, SERIES.c.series_instance_uid == RESULT.c.series_instance_uid)
@@ -328,13 +328,15 @@ def _select_patients(conditions: _Conditions) -> Any:
     known = [
         select(func.max(column)).where(studies).correlate(PATIENT).scalar_subquery().label(keyword) for keyword, column in of_study.items()
     ]
-    has_study = exists().where(studies, *conditions.on(of_study)).correlate(PATIENT)
+    has_study = exists().where(studies, STUDY.c.holds, *conditions.on(of_study)).correlate(PATIENT)
     statement = select(PATIENT.c.id.label("_patient"), *_labelled(_OF_PATIENT), *known)
     return statement.where(has_study, *conditions.on(_OF_PATIENT)).order_by(PATIENT.c.id)
 
 
 def _select_studies(conditions: _Conditions) -> Any:
-    statement = select(STUDY.c.id.label("_study"), *_labelled(_OF_STUDY)).join_from(STUDY, PATIENT).where(*conditions.on(_OF_STUDY))
+    statement = (
+        select(STUDY.c.id.label("_study"), *_labelled(_OF_STUDY)).join_from(STUDY, PATIENT).where(STUDY.c.holds, *conditions.on(_OF_STUDY))
+    )
     of_series = list(conditions.on({"ModalitiesInStudy": SERIES.c.modality}))
     if of_series:
         of_result = conditions.on({"ModalitiesInStudy": RESULT.c.modality})
@@ -402,7 +404,7 @@ def _count(connection: Connection, level: Level, rows: Sequence[dict[str, Any]],
 def _counting(keyword: str, group: Any) -> list[Select[Any]]:
     """Statements whose numbers, added, are those of a keyword for each group of studies."""
     if keyword.endswith("Studies"):
-        return [select(group, func.count())]
+        return [select(group, func.count()).where(STUDY.c.holds)]
     if keyword.endswith("Series"):
         return [
             select(group, func.count()).join_from(STUDY, SERIES, SERIES.c.study_row == STUDY.c.id),

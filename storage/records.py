@@ -127,6 +127,9 @@ class Study:
     first_received_at: datetime
     last_received_at: datetime
     released_at: datetime | None  # last release of an association that brought images of it
+    holds: bool = True  # false: its objects were removed by the rules of retention, and none has come since
+    removed_at: datetime | None = None  # when that happened last
+    removed_why: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

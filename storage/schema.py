@@ -104,6 +104,9 @@ STUDY = Table(
     Column("referring_physician", WireText),
     Column("birth_date", WireText),
     Column("sex", WireText),
+    Column("holds", Boolean, nullable=False, server_default=true()),  # false: its objects were removed, and none has come since
+    Column("removed_at", UtcTime),  # when they were removed last
+    Column("removed_why", Text),
     Index(None, "last_received_at"),
     Index(None, "patient_row"),
     Index(None, "study_date"),
@@ -305,9 +308,12 @@ RESULT = Table(
     Column("series_number", BigInteger),
     Column("series_description", Text),
     Column("instance_number", BigInteger),
+    Column("removed_at", UtcTime),  # its object is gone; the row stays, so that it is known as made here when it comes back
     Index(None, "study_instance_uid"),
     Index(None, "job_key"),
 )
+
+REMOVAL = Table("removal", METADATA, Column("object_id", Text, primary_key=True))  # files to remove, whose rows are gone
 
 DELIVERY = Table(
     "delivery",

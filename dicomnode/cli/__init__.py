@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from dicomnode.cli import check, dataset, metrics, node, packages, peers, site, training, work
+from dicomnode.cli import check, dataset, metrics, node, packages, peers, retention, site, training, work
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import configure_logs
 from dicomnode.version import VERSION
@@ -25,6 +25,7 @@ metrics.register(app)
 peers.register(app)
 packages.register(app)
 site.register(app)
+retention.register(app)
 work.register(app)
 training.register(app)
 dataset.register(app)

@@ -51,6 +51,7 @@ def check(
         item("configuration", lambda: f"AE title {settings.node.ae_title}, port {settings.listener.port}")
         item("database", lambda: f"{storage.database.engine.dialect.name}, at the newest revision")
         item("disk", lambda: _disk(settings, storage))
+        item("retention", lambda: _retention(settings, storage))
         over_tls = [peer.ae_title for peer in storage.registry.peers() if peer.tls]
         if settings.tls.certificate is not None or over_tls:
             item("TLS certificate", lambda: _certificate(settings, over_tls))
@@ -74,7 +75,19 @@ def _disk(settings: Settings, storage: Storage) -> str:
     free = storage.objects.free_bytes()
     if free < settings.storage.reserve_bytes:
         raise NodeError(f"{free} bytes free, below the reserve of {settings.storage.reserve_bytes}: images are refused")
+    if storage.objects.intake_stopped:
+        raise NodeError(f"{free} bytes free: images are refused until {storage.objects.resume_bytes} are, as the disk was at its reserve")
     return f"{free} bytes free, reserve {settings.storage.reserve_bytes}"
+
+
+def _retention(settings: Settings, storage: Storage) -> str:
+    """Whether what is removed is gone for good."""
+    from dicomnode.retention import has_rule
+
+    left = storage.retention.unfinished()
+    if left:
+        raise NodeError(f"{left} files of removed studies are still on the disk: a receiver removes them, if it may")
+    return "by rule; `dicomnode retention` shows what would go" if has_rule(settings.retention) else "objects are kept for ever"
 
 
 def _certificate(settings: Settings, peers: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""`metrics`: what the processes of the node have counted, in the text format of Prometheus.
+"""`metrics`: what the processes of the node have counted, and whether images are taken in, in the text format of Prometheus.
 
 A counter is named "WHAT" or "WHAT: REASON": "association rejected: network" is dicomnode_association_rejected_total{reason="network"}.
 """
@@ -23,10 +23,20 @@ def metrics(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Print what was counted since the database was made, e.g. associations that were rejected, in the text format of Prometheus."""
     with opened(config) as (_, storage):
         counts = storage.counters.all()
+        now = {"intake stopped now": int(storage.objects.intake_stopped), "free bytes": storage.objects.free_bytes()}
     if json:
-        show([{"name": name, "count": count} for name, count in sorted(counts.items())], [], as_json=True)
+        show([{"name": name, "count": count} for name, count in sorted({**counts, **now}.items())], [], as_json=True)
     else:
-        typer.echo(exposition(counts), nl=False)
+        typer.echo(exposition(counts) + gauges(now), nl=False)
+
+
+def gauges(values: Mapping[str, int]) -> str:
+    """Write values of this moment as the text exposition format 0.0.4 has them."""
+    lines = []
+    for what, value in values.items():
+        name = f"dicomnode_{what.replace(' ', '_')}"
+        lines += [f"# HELP {name} {what}", f"# TYPE {name} gauge", f"{name} {value}"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def exposition(counts: Mapping[str, int]) -> str:

@@ -161,16 +161,20 @@ def _prepare(settings: Settings) -> None:
 def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.commitment import StorageCommitment
     from dicomnode.receiver import Receiver
+    from dicomnode.retention import Retention
 
     receiver = Receiver(settings, storage, commitment=StorageCommitment(settings, storage, client))
+    retention = Retention(storage, settings.retention, receiver.count)
     try:
         receiver.start()
     except OSError as error:
         listener = settings.listener
         raise NodeError(f"cannot listen on {listener.host}:{listener.port}: {error.strerror or error}") from error
     stop_completion = _start_completion(settings, storage, client)
+    retention.start()
 
     def stop() -> bool:
+        retention.stop()
         receiver.stop()
         stop_completion()
         return True

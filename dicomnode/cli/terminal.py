@@ -29,7 +29,8 @@ def opened(config: Path | None) -> Iterator[tuple[Settings, Storage]]:
     """Yield the settings and the node's storage, made and migrated if need be, and close it after the command."""
     settings = load_settings(config)
     prepare_storage(settings.database_url, settings.data_folder)
-    storage = open_storage(settings.database_url, settings.data_folder, reserve_bytes=settings.storage.reserve_bytes)
+    disk = settings.storage
+    storage = open_storage(settings.database_url, settings.data_folder, reserve_bytes=disk.reserve_bytes, resume_bytes=disk.resume_bytes)
     try:
         yield settings, storage
     finally:

@@ -52,7 +52,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
         tables: dict[str, tuple[Sequence[Any], list[str]]] = {
             "study": (
                 [found] if found else [],
-                ["patient_id", "patient_name", "study_date", "study_description", "instances", "revision", "state"],
+                ["patient_id", "patient_name", "study_date", "study_description", "instances", "revision", "state", "removed_at"],
             ),
             "series": (storage.index.series(uid), ["series_instance_uid", "modality", "series_number", "series_description", "instances"]),
             "revisions": (storage.index.revisions(uid), ["number", "closed_at", "evidence", "outcome"]),
@@ -129,6 +129,8 @@ def study_reanalyse(uid: str, config: ConfigOption = None) -> None:
         found = _known_study(storage, uid)
         if found.revision == 0:
             raise UsageError("the study has no closed revision yet: it is analysed when it is complete")
+        if not found.holds:
+            raise UsageError(f"its objects were removed: {found.removed_why}; send the study again to have it analysed")
         keys = reanalyse(storage, client, found)
         if not keys:
             raise UsageError("no route with an enabled package matches this study")
@@ -157,6 +159,9 @@ def job_retry(key: str, config: ConfigOption = None) -> None:
 
     with _with_engine(config) as (storage, client):
         found = _known_job(storage, key)
+        of_study = storage.index.study(found.study_instance_uid)
+        if of_study is not None and of_study.removed_at is not None and found.created_at <= of_study.removed_at:
+            raise UsageError(f"what the job works with was removed: {of_study.removed_why}; send the study again to have it analysed")
         if found.state in {"done", "running"}:
             raise UsageError(f"the job is {found.state}; `dicomnode study reanalyse` analyses a study again")
         typer.echo(retry(storage, client, found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dicomnode.config import CommitmentSection, ListenerSection, Settings, TlsSection
+from dicomnode.config import CommitmentSection, ListenerSection, RetentionSection, Settings, TlsSection
 from dicomnode.dimse.commitment import CLASS_INSTANCE_CONFLICT, DUPLICATE_TRANSACTION, NO_SUCH_INSTANCE, PROCESSING_FAILURE
 from dicomnode.dimse.conformance_dicomweb import dicomweb_lines
 from dicomnode.dimse.contexts import (
@@ -209,6 +209,7 @@ def _commitment(settings: Settings) -> Iterator[str]:
     yield "bytes of each instance are read again, and their SHA-256 is compared with that of what was received. The report (N-EVENT-REPORT)"
     yield "goes to the peer's registered host and port on a new association, by `engine.retry_schedule_seconds`; one given up is seen"
     yield "in `dicomnode commitment list`. The same request again is Success: it is answered once, or once more if it was answered before."
+    yield "What the node has committed to it keeps like everything else: for ever, unless the site sets rules (`[retention]` below)."
     yield from _table(
         ("Failure Reason (0008,1197)", "When"),
         [
@@ -218,6 +219,8 @@ def _commitment(settings: Settings) -> Iterator[str]:
             (f"{DUPLICATE_TRANSACTION:04X}", "this peer has used the Transaction UID for other instances"),
         ],
     )
+    yield "How long objects are kept. What was removed can be sent again; it is then stored like new."
+    yield from _table(("Setting", "Value", "Meaning"), _setting_rows("retention", settings.retention, without=frozenset()))
     yield "Answers to N-ACTION and N-EVENT-REPORT other than Success, with an Error Comment (0000,0902):"
     yield from _table(("Status", "Meaning"), _refusals(CommitmentRefused))
 
@@ -319,7 +322,7 @@ def _tls_port(tls: TlsSection) -> str:
 
 
 def _setting_rows(
-    name: str, section: ListenerSection | TlsSection | CommitmentSection, *, without: frozenset[str]
+    name: str, section: ListenerSection | TlsSection | CommitmentSection | RetentionSection, *, without: frozenset[str]
 ) -> Iterator[tuple[str, str, str]]:
     """Each setting of a section as it is, with its description; files by their names only, as the statement goes to others."""
     for key, field in type(section).model_fields.items():

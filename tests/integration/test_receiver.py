@@ -39,12 +39,16 @@ from dimse_cases import (
 )
 from pynetdicom.dsutils import split_dataset
 
-from dicomnode.config import ListenerSection, NodeSection, Settings
+from dicomnode.cli import run
+from dicomnode.config import ListenerSection, NodeSection, RetentionSection, Settings
 from dicomnode.dimse.contexts import TRANSFER_SYNTAXES, storage_class
 from dicomnode.logs import configure_logs
 from dicomnode.receiver import Receiver
+from dicomnode.retention import Retention
+from pacs import wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
+from storage.objects import ObjectStore
 from storage.records import InstanceHeader, Peer, StoredObject
 
 SCANNER = Peer(ae_title="SCANNER", host="127.0.0.1", port=104, sends=True, receives=False, tls=False, client_cert=None)
@@ -96,7 +100,9 @@ def scanner(receiver: Receiver) -> Iterator[Any]:
 
 
 def object_files(tmp_path: Path) -> list[Path]:
-    return [path for path in (tmp_path / "objects").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return [
+        path for path in (tmp_path / "objects").rglob("*") if path.is_file() and path.suffix != ".lock" and path.name != "intake-stopped"
+    ]
 
 
 def stored_bytes(storage: Storage, uid: str) -> bytes:
@@ -327,6 +333,43 @@ def test_a_full_disk_is_a_transient_refusal_and_keeps_nothing(tmp_path):
     assert object_files(tmp_path) == []
     assert [refusal.dimse_status for refusal in full.index.quarantined()] == [0xA700]
     full.database.close()
+
+
+def test_intake_stops_before_the_disk_is_full_and_goes_on_by_itself(tmp_path, monkeypatch, capsys):
+    """Seen in the answers, in `check` and in the metrics; between reserve and resumption it stays as it is, so that it doesn't flap."""
+    free = 10_000_000
+    monkeypatch.setattr(ObjectStore, "free_bytes", lambda _self: free)
+    (tmp_path / "node.toml").write_text(f'[node]\ndata = "{tmp_path}"\n[storage]\nreserve_bytes = 1000000\nresume_bytes = 2000000\n')
+    config = ["--config", str(tmp_path / "node.toml")]
+    url = f"sqlite:///{tmp_path / 'dicomnode.sqlite'}"
+    prepare_storage(url, tmp_path)
+    storage = open_storage(url, tmp_path, reserve_bytes=1_000_000, resume_bytes=2_000_000)
+    storage.registry.add_peer(SCANNER)
+    receiver = Receiver(settings_for(tmp_path), storage)
+    retention = Retention(storage, RetentionSection(), receiver.count)
+    receiver.start()
+    retention.start()
+    try:
+        association = associate(receiver.port, PAIRS)
+        answers = []
+        for number, free in enumerate((1_500_000, 900_000, 1_500_000, 2_500_000, 999_999)):  # noqa: B007  the disk is asked for it
+            answers.append(send(association, a_dataset(SOPInstanceUID=f"1.2.3.{number}")))
+        assert answers == [0, 0xA700, 0xA700, 0, 0xA700]
+        free = 1_999_999
+        assert run(["check", "--json", *config]) == 1
+        assert "images are refused until 2000000 are" in capsys.readouterr().out
+        assert run(["metrics", *config]) == 0
+        assert "dicomnode_intake_stopped_now 1\n" in capsys.readouterr().out
+        free = 2_100_000
+        wait_until(lambda: not storage.objects.intake_stopped, what="intake to go on without an image")
+        assert send(association, a_dataset(SOPInstanceUID="1.2.3.9")) == 0
+        association.release()
+    finally:
+        retention.stop()
+        receiver.stop()
+    assert {name: count for name, count in storage.counters.all().items() if "intake" in name} == {"intake stopped": 2, "intake resumed": 2}
+    assert {instance.sop_instance_uid for instance in storage.index.instances("1.2.3.4")} == {"1.2.3.0", "1.2.3.3", "1.2.3.9"}
+    storage.database.close()
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,41 @@ def test_below_the_reserve_nothing_is_written(tmp_path: Path) -> None:
     assert ObjectStore(tmp_path, reserve_bytes=free // 2).put(b"x").size == 1
 
 
+def test_intake_that_stopped_goes_on_when_enough_is_free_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes of one node agree, and a restart between changes nothing."""
+    make_folder(tmp_path / "incoming")
+    free, told = 1000, list[tuple[str, bool]]()
+    monkeypatch.setattr(ObjectStore, "free_bytes", lambda _self: free)
+    one, other = (ObjectStore(tmp_path, reserve_bytes=100) for _ in range(2))
+    one.watch_intake(lambda stopped, _free: told.append(("one", stopped)))
+    other.watch_intake(lambda stopped, _free: told.append(("other", stopped)))
+    for free, begins in ((200, True), (101, True), (99, False), (100, False), (109, False), (116, True), (101, True), (99, False)):  # noqa: B007
+        for objects in (other, one, ObjectStore(tmp_path, reserve_bytes=100)):
+            if begins:
+                objects.create(b"x").discard()
+            else:
+                with pytest.raises(OutOfSpace, match="the reserve"):
+                    objects.create(b"x")
+    assert told == [("other", True), ("other", False), ("other", True)]
+    assert one.intake_stopped
+    free = 400
+    assert not one.look()
+    assert told[3:] == [("one", False)]
+    assert ObjectStore(tmp_path, reserve_bytes=100, resume_bytes=300).resume_bytes == 300
+    assert ObjectStore(tmp_path, reserve_bytes=100, resume_bytes=50).resume_bytes == 100
+
+
+def test_results_may_take_half_of_the_reserve_while_intake_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "incoming")
+    free = 80
+    monkeypatch.setattr(ObjectStore, "free_bytes", lambda _self: free)
+    objects = ObjectStore(tmp_path, reserve_bytes=100)
+    assert objects.look()
+    assert objects.put(b"x" * 30).size == 30
+    with pytest.raises(OutOfSpace, match="half of the reserve"):
+        objects.put(b"x" * 31)
+
+
 def test_a_file_that_grows_into_the_reserve_is_taken_back(objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     incoming = objects.create(b"prefix")
     free = iter([10, -1])
