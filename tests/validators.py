@@ -19,9 +19,9 @@ from pydicom import dcmread
 from pacs import program
 
 PIXELMED = Path("/usr/share/java/pixelmed.jar")
+_TOGETHER = 12  # reports that one start of it reads
 # The checker's XPath expressions are larger than Java's default limits. It runs for seconds only: a second compiler and parallel
 # garbage collectors cost as much again as the check itself.
-_TOGETHER = 12  # reports that one start of it reads
 JAVA_OPTIONS = (
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
