@@ -24,7 +24,7 @@ def test_ohif_reads_study_seg_and_sr_from_the_node(tmp_path: Path) -> None:
         assert site.stow(*(file.read_bytes() for file in study.files))[0] == 200
         keep_as_results(site.storage, study.study_instance_uid, *(bytes(one.data) for one in results))
         with served(dist, site.web.port) as address, chromium() as browser:
-            viewer = Viewer(browser, address, screenshots(tmp_path / "screenshots"))
+            viewer = Viewer(browser, address, screenshots(tmp_path / "screenshots") / "from-the-node")
             viewer.open(study.study_instance_uid)
             report_is_in_its_place(viewer, study)
             segment_is_in_its_place(viewer, study)
