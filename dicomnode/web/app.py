@@ -89,7 +89,7 @@ def application(settings: Settings, storage: Storage, reception: Reception) -> S
     async def storing(request: Request) -> Response:
         visitor = await run_in_threadpool(access.visitor, request)
         if not visitor.sends:
-            raise HTTPException(403, "This peer may not send to the node.", {"Connection": "close"})
+            raise HTTPException(403, "This peer may not send to the node.")
         return await store.store(request, visitor)
 
     def health(_request: Request) -> Response:

@@ -132,7 +132,7 @@ class Deadlines:
             taken += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if taken > self._maximum:
-                raise HTTPException(413, f"A request has at most {self._maximum} bytes.", _CLOSING)
+                raise HTTPException(413, f"A request has at most {self._maximum} bytes.")
             if waited > self._seconds and taken < LEAST_BYTES_PER_SECOND * (waited - self._seconds):
                 raise HTTPException(408, "The request came too slowly.", _CLOSING)
             return message
@@ -164,7 +164,11 @@ class _Connection(H11Protocol):
         self._await_header()
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next request."""
+        """Begin to wait for the next request.
+
+        What is left of a request that was refused in its midst is read and forgotten meanwhile: a connection that is closed with unread
+        bytes is reset, and the caller would never see why.
+        """
         self._await_header()
         super().on_response_complete()
 

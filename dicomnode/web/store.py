@@ -69,7 +69,7 @@ class Store:
             await run_in_threadpool(body.take, bytes(pending))
             reader.end()
         except MalformedMultipart as error:
-            raise HTTPException(400, f"The request can't be read: {error}.", {"Connection": "close"}) from error
+            raise HTTPException(400, f"The request can't be read: {error}.") from error
         except ClientDisconnect:
             return Response(status_code=400)  # nobody hears it; what was stored stays
         finally:
@@ -163,15 +163,15 @@ class _Body:
         except ValueError:
             content_type = ""
         if content_type != DICOM:
-            raise HTTPException(415, f"Instances are taken as {DICOM} alone.", {"Connection": "close"})
+            raise HTTPException(415, f"Instances are taken as {DICOM} alone.")
         if len(self.outcomes) >= MAXIMUM_INSTANCES:
-            raise HTTPException(413, f"A request has at most {MAXIMUM_INSTANCES} instances.", {"Connection": "close"})
+            raise HTTPException(413, f"A request has at most {MAXIMUM_INSTANCES} instances.")
         self._meta, self._request, self._size = bytearray(), None, 0
 
     def _content(self, content: memoryview) -> None:
         self._size += len(content)
         if self._size > self._largest:
-            raise HTTPException(413, f"An instance has at most {self._largest} bytes.", {"Connection": "close"})
+            raise HTTPException(413, f"An instance has at most {self._largest} bytes.")
         if self._meta is not None:
             self._meta += content
             self._open(self._meta)
@@ -270,12 +270,12 @@ def _boundary(request: Request) -> bytes:
     except ValueError:
         name, parameters = "", {}
     if name != MULTIPART or parameters.get("type", DICOM).lower() != DICOM:
-        raise HTTPException(415, f'Instances are taken as {MULTIPART}; type="{DICOM}" alone.', {"Connection": "close"})
+        raise HTTPException(415, f'Instances are taken as {MULTIPART}; type="{DICOM}" alone.')
     boundary = parameters.get("boundary", "").encode("ascii", "replace")
     try:
         MultipartReader(boundary)
     except MalformedMultipart as error:
-        raise HTTPException(400, f"The request can't be read: {error}.", {"Connection": "close"}) from error
+        raise HTTPException(400, f"The request can't be read: {error}.") from error
     return boundary
 
 

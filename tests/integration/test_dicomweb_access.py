@@ -18,6 +18,7 @@ from dimse_cases import a_dataset
 
 from certificates import Authority, Identity
 from dicomnode.admission import hash_passcode
+from dicomnode.cli import node, run
 from dicomnode.errors import ConfigError
 from dicomweb_site import HOST, PATIENCE_SECONDS, RELATED, Site, body_of, file_of, serving
 from pacs import free_port, tail, wait_until
@@ -169,3 +170,13 @@ def test_over_tls_a_certificate_stands_for_its_peer(tmp_path: Path, authority: A
 def test_tls_without_a_certificate_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"web\.tls needs"), serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", tls="on"):
         pass
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_serve_runs_the_role_where_it_is_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    configuration = tmp_path / "dicomnode.toml"
+    configuration.write_text(f"[web]\nenabled = {str(enabled).lower()}\n", encoding="utf-8")
+    roles: list[str] = []
+    monkeypatch.setattr(node, "_supervise", lambda _settings, _config, *served: roles.extend(served) or 0)
+    assert run(["serve", "--config", str(configuration)]) == 0
+    assert ("web" in roles) is enabled

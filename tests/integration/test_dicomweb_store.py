@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -101,31 +101,46 @@ def test_bad_requests_get_a_sentence_and_lose_nothing(small: Site) -> None:
     assert small.request("GET", "/health")[0] == 200
 
 
-def test_beyond_its_deadlines_and_limits_a_request_ends(tmp_path: Path) -> None:
-    limits = {"header_seconds": 0.3, "network_timeout_seconds": 0.5, "maximum_request_bytes": 5000, "maximum_connections": 3}
-    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", **limits) as site:
-        assert (
-            site.stow(file_of(a_dataset(Rows=100, PixelData=bytes(1200))), file_of(a_dataset(Rows=1000, PixelData=bytes(12000))))[0] == 413
-        )
-        head = f"POST /dicom-web/studies HTTP/1.1\r\nHost: localhost\r\nContent-Type: {RELATED}\r\nContent-Length: 100\r\n\r\n".encode()
-        for sent, answer in ((b"", b""), (b"GET / HT", b""), (head, b"HTTP/1.1 408"), (head + b"--cut", b"HTTP/1.1 408")):
-            with socket.create_connection((HOST, site.web.port), timeout=PATIENCE_SECONDS) as connection:
-                connection.sendall(sent)
-                said = b""
-                try:
-                    while more := connection.recv(4096):
-                        said += more
-                except ConnectionResetError:
-                    pass
-                assert said.startswith(answer), (sent, said)
-                assert bool(said) == bool(answer)
-        waiting = [socket.create_connection((HOST, site.web.port), timeout=PATIENCE_SECONDS) for _ in range(3)]
-        for connection in waiting:
-            connection.sendall(head)
-        statuses = []
-        while 503 not in statuses and len(statuses) < 20:
-            statuses.append(site.get("/studies")[0])
-        assert 503 in statuses
-        for connection in waiting:
-            connection.close()
-        assert site.storage.index.studies() == [] or site.storage.index.study("1.2.3.4") is not None
+HEAD = f"POST /dicom-web/studies HTTP/1.1\r\nHost: localhost\r\nContent-Type: {RELATED}\r\nContent-Length: 100\r\n\r\n".encode()
+
+
+def said_to(site: Site, sent: bytes) -> bytes:
+    """What a connection is told that says this and then nothing more, until it is closed."""
+    answer = b""
+    with socket.create_connection((HOST, site.web.port), timeout=PATIENCE_SECONDS) as connection, suppress(ConnectionResetError):
+        connection.sendall(sent)
+        while more := connection.recv(4096):
+            answer += more
+    return answer
+
+
+def test_who_says_nothing_is_closed(tmp_path: Path) -> None:
+    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", header_seconds=0.3) as site:
+        assert said_to(site, b"") == said_to(site, b"GET / HT") == b""
+
+
+def test_a_request_that_does_not_go_on_is_ended(tmp_path: Path) -> None:
+    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", network_timeout_seconds=0.5, header_seconds=120) as site:
+        for sent in (HEAD, HEAD + b"--cut"):
+            assert said_to(site, sent).startswith(b"HTTP/1.1 408")
+
+
+def test_a_request_that_is_too_large_is_told_so(tmp_path: Path) -> None:
+    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", maximum_request_bytes=5000) as site:
+        large = a_dataset(Rows=1000, PixelData=bytes(12000))
+        status, answer = site.stow(file_of(a_dataset()), file_of(large), *[file_of(large)] * 400)
+        assert (status, answer) == (413, "A request has at most 5000 bytes.\n")
+        assert [one.sop_instance_uid for one in site.storage.query.held({}, limit=9) if one.sop_instance_uid == large.SOPInstanceUID] == []
+
+
+def test_what_is_more_than_is_served_at_a_time_is_told_to_come_again(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", maximum_connections=3, header_seconds=120) as site,
+        ExitStack() as waiting,
+    ):
+        for _ in range(3):
+            connection = waiting.enter_context(socket.create_connection((HOST, site.web.port), timeout=PATIENCE_SECONDS))
+            connection.sendall(HEAD)
+        wait_until(lambda: site.get("/studies")[0] == 503, seconds=PATIENCE_SECONDS, what="a request to be one too many")
+        waiting.close()
+        wait_until(lambda: site.get("/studies")[0] == 204, seconds=PATIENCE_SECONDS, what="the node to serve again")
