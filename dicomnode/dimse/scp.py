@@ -9,6 +9,7 @@ import math
 import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from pydicom.charset import CODES_TO_ENCODINGS, python_encoding
@@ -82,6 +83,7 @@ NAME_DELIMITERS: Final = re.compile(rb"[\\\t\n\f\r^=]")
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,10}", re.ASCII)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ESCAPE: Final = re.compile(rb"\x1b(?:\$[()]?|[()-]).", re.DOTALL)
+_LONGEST_ORIENTATION: Final = 6 * 17  # bytes: six DS with their delimiters
 _MAXIMUM_TEXT: Final = 324  # characters kept of a text in the index: five components of 64 of a PN and what joins them
 
 
@@ -246,7 +248,7 @@ def _checked_header(
         sex=_plain(values.get(SEX))[:16],
         body_part=_plain(values.get(BODY_PART))[:16],
         acquisition_number=_number(values.get(ACQUISITION_NUMBER)),
-        images_in_acquisition=_number(values.get(IMAGES_IN_ACQUISITION)) if NUMBER_OF_FRAMES not in values else None,
+        images_in_acquisition=_number(values.get(IMAGES_IN_ACQUISITION)) if _number(values.get(NUMBER_OF_FRAMES)) in {None, 1} else None,
         orientation=orientation,
         position=position,
     )
@@ -311,17 +313,26 @@ def _unsigned(value: bytes | None, syntax: TransferSyntax) -> int:
 
 def _plane(values: dict[int, bytes]) -> tuple[str, float | None]:
     """The direction of an image's plane as text, and its place along the normal in mm (PS3.3 C.7.6.2.1.1); ("", None) if it has none."""
-    if IMAGE_POSITION not in values or IMAGE_ORIENTATION not in values:
+    if IMAGE_POSITION not in values or not 0 < len(values.get(IMAGE_ORIENTATION, b"")) <= _LONGEST_ORIENTATION:
         return "", None
+    orientation, normal = _direction(values[IMAGE_ORIENTATION])
     try:
         x, y, z = map(float, values[IMAGE_POSITION].rstrip(b" \x00").split(b"\\"))
-        a, b, c, d, e, f = map(float, values[IMAGE_ORIENTATION].rstrip(b" \x00").split(b"\\"))
     except ValueError:
         return "", None
-    position = x * (b * f - c * e) + y * (c * d - a * f) + z * (a * e - b * d)
-    if not math.isfinite(position):
-        return "", None
-    return " ".join(f"{round(cosine, 2) + 0.0:g}" for cosine in (a, b, c, d, e, f)), round(position, 3)
+    position = x * normal[0] + y * normal[1] + z * normal[2]
+    return (orientation, round(position, 3)) if math.isfinite(position) else ("", None)
+
+
+@lru_cache(maxsize=1024)
+def _direction(value: bytes) -> tuple[str, tuple[float, float, float]]:
+    """Image Orientation (Patient) as text, rounded, and the plane's normal; not a number where it is malformed. A series has one or few."""
+    try:
+        a, b, c, d, e, f = map(float, value.rstrip(b" \x00").split(b"\\"))
+    except ValueError:
+        return "", (math.nan, math.nan, math.nan)
+    text = " ".join(f"{round(cosine, 2) + 0.0:g}" for cosine in (a, b, c, d, e, f) if math.isfinite(cosine))
+    return text, (b * f - c * e, c * d - a * f, a * e - b * d)
 
 
 def _number(value: bytes | None) -> int | None:

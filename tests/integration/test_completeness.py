@@ -25,6 +25,7 @@ import pytest
 from dimse_cases import a_dataset, encoded
 from raw_dicom import Image, association, association_request
 
+from dicomnode.cli import run as run_command
 from dicomnode.completion import Seen, close_complete_studies
 from dicomnode.config import ListenerSection, NodeSection, Settings
 from dicomnode.engine import EngineClient, prepare_engine
@@ -279,9 +280,31 @@ def check(bench: Bench, studies: Sequence[Planned], sent: Sequence[Sequence[str]
     assert {job.key for job in jobs} == keys
 
 
-def test_40_studies(tmp_path: Path) -> None:
-    with a_bench(f"sqlite:///{tmp_path / 'node.sqlite'}", tmp_path) as bench:
+def test_40_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with a_bench(f"sqlite:///{tmp_path / 'dicomnode.sqlite'}", tmp_path) as bench:
         run(bench, 40)
+    (tmp_path / "dicomnode.toml").write_text('[node]\ndata = "."\n', encoding="utf-8")
+    config = ["--config", str(tmp_path / "dicomnode.toml")]
+    gap = f"1.2.826.0.1.{KINDS.index('gap') + 1}"
+    capsys.readouterr()
+    assert run_command(["study", "show", gap, "--json", *config]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    (series,) = shown["revisions"][0]["facts"]["series"]
+    assert (series["numbers"], series["absent"], series["slices"]) == ("gap", "8 is absent", "gap")
+    assert run_command(["study", "show", gap, *config]) == 0
+    assert "evident of series" in capsys.readouterr().out
+    check_routes(config, capsys)
+
+
+def check_routes(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """How a study closes is a matter of its routes, for the administrator."""
+    add = ["route", "add", "x", "--package", "stub", "--to", "SCANNER", *config]
+    assert run_command([*add, "--completeness-peer", "NOBODY"]) == 2
+    assert "there is no peer 'NOBODY'" in capsys.readouterr().err
+    assert run_command([*add, "--early", "--longest-wait", "90", "--completeness-peer", "SCANNER"]) == 0
+    assert run_command(["route", "list", "--json", *config]) == 0
+    (route,) = (row for row in json.loads(capsys.readouterr().out) if row["name"] == "x")
+    assert (route["early"], route["longest_wait_seconds"], route["completeness_peer"]) == (True, 90.0, "SCANNER")
 
 
 @pytest.mark.long

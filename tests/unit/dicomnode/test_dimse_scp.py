@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from dicomnode.dimse.encoding import Limits
-from dicomnode.dimse.scp import ReceivedInstance, decode_text, is_uid, part10_prefix, read_header
+from dicomnode.dimse.scp import ReceivedInstance, _plane, decode_text, is_uid, part10_prefix, read_header
 from dicomnode.errors import CannotUnderstand, DataSetDoesNotMatchSOPClass, PixelDataTooShort, StoreRefused
 from storage.records import InstanceHeader
 
@@ -53,6 +53,36 @@ def test_the_header_says_what_the_data_set_says(syntax):
     assert header.dataset_sha256 == hashlib.sha256(encoded(dataset, syntax)).hexdigest()
     assert (header.calling_ae_title, header.called_ae_title) == ("SCANNER", "DICOMNODE")
     assert (header.requested_priority, header.note) == ("routine", "")
+
+
+@pytest.mark.parametrize(
+    ("position", "orientation", "expected"),
+    [
+        ([-120.5, -99.25, 12.5], [1, 0, 0, 0, 1, 0], ("1 0 0 0 1 0", 12.5)),
+        ([-120.5, -99.25, 12.5], [0.9999, 0.0012, -0.0004, 0, 1, 0], ("1 0 0 0 1 0", 12.451)),
+        ([7, -99.25, 12.5], [0, 1, 0, 0, 0, -1], ("0 1 0 0 0 -1", -7.0)),
+        ([-120.5, -99.25], [1, 0, 0, 0, 1, 0], ("", None)),
+        ([-120.5, -99.25, 12.5], [1, 0, 0, 0, 1], ("", None)),
+        ([-120.5, -99.25, 12.5], None, ("", None)),
+        (None, [1, 0, 0, 0, 1, 0], ("", None)),
+    ],
+)
+def test_an_image_that_is_a_plane_in_space_says_where_along_its_normal_it_lies(position, orientation, expected):
+    header = header_of(a_dataset(ImagePositionPatient=position or [], ImageOrientationPatient=orientation or []))
+    assert (header.orientation, header.position) == expected
+
+
+@pytest.mark.parametrize("value", [b"1\\0\\0\\0\\1\\x ", b"1e400\\0\\0\\0\\1\\0", b"0\\" * 5000, b"nan\\0\\0\\0\\1\\0 "])
+def test_a_direction_that_is_none_is_nowhere(value):
+    values = {0x00200032: b"0\\0\\5 ", 0x00200037: value}
+    assert _plane(values) == ("", None)
+
+
+def test_the_number_of_images_in_an_acquisition_is_that_of_images_with_one_frame():
+    assert header_of(a_dataset(AcquisitionNumber=3, ImagesInAcquisition=200)).images_in_acquisition == 200
+    assert header_of(a_dataset(ImagesInAcquisition=200, NumberOfFrames=1)).images_in_acquisition == 200
+    assert header_of(a_dataset(ImagesInAcquisition=200, NumberOfFrames=2, Rows=2)).images_in_acquisition is None
+    assert header_of(a_dataset(AcquisitionNumber=3)).acquisition_number == 3
 
 
 def test_the_stored_file_is_our_meta_information_and_the_bytes_that_came():
