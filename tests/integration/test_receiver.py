@@ -37,6 +37,7 @@ from dimse_cases import (
     split_part10,
     store,
 )
+from held_studies import close
 from pynetdicom.dsutils import split_dataset
 
 from dicomnode.cli import run
@@ -370,6 +371,30 @@ def test_intake_stops_before_the_disk_is_full_and_goes_on_by_itself(tmp_path, mo
     assert {name: count for name, count in storage.counters.all().items() if "intake" in name} == {"intake stopped": 2, "intake resumed": 2}
     assert {instance.sop_instance_uid for instance in storage.index.instances("1.2.3.4")} == {"1.2.3.0", "1.2.3.3", "1.2.3.9"}
     storage.database.close()
+
+
+def test_what_a_rule_lets_go_is_removed_by_one_of_two_receivers_and_can_be_sent_again(scanner, storage, tmp_path):
+    dataset = a_dataset()
+    assert send(scanner, dataset) == 0
+    assert close(storage, "1.2.3.4") == 1
+    moment = 1e-9
+    rules = RetentionSection(days=moment, minimum_days=0, unanalysed_days=moment, priors=0, interval_seconds=moment)
+    both = [Retention(storage, rules, lambda _name: None) for _ in range(2)]
+    for each in both:
+        each.start()
+    try:
+        wait_until(lambda: not storage.index.study("1.2.3.4").holds, what="the study to be removed")
+        wait_until(lambda: not storage.retention.unfinished(), what="its file to be gone")
+        assert object_files(tmp_path) == []
+    finally:
+        for each in both:
+            each.stop()
+    assert storage.leases.holder("retention") is None
+    assert send(scanner, dataset) == 0
+    assert len(object_files(tmp_path)) == 1
+    assert stored_bytes(storage, dataset.SOPInstanceUID)
+    assert close(storage, "1.2.3.4") == 2
+    assert storage.counters.all()["studies removed"] == 1
 
 
 @pytest.mark.parametrize(
