@@ -123,7 +123,7 @@ def close_complete_studies(
         if silent < least:
             continue
         callers, series = seen.of(storage, study)
-        routes = _chosen(every, callers)
+        routes = [] if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else _chosen(every, callers)
         rules = rules_of(routes)
         asked = {route.completeness_peer for route in routes if route.completeness_peer is not None}
         evidence = Evidence(
@@ -215,7 +215,7 @@ def _close(
 ) -> Revision | None:
     packages, missing = _packages_of(storage, routes)
     problems = [f"package {name} is not enabled" for name in missing]
-    outcome = "; ".join([f"{len(packages)} job(s)"] * bool(packages) + problems) or "no route"
+    outcome = "; ".join([f"{len(packages)} job(s)"] * bool(packages) + problems) or _without_jobs(storage, study)
     with storage.database.writing() as transaction:
         revision = storage.index.close_revision(
             transaction, study.study_instance_uid, seen_last_received_at=study.last_received_at, evidence=decision.reason, outcome=outcome,
@@ -224,6 +224,12 @@ def _close(
         if revision is not None:
             _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, routes)
     return revision
+
+
+def _without_jobs(storage: Storage, study: Study) -> str:
+    """Why a study has no jobs that no package or route stands in the way of."""
+    callers = storage.index.callers(study.study_instance_uid)
+    return "fetched to compare another one with" if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else "no route"
 
 
 def _packages_of(storage: Storage, routes: Sequence[Route]) -> tuple[list[PackageRecord], list[str]]:

@@ -151,6 +151,14 @@ class RetentionSection(_Section):
     interval_seconds: float = Field(600, gt=0, description="between two looks at what may go")
 
 
+class PriorsSection(_Section):
+    """Earlier studies that routes have fetched from a peer while a study is analysed."""
+
+    seconds: float = Field(120, gt=0, description="a comparison waits for them no longer than this after its analysis began")
+    maximum_instances: int = Field(3000, ge=1, description="a study with more is not fetched")
+    maximum_bytes: int = Field(4_000_000_000, ge=1, description="a study that grows larger is not fetched to its end")
+
+
 class AnalysisSection(_Section):
     """Where networks run."""
 
@@ -219,6 +227,7 @@ class Settings(_Section):
     engine: EngineSection = EngineSection()
     commitment: CommitmentSection = CommitmentSection()
     retention: RetentionSection = RetentionSection()
+    priors: PriorsSection = PriorsSection()
     analysis: AnalysisSection = AnalysisSection()
     web: WebSection = WebSection()
     log: LogSection = LogSection()
@@ -312,9 +321,11 @@ def commented_toml() -> str:
 
 
 def toml_value(value: object) -> str:
-    """Write a string, number, boolean or tuple of them as TOML."""
+    """Write a string, number, boolean, tuple of them or mapping to them as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, int | float):

@@ -43,6 +43,7 @@ from dicomnode.results.proof_presentations import prove_presentations
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentations
 from dicomnode.results.selection import encode_selection
+from dicomnode.retrieval import RETRIEVAL, Retrieval, rule_for
 from storage import Storage
 from storage.errors import OutOfSpace
 from storage.records import Instance, Job, JobState, Result
@@ -139,6 +140,7 @@ class Analyser:
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
         selection = prefetched.selection(package.manifest)
+        retrieval = self._retrieval(job)
         try:
             volumes = {series.input_name: self._volume(package.manifest, series, prefetched) for series in selection.series}
             clock.lap("volume")
@@ -151,6 +153,9 @@ class Analyser:
         findings = replace(findings, notes=(*self._incomplete(job), *findings.notes))
         identity = identity_of(job)
         headers_of_all = [header for series in selection.series for header in series.headers]
+        if retrieval is not None:
+            self._storage.jobs.remember(job.key, RETRIEVAL, retrieval.end(self._urgent_waits))
+            clock.lap("priors")
         findings = compared(self._storage, job, findings, next(iter(volumes.values())), selection.series[0].headers, self._decoder)
         clock.lap("comparison")
         former = superseded(self._storage, job)
@@ -221,6 +226,23 @@ class Analyser:
 
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return self._warm.using(job.digest, load, expected_bytes=size)
+
+    def _retrieval(self, job: Job) -> Retrieval | None:
+        """Begin to fetch earlier studies, if a route says so and the job hasn't done it before; for an urgent one nothing is fetched."""
+        rule = rule_for(self._storage, job) if RETRIEVAL not in job.detail else None
+        if rule is None:
+            return None
+        if job.priority == "stat":
+            self._storage.jobs.remember(
+                job.key, RETRIEVAL, {"peer": rule.ae_title, "found": 0, "studies": [], "ended": "the study is urgent"}
+            )
+            return None
+        retrieval = Retrieval(self._settings, self._storage, job, rule)
+        retrieval.begin()
+        return retrieval
+
+    def _urgent_waits(self) -> bool:
+        return self._storage.jobs.urgent("analyse", 2 * self._settings.engine.poll_seconds) is not None
 
     def _pace(self, job: Job) -> Pace:
         let_pass = None if self._passing or job.priority == "stat" else self._let_urgent_pass

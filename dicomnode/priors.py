@@ -5,8 +5,9 @@ Found once for a job and kept in its row, so that a job done again says the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pydicom
 from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import Comprehensive3DSRStorage, ComprehensiveSRStorage, ExplicitVRLittleEndian, SegmentationStorage
 
 from dicomnode.analysis.alignment import align
 from dicomnode.analysis.attributes import text_of
@@ -40,6 +41,23 @@ _HEADER = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "IssuerOfPatientID", "PatientBirthDate",
     "StudyDate", "StudyTime", "AcquisitionDate", "FrameOfReferenceUID",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Former:
+    """An earlier analysis that can be compared with."""
+
+    study_instance_uid: str
+    version: str
+    images: Sequence[Instance]
+    header: Dataset  # of one of them
+    segmentation: Path | None  # None: nothing was found
+    is_lost: bool  # something was found, and its segmentation is no more
+    reports: tuple[Reference, ...]
+
+    @property
+    def begun(self) -> tuple[str, str]:
+        return _begun(self.header)
 
 
 class _NotComparable(Exception):
@@ -125,60 +143,116 @@ def _noted(storage: Storage, job: Job, findings: Findings, volume: Volume, heade
             raise _NotComparable("one radiograph says nothing of where in the patient something lies")
         if findings.scores and not findings.findings:
             raise _NotComparable("what was asked is about the whole image")
-        return asdict(_find(storage, job, volume, header, decoder))
+        return asdict(_find(storage, job, volume, header, decoder, findings.algorithm_name))
     except _NotComparable as reason:
         return {"reason": str(reason)}
 
 
-def _find(storage: Storage, job: Job, volume: Volume, header: Dataset, decoder: Decoder | None) -> Prior:
-    former, instances, there = _last_before(storage, job, header)
-    results = storage.jobs.results(job_key=former.key)
-    seg_uid = object_uid(identity_of(former), SegmentationStorage, ExplicitVRLittleEndian)
-    segmentations = [result for result in results if result.sop_instance_uid == seg_uid]
-    if bool(segmentations) != bool(former.detail.get("findings")):
+def _find(storage: Storage, job: Job, volume: Volume, header: Dataset, decoder: Decoder | None, algorithm_name: str) -> Prior:
+    former = _last_before(storage, job, header, algorithm_name)
+    there = former.header
+    if former.is_lost:
         raise _NotComparable(f"the segmentation of the study of {_day(there)} is no more")
     try:
-        found = read_former(storage.objects.path(segmentations[0].stored.object_id).read_bytes()) if segmentations else ()
+        found = read_former(former.segmentation.read_bytes()) if former.segmentation else ()
     except (OSError, ProofFailed):
         raise _NotComparable(f"the segmentation of the study of {_day(there)} can't be read") from None
-    to_current, alignment = _alignment(storage, instances, there, volume, decoder)
+    to_current, alignment = _alignment(storage, former.images, there, volume, decoder)
     return Prior(
         study_instance_uid=former.study_instance_uid,
         date=_day(there),
         days=_days(there, header),
         version=former.version,
-        reports=tuple(_reports(storage, former, results)),
+        reports=former.reports,
         findings=tuple(finding for finding in found if finding.shape != "heat map"),
         to_current=to_current,
         alignment=alignment,
     )
 
 
-def _last_before(storage: Storage, job: Job, header: Dataset) -> tuple[Job, list[Instance], Dataset]:
-    """The last analysis by the package of the patient's latest earlier study, the images it looked at, and the header of one of them."""
+def _last_before(storage: Storage, job: Job, header: Dataset, algorithm_name: str) -> _Former:
+    """The last analysis by the package of the patient's latest earlier study: of this node's own, else by what it holds of one.
+
+    The latter is an analysis that this node or another one made, whose SEG and reports came back, e.g. fetched from the PACS.
+    """
     if not text_of(header, "PatientID").strip():
         raise _NotComparable("the images name no patient")
     if not text_of(header, "StudyDate"):
         raise _NotComparable("the study has no date")
     known = storage.index.study(job.study_instance_uid)
-    earlier: list[tuple[tuple[str, str], Job, list[Instance], Dataset]] = []
+    earlier: list[_Former] = []
     for study in storage.index.studies_of(known.patient_id) if known else ():
-        jobs = [
-            other for other in storage.jobs.jobs(study_instance_uid=study.study_instance_uid, kind="analyse", state="done")
-            if other.package == job.package and study.study_instance_uid != job.study_instance_uid
-        ]  # fmt: skip
-        if not jobs or (earlier and study.study_date < earlier[0][0][0]):
+        if study.study_instance_uid == job.study_instance_uid or (earlier and study.study_date < earlier[0].begun[0]):
             continue
-        last = max(jobs, key=lambda other: (other.revision, other.run))
-        series = last.detail.get("series_instance_uid")
-        images = [i for i in storage.index.instances(last.study_instance_uid, last.revision) if i.series_instance_uid == series]
-        there = _header_of(storage, images)
-        if there is not None and _same_patient(there, header) and _begun(there) < _begun(header):
-            earlier.append((_begun(there), last, images, there))
+        former = _by_job(storage, job, study.study_instance_uid) or _by_objects(storage, study.study_instance_uid, algorithm_name)
+        if former is not None and _same_patient(former.header, header) and former.begun < _begun(header):
+            earlier.append(former)
     if not earlier:
         raise _NotComparable(f"this node has analysed no earlier study of this patient with {job.package}")
-    _, last, images, there = max(earlier, key=lambda entry: (entry[0], entry[1].study_instance_uid))
-    return last, images, there
+    return max(earlier, key=lambda former: (former.begun, former.study_instance_uid))
+
+
+def _by_job(storage: Storage, job: Job, study_instance_uid: str) -> _Former | None:
+    """Return the last analysis that this node made of a study with the job's package."""
+    same = storage.jobs.jobs(study_instance_uid=study_instance_uid, kind="analyse", state="done")
+    last = max((other for other in same if other.package == job.package), key=lambda other: (other.revision, other.run), default=None)
+    if last is None:
+        return None
+    series = last.detail.get("series_instance_uid")
+    images = [image for image in storage.index.instances(study_instance_uid, last.revision) if image.series_instance_uid == series]
+    there = _header_of(storage, images)
+    if there is None:
+        return None
+    results = storage.jobs.results(job_key=last.key)
+    seg_uid = object_uid(identity_of(last), SegmentationStorage, ExplicitVRLittleEndian)
+    files = [storage.objects.path(result.stored.object_id) for result in results if result.sop_instance_uid == seg_uid]
+    return _Former(
+        study_instance_uid=study_instance_uid, version=last.version, images=images, header=there, segmentation=files[0] if files else None,
+        is_lost=bool(files) != bool(last.detail.get("findings")), reports=tuple(_reports(storage, last, results)),
+    )  # fmt: skip
+
+
+def _by_objects(storage: Storage, study_instance_uid: str, algorithm_name: str) -> _Former | None:
+    """Return the newest SEG of an algorithm among the instances of a study, with the images that it is on and the reports that name it."""
+    held = storage.index.instances(study_instance_uid)
+    for instance in reversed([one for one in held if one.sop_class_uid == SegmentationStorage]):
+        file = storage.objects.path(instance.stored.object_id)
+        try:
+            seg = pydicom.dcmread(file, specific_tags=["SegmentSequence", "ReferencedSeriesSequence"], stop_before_pixels=True)
+            algorithm = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
+            series, name, version = (
+                str(seg.ReferencedSeriesSequence[0].SeriesInstanceUID),
+                algorithm.AlgorithmName,
+                algorithm.AlgorithmVersion,
+            )
+        except (OSError, InvalidDicomError, AttributeError, LookupError):
+            continue
+        images = [image for image in held if image.series_instance_uid == series and image.kind == "image"]
+        there = _header_of(storage, images)
+        if name == algorithm_name and there is not None:
+            return _Former(
+                study_instance_uid=study_instance_uid, version=str(version), images=images, header=there, segmentation=file, is_lost=False,
+                reports=tuple(_reports_on(storage, held, instance.sop_instance_uid)),
+            )  # fmt: skip
+    return None
+
+
+def _reports_on(storage: Storage, held: Sequence[Instance], seg_uid: str) -> Iterator[Reference]:
+    """The reports among the instances whose evidence names a SEG."""
+    for instance in held:
+        file = storage.objects.path(instance.stored.object_id)
+        if instance.sop_class_uid not in {Comprehensive3DSRStorage, ComprehensiveSRStorage}:
+            continue
+        with suppress(OSError, InvalidDicomError, AttributeError):
+            studies = pydicom.dcmread(
+                file, specific_tags=["CurrentRequestedProcedureEvidenceSequence"]
+            ).CurrentRequestedProcedureEvidenceSequence
+            named = {
+                str(one.ReferencedSOPInstanceUID) for s in studies for r in s.ReferencedSeriesSequence for one in r.ReferencedSOPSequence
+            }
+            reference = reference_to(file) if seg_uid in named else None
+            if reference is not None:
+                yield reference
 
 
 def _alignment(

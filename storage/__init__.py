@@ -13,6 +13,7 @@ from storage.commitments import Commitments
 from storage.counters import Counters
 from storage.database import Database
 from storage.errors import StorageError
+from storage.fetched import Fetched
 from storage.folders import make_folder, sync_folder
 from storage.index import Index
 from storage.intake import Intake
@@ -35,6 +36,7 @@ class Storage:
     index: Index
     intake: Intake
     query: Query
+    fetched: Fetched
     registry: Registry
     jobs: Jobs
     backlogs: Backlogs
@@ -90,6 +92,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0, res
         index=index,
         intake=Intake(objects, index),
         query=Query(database),
+        fetched=Fetched(database),
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
         backlogs=Backlogs(database),

@@ -185,6 +185,18 @@ class Peer:
     queries: bool = True  # may ask what the node holds, and fetch it
     stow_url: str | None = None  # its DICOMweb, where results go by STOW-RS instead of C-STORE
     stow_credentials: str | None = None  # path of a file with what it is shown there; its content is never kept
+    quirks: Mapping[str, Any] | None = None  # what probing found out about it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRule:
+    """Which earlier studies of a patient are fetched from a peer, to be compared with a new one."""
+
+    ae_title: str  # the peer, which knows this node's AE title as a move destination
+    count: int = 1  # the newest so many
+    days: int = 1095  # not older than this, by Study Date
+    modalities: tuple[str, ...] = ()  # of theirs; empty: those of the new study
+    body_parts: tuple[str, ...] = ()  # of their series, where these say one; empty: any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +216,7 @@ class Route:
     early: bool = False  # a study closes before its quiet period is over where it is proven complete
     longest_wait_seconds: float | None = None  # after the quiet period, for images that are evidently absent; None: four quiet periods
     completeness_peer: str | None = None  # who is asked (C-FIND) what it holds of a study
+    priors: PriorRule | None = None  # earlier studies that are fetched before a comparison
 
 
 @dataclass(frozen=True, kw_only=True)

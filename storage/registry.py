@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sqlalchemy import Connection, Row, Select, bindparam, delete, select, updat
 
 from storage.database import Database
 from storage.errors import Conflict, StorageError
-from storage.records import PackageRecord, Peer, Route
+from storage.records import PackageRecord, Peer, PriorRule, Route
 from storage.schema import PACKAGE, PEER, ROUTE, ROUTE_DESTINATION
 
 ANY = "*"  # in a route: every AE title
@@ -60,13 +61,14 @@ class Registry:
             "queries": peer.queries,
             "stow_url": peer.stow_url,
             "stow_credentials": peer.stow_credentials,
+            "quirks": None if peer.quirks is None else dict(peer.quirks),
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
                 connection.execute(update(PEER).where(PEER.c.ae_title == peer.ae_title).values(**values))
 
     def remove_peer(self, ae_title: str) -> None:
-        """Remove a peer. Raises StorageError if it is unknown, or if a route sends to it or asks it."""
+        """Remove a peer. Raises StorageError if it is unknown, or if a route sends to it, asks it or fetches from it."""
         used = select(ROUTE_DESTINATION.c.route).where(ROUTE_DESTINATION.c.ae_title == ae_title)
         asks = select(ROUTE.c.name).where(ROUTE.c.completeness_peer == ae_title)
         with self._database.writing() as connection:
@@ -76,6 +78,10 @@ class Registry:
             asking = sorted(connection.execute(asks).scalars())
             if asking:
                 raise Conflict(f"route {', '.join(asking)} asks {ae_title}: change or remove the route first")
+            rules = connection.execute(select(ROUTE.c.name, ROUTE.c.priors).order_by(ROUTE.c.name)).all()
+            fetching = [name for name, rule in rules if rule is not None and rule["ae_title"] == ae_title]
+            if fetching:
+                raise Conflict(f"route {', '.join(fetching)} fetches earlier studies from {ae_title}: change or remove the route first")
             if not connection.execute(delete(PEER).where(PEER.c.ae_title == ae_title)).rowcount:
                 raise StorageError(f"there is no peer {ae_title}")
 
@@ -98,6 +104,7 @@ class Registry:
             "priority": route.priority,
             "quiet_seconds": route.quiet_seconds,
             "report_refusals": route.report_refusals,
+            "priors": None if route.priors is None else asdict(route.priors),
             "objects": None if route.objects is None else list(route.objects),
             "early": route.early,
             "longest_wait_seconds": route.longest_wait_seconds,
@@ -110,6 +117,8 @@ class Registry:
                 raise Conflict(f"route {route.name} sends to {', '.join(unknown)}, which is no peer")
             if route.completeness_peer is not None and route.completeness_peer not in peers:
                 raise Conflict(f"route {route.name} asks {route.completeness_peer}, which is no peer")
+            if route.priors is not None and route.priors.ae_title not in peers:
+                raise Conflict(f"route {route.name} fetches from {route.priors.ae_title}, which is no peer")
             if self._database.insert_new(connection, ROUTE, {"name": route.name, **values}) is None:
                 connection.execute(update(ROUTE).where(ROUTE.c.name == route.name).values(**values))
                 connection.execute(delete(ROUTE_DESTINATION).where(ROUTE_DESTINATION.c.route == route.name))
@@ -229,6 +238,7 @@ def _peer(row: Row[Any]) -> Peer:
         queries=row.queries,
         stow_url=row.stow_url,
         stow_credentials=row.stow_credentials,
+        quirks=row.quirks,
     )
 
 
@@ -243,11 +253,18 @@ def _route(row: Row[Any], to_ae_titles: tuple[str, ...]) -> Route:
         priority=row.priority,
         quiet_seconds=row.quiet_seconds,
         report_refusals=row.report_refusals,
+        priors=_prior_rule(row.priors),
         objects=None if row.objects is None else tuple(row.objects),
         early=row.early,
         longest_wait_seconds=row.longest_wait_seconds,
         completeness_peer=row.completeness_peer,
     )
+
+
+def _prior_rule(kept: dict[str, Any] | None) -> PriorRule | None:
+    if kept is None:
+        return None
+    return PriorRule(**{**kept, "modalities": tuple(kept["modalities"]), "body_parts": tuple(kept["body_parts"])})
 
 
 def _package(row: Row[Any]) -> PackageRecord:

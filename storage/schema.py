@@ -206,6 +206,7 @@ PEER = Table(
     Column("queries", Boolean, nullable=False, server_default=true()),
     Column("stow_url", Text),
     Column("stow_credentials", Text),
+    Column("quirks", JSON(none_as_null=True)),  # what `peer echo --probe --save` found out
 )
 
 ROUTE = Table(
@@ -223,6 +224,7 @@ ROUTE = Table(
     Column("early", Boolean, nullable=False, server_default=false()),
     Column("longest_wait_seconds", Float),
     Column("completeness_peer", Text),
+    Column("priors", JSON(none_as_null=True)),
 )
 
 ROUTE_DESTINATION = Table(
@@ -367,6 +369,15 @@ COMMITMENT_REQUEST = Table(
     Column("asked_at", UtcTime, nullable=False),
     Column("ended_at", UtcTime),
     Index(None, "peer", "transaction_uid"),
+)
+
+FETCHED = Table(
+    "fetched",
+    METADATA,
+    Column("study_instance_uid", WireText, primary_key=True),
+    Column("peer", Text, nullable=False),
+    Column("for_study", Text, nullable=False),
+    Column("asked_at", UtcTime, nullable=False),
 )
 
 LEASE = Table(

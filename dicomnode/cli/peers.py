@@ -13,7 +13,7 @@ from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_
 from dicomnode.config import check_dicomweb_address
 from dicomnode.errors import NodeError, UsageError
 from storage import Storage
-from storage.records import Peer, Route
+from storage.records import Peer, PriorRule, Route
 
 peer = typer.Typer(no_args_is_help=True, help="Remote application entities: who may send here, who gets results.")
 route = typer.Typer(no_args_is_help=True, help="Which studies go to which package, and whose results go to which peers.")
@@ -202,6 +202,18 @@ def route_add(
     completeness_peer: Annotated[
         str | None, typer.Option("--completeness-peer", metavar="AET", help="a peer that is asked (C-FIND) what it holds of the study")
     ] = None,
+    priors_from: Annotated[
+        str | None,
+        typer.Option("--priors-from", metavar="AET", help="a peer that earlier studies of the patient are fetched from, to compare with"),
+    ] = None,
+    priors_count: Annotated[int, typer.Option("--priors-count", min=1, max=20, help="how many of them, the newest first")] = 1,
+    priors_days: Annotated[int, typer.Option("--priors-days", min=1, max=36500, help="and how old at most")] = 1095,
+    prior_modalities: Annotated[
+        list[str] | None, typer.Option("--prior-modality", metavar="MODALITY", help="of theirs, several times; else those of the study")
+    ] = None,
+    prior_body_parts: Annotated[
+        list[str] | None, typer.Option("--prior-body-part", metavar="PART", help="of their series, several times; else any")
+    ] = None,
     report_refusals: Annotated[
         bool, typer.Option("--report-refusals", help="send an SR 'not analysed: reason' for studies that don't fit")
     ] = False,
@@ -231,6 +243,14 @@ def route_add(
                 raise UsageError(f"{title} is a peer that doesn't receive results: `dicomnode peer add {title} HOST PORT --receives`")
         if completeness_peer is not None:
             _known_peer(storage, completeness_peer)
+        priors = None
+        if priors_from is not None:
+            if not _known_peer(storage, priors_from).sends:
+                raise UsageError(f"{priors_from} is a peer that doesn't send, so nothing can be fetched from it")
+            parts, modalities = (tuple(text.strip().upper() for text in texts or ()) for texts in (prior_body_parts, prior_modalities))
+            priors = PriorRule(
+                ae_title=ae_title(priors_from), count=priors_count, days=priors_days, modalities=modalities, body_parts=parts
+            )
         storage.registry.add_route(
             Route(
                 name=name,
@@ -246,6 +266,7 @@ def route_add(
                 early=early,
                 longest_wait_seconds=longest_wait,
                 completeness_peer=None if completeness_peer is None else ae_title(completeness_peer),
+                priors=priors,
             )
         )
 
@@ -268,6 +289,7 @@ def route_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "early",
             "longest_wait_seconds",
             "completeness_peer",
+            "priors",
         ]
         show(storage.registry.routes(), columns, as_json=json)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,7 @@ from dicomnode.config import check_ae_title, check_dicomweb_address, toml_value
 from dicomnode.errors import UsageError
 from dicomnode.results.profile import check_objects
 from storage import Storage
-from storage.records import STANDARD_OBJECTS, Peer, Route, SegmentationPer
+from storage.records import STANDARD_OBJECTS, Peer, PriorRule, Route, SegmentationPer
 
 registry = typer.Typer(no_args_is_help=True, help="Peers and routes as a file.")
 
@@ -99,6 +100,16 @@ class PeerEntry(_Entry):
         return self
 
 
+class PriorEntry(_Entry):
+    """A route's `priors`."""
+
+    ae_title: str
+    count: Annotated[int, Field(ge=1, le=20)] = 1
+    days: Annotated[int, Field(ge=1, le=36500)] = 1095
+    modalities: tuple[str, ...] = ()
+    body_parts: tuple[str, ...] = ()
+
+
 class RouteEntry(_Entry):
     """A [[routes]] table."""
 
@@ -111,6 +122,7 @@ class RouteEntry(_Entry):
     priority: Literal["stat", "routine"] | None = None
     quiet_seconds: Annotated[float, Field(ge=0)]
     report_refusals: bool = False
+    priors: PriorEntry | None = None
     objects: tuple[str, ...] | None = None
     early: bool = False
     longest_wait_seconds: Annotated[float | None, Field(ge=0)] = None
@@ -168,8 +180,13 @@ def registry_import(file: Annotated[Path, typer.Argument(help="site.toml")], con
         for peer in site.peers:
             storage.registry.add_peer(Peer(**peer.model_dump()))
         for entry in site.routes:
-            storage.registry.add_route(Route(**entry.model_dump()))
+            storage.registry.add_route(_route(entry))
         typer.echo(f"{len(site.peers)} peer(s) and {len(site.routes)} route(s) imported")
+
+
+def _route(entry: RouteEntry) -> Route:
+    priors = None if entry.priors is None else PriorRule(**entry.priors.model_dump())
+    return Route(**{**entry.model_dump(), "priors": priors})
 
 
 def _read(file: Path) -> Site:
@@ -194,5 +211,6 @@ def _as_toml(storage: Storage) -> str:
         for record in records:
             lines += ["", f"[[{table}]]"]
             values = {key: getattr(record, key) for key in entry.model_fields}
+            values |= {key: asdict(value) for key, value in values.items() if isinstance(value, PriorRule)}
             lines += [f"{key} = {toml_value(value)}" for key, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"

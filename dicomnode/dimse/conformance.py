@@ -67,10 +67,10 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
             ("Storage", f"the {len(STORAGE_CLASSES)} below", "yes, in the transfer syntax an object is stored in", "yes"),
             ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "yes"),
             ("Patient Root Query/Retrieve - FIND", f"`{PATIENT_ROOT_FIND}`", "yes", "yes"),
-            ("Patient Root Query/Retrieve - MOVE", f"`{PATIENT_ROOT_MOVE}`", "no", "yes"),
+            ("Patient Root Query/Retrieve - MOVE", f"`{PATIENT_ROOT_MOVE}`", "yes", "yes"),
             ("Patient Root Query/Retrieve - GET", f"`{PATIENT_ROOT_GET}`", "no", "yes"),
             ("Study Root Query/Retrieve - FIND", f"`{STUDY_ROOT_FIND}`", "yes", "yes"),
-            ("Study Root Query/Retrieve - MOVE", f"`{STUDY_ROOT_MOVE}`", "no", "yes"),
+            ("Study Root Query/Retrieve - MOVE", f"`{STUDY_ROOT_MOVE}`", "yes", "yes"),
             ("Study Root Query/Retrieve - GET", f"`{STUDY_ROOT_GET}`", "no", "yes"),
         ],
     )

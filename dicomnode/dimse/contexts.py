@@ -19,7 +19,7 @@ COMMITMENT_SYNTAXES: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")  # Exp
 EXPLICIT_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2.1"
 IMPLICIT_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2"
 
-# PS3.4 C.6: the Query/Retrieve information models. SCP; FIND as SCU, too.
+# PS3.4 C.6: the Query/Retrieve information models. SCP; FIND and MOVE as SCU, too.
 PATIENT_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.1.1"
 PATIENT_ROOT_MOVE: Final = "1.2.840.10008.5.1.4.1.2.1.2"
 PATIENT_ROOT_GET: Final = "1.2.840.10008.5.1.4.1.2.1.3"
