@@ -10,8 +10,9 @@ import typer
 
 from dicomnode.cli.packages import known_package
 from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_version, opened, show
-from dicomnode.config import check_dicomweb_address
+from dicomnode.config import Settings, check_dicomweb_address
 from dicomnode.errors import NodeError, UsageError
+from dicomnode.logs import printable
 from storage import Storage
 from storage.records import Peer, PriorRule, Route
 
@@ -127,7 +128,9 @@ def peer_add(
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
         if used and not receives:
             raise UsageError(f"route {', '.join(used)} sends results to {added.ae_title}: change or remove the route first")
-        storage.registry.add_peer(added)
+        before = storage.registry.peer(added.ae_title)
+        same = before is not None and (before.host, before.port) == (host, port)
+        storage.registry.add_peer(dataclasses.replace(added, quirks=before.quirks if before is not None and same else None))
 
 
 @peer.command("list")
@@ -164,12 +167,23 @@ def peer_remove(aet: str, config: ConfigOption = None) -> None:
 
 
 @peer.command("echo")
-def peer_echo(aet: str, config: ConfigOption = None) -> None:
-    """Send a C-ECHO to a peer; of one with --stow, ask its DICOMweb for a study."""
+def peer_echo(
+    aet: str,
+    probe: Annotated[bool, typer.Option("--probe", help="ask for each context that the node could want, and show what it accepts")] = False,
+    save: Annotated[bool, typer.Option("--save", help="keep what was found out in the peer's record; needs --probe")] = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Send a C-ECHO to a peer, or find out what it accepts; of one with --stow, ask its DICOMweb for a study."""
     from dicomnode.dimse.scu import echo
 
+    if (save or json) and not probe:
+        raise UsageError("--save and --json need --probe")
     with opened(config) as (settings, storage):
         known = _known_peer(storage, aet)
+        if probe:
+            _probe(settings, storage, known, save=save, as_json=json)
+            return
         if known.stow_url is not None:
             from dicomnode.stow import reach
 
@@ -180,6 +194,31 @@ def peer_echo(aet: str, config: ConfigOption = None) -> None:
         if known.commits and not commits:
             raise NodeError(f"{known.ae_title} at {known.host}:{known.port} answers, and does not accept storage commitment")
         typer.echo(f"{known.ae_title} at {known.host}:{known.port} answers" + (" and accepts storage commitment" if commits else ""))
+
+
+def _probe(settings: Settings, storage: Storage, known: Peer, *, save: bool, as_json: bool) -> None:
+    from dicomnode.dimse.probe import PROBED_SYNTAXES, probe, syntax_name
+
+    probed = probe(known, calling_ae_title=settings.node.ae_title, tls=settings.tls)
+    if save:
+        storage.registry.add_peer(dataclasses.replace(known, quirks=probed.quirks))
+    if as_json:
+        show([probed], [], as_json=True)
+        return
+    heads = {uid: syntax_name(uid) for uid in PROBED_SYNTAXES}
+    rows = [
+        {"SOP class": one.name, **{head: "yes" if uid in one.transfer_syntax_uids else "" for uid, head in heads.items()}}
+        for one in probed.classes
+    ]
+    show(rows, ["SOP class", *heads.values()], as_json=False)
+    for line in (
+        f"{known.ae_title} at {known.host}:{known.port}: {probed.implementation_version_name or probed.implementation_class_uid}",
+        "called AE title: " + ("checked" if probed.checks_called_ae_title else "not checked, any is answered"),
+        "largest PDU that it takes: " + (f"{probed.maximum_pdu_bytes} bytes" if probed.maximum_pdu_bytes else "any"),
+        f"TLS: {probed.tls or 'none, as it is registered'}",
+        *probed.advice(commits=known.commits),
+    ):
+        typer.echo(printable(line))
 
 
 @route.command("add")
