@@ -181,6 +181,8 @@ def peer_echo(
         raise UsageError("--save and --json need --probe")
     with opened(config) as (settings, storage):
         known = _known_peer(storage, aet)
+        if probe and known.stow_url is not None:
+            raise UsageError(f"{known.ae_title} is sent to by STOW-RS: there are no contexts to ask for")
         if probe:
             _probe(settings, storage, known, save=save, as_json=json)
             return
