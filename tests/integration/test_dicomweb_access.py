@@ -79,7 +79,12 @@ def test_a_page_of_another_name_cannot_ask_the_node_of_its_reader(small: Site) -
 
 
 def test_pages_of_known_origins_may_ask(tmp_path: Path) -> None:
-    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", origins=("https://ohif.example",)) as site:
+    known = {"origins": ("https://ohif.example",), "address": "https://pacs.example/node/"}
+    with serving(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}", **known) as site:
+        status, answer = site.stow(file_of(a_dataset()))
+        assert status == 200
+        assert isinstance(answer, dict)
+        assert answer["00081190"]["Value"] == ["https://pacs.example/node/dicom-web/studies/1.2.3.4"]
         assert site.get("/studies", Origin="https://ohif.example")[1]["access-control-allow-origin"] == "https://ohif.example"
         assert "access-control-allow-origin" not in site.get("/studies", Origin="https://elsewhere.example")[1]
 
