@@ -45,10 +45,6 @@ class Receiver:
         """The TCP port for DICOM over TLS, between start() and stop(); None if there is none."""
         return self._listener.tls_port
 
-    def count(self, name: str) -> None:
-        """Count something for the metrics, at once, to be written down with what is counted here."""
-        self._reception.notes.count(name)
-
     def start(self) -> None:
         """Remove what a crash left behind, then listen; returns at once.
 

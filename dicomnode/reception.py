@@ -41,12 +41,21 @@ class Reception:
             _log.info("unfinished objects removed", count=swept)
 
     def start(self) -> None:
-        """Begin to write notes down."""
+        """Begin to write notes down, and to tell when the disk stops intake and when it goes on."""
+        self.storage.objects.watch_intake(self._told)
         self.notes.start()
 
     def stop(self) -> None:
         """Write down what is left."""
         self.notes.stop()
+
+    def _told(self, stopped: bool, free: int) -> None:
+        """Log and count a change of intake, which one process of the node is told of."""
+        if stopped:
+            _log.error("intake stopped: the disk is at its reserve", bytes=free)
+        else:
+            _log.info("intake goes on", bytes=free)
+        self.notes.count("intake stopped" if stopped else "intake resumed")
 
     def begin(self, request: StoreRequest, demanded_study: str | None = None) -> IncomingInstance:
         """Open the file that the data set of a request goes to; with `demanded_study` an instance of another study is refused.

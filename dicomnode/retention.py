@@ -38,10 +38,8 @@ class Verdict:
 class Retention:
     """A thread that keeps an eye on the disk and removes what the rules let go."""
 
-    def __init__(self, storage: Storage, settings: RetentionSection, count: Callable[[str], None]) -> None:
-        """`count` adds one to a metric; it is called amid the reception of an image, so it must not wait for the database."""
+    def __init__(self, storage: Storage, settings: RetentionSection) -> None:
         self._storage = storage
-        self._count = count
         self._settings = settings
         self._owner = uuid.uuid4().hex
         self._stopping = threading.Event()
@@ -49,7 +47,6 @@ class Retention:
 
     def start(self) -> None:
         """Begin to look."""
-        self._storage.objects.watch_intake(self._told)
         self._thread.start()
 
     def stop(self) -> None:
@@ -57,14 +54,6 @@ class Retention:
         self._stopping.set()
         self._thread.join()
         self._storage.leases.release(LEASE, self._owner)
-
-    def _told(self, stopped: bool, free: int) -> None:
-        """Log and count a change of intake, once for all processes."""
-        if stopped:
-            log.error("intake stopped: the disk is at its reserve", bytes=free)
-        else:
-            log.info("intake goes on", bytes=free)
-        self._count("intake stopped" if stopped else "intake resumed")
 
     def _run(self) -> None:
         last = float("-inf")

@@ -164,7 +164,7 @@ def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) 
     from dicomnode.retention import Retention
 
     receiver = Receiver(settings, storage, commitment=StorageCommitment(settings, storage, client))
-    retention = Retention(storage, settings.retention, receiver.count)
+    retention = Retention(storage, settings.retention)
     try:
         receiver.start()
     except OSError as error:

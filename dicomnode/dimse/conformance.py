@@ -220,7 +220,9 @@ def _commitment(settings: Settings) -> Iterator[str]:
         ],
     )
     yield "How long objects are kept. What was removed can be sent again; it is then stored like new."
-    yield from _table(("Setting", "Value", "Meaning"), _setting_rows("retention", settings.retention, without=frozenset()))
+    yield from _table(
+        ("Setting", "Value", "Meaning"), _setting_rows("retention", settings.retention, without=frozenset({"interval_seconds"}))
+    )
     yield "Answers to N-ACTION and N-EVENT-REPORT other than Success, with an Error Comment (0000,0902):"
     yield from _table(("Status", "Meaning"), _refusals(CommitmentRefused))
 

@@ -347,7 +347,7 @@ def test_intake_stops_before_the_disk_is_full_and_goes_on_by_itself(tmp_path, mo
     storage = open_storage(url, tmp_path, reserve_bytes=1_000_000, resume_bytes=2_000_000)
     storage.registry.add_peer(SCANNER)
     receiver = Receiver(settings_for(tmp_path), storage)
-    retention = Retention(storage, RetentionSection(), receiver.count)
+    retention = Retention(storage, RetentionSection())
     receiver.start()
     retention.start()
     try:
@@ -379,7 +379,7 @@ def test_what_a_rule_lets_go_is_removed_by_one_of_two_receivers_and_can_be_sent_
     assert close(storage, "1.2.3.4") == 1
     moment = 1e-9
     rules = RetentionSection(days=moment, minimum_days=0, unanalysed_days=moment, priors=0, interval_seconds=moment)
-    both = [Retention(storage, rules, lambda _name: None) for _ in range(2)]
+    both = [Retention(storage, rules) for _ in range(2)]
     for each in both:
         each.start()
     try:
