@@ -67,6 +67,7 @@ class ListenerSection(_Section):
     accepted_pdu_bytes: int = Field(1048576, ge=4096, le=16777216, description="largest PDU taken from a peer that doesn't listen to that")
     maximum_association_request_bytes: int = Field(65536, ge=1024, description="largest association request")
     maximum_message_bytes: int = Field(4294967296, ge=1024, description="largest data set")
+    maximum_commitment_bytes: int = Field(16777216, ge=1024, description="largest message of storage commitment; it is held in memory")
     maximum_association_bytes: int = Field(1099511627776, ge=1024, description="most that one association may send")
     maximum_nesting: int = Field(64, ge=1, le=64, description="deepest sequence in a data set")
     accept_deflated: bool = Field(False, description="take Deflated Explicit VR Little Endian")
@@ -129,7 +130,7 @@ class CommitmentSection(_Section):
     report_seconds: float = Field(3, ge=0, description="an association stays open for so long after a request, for a report on it")
     answer_seconds: float = Field(3600, gt=0, description="a peer that hasn't reported after this is asked again")
     rounds: int = Field(5, ge=0, description="how often an object is sent again that its peer says it doesn't hold; then it has failed")
-    maximum_references: int = Field(5000, ge=1, description="instances that one request of a peer may name")
+    maximum_references: int = Field(20000, ge=1, description="instances that one request of a peer may name")
     maximum_waiting: int = Field(1000, ge=1, description="requests of one peer that may wait for our report")
 
 

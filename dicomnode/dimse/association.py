@@ -21,6 +21,7 @@ from pynetdicom.transport import AddressInformation
 
 from dicomnode.dimse import command as commands
 from dicomnode.dimse.commitment import answered, read_report, read_request, refused
+from dicomnode.dimse.contexts import STORAGE_COMMITMENT
 from dicomnode.dimse.conversation import RunningQuery
 from dicomnode.dimse.negotiation import USER_IDENTITY, Caller, Grants, UpperLayer, caller_of, loggable, user_identity
 from dicomnode.dimse.pdu import (
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from dicomnode.dimse.listener import Connection, Listener
 
 _MAXIMUM_COMMAND = 16384  # bytes of a command set; the largest that the standard defines has some hundred
-_MAXIMUM_OTHER = 1048576  # bytes of the data set of a request that is no C-STORE
+_MAXIMUM_OTHER = 1048576  # bytes of the data set of a request that is neither a C-STORE nor of storage commitment
 
 _log = get_logger(__name__)
 
@@ -333,7 +334,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             for chunk in self._wire.chunks(size, deadline):
                 store.write(chunk)
         elif self._other is not None and self._other[0] == context_id:
-            if len(self._other[2]) + size > _MAXIMUM_OTHER:
+            commits = self._accepted_cx[context_id].abstract_syntax == STORAGE_COMMITMENT
+            if len(self._other[2]) + size > (self._settings.maximum_commitment_bytes if commits else _MAXIMUM_OTHER):
                 raise Aborted("data set too large", NOT_SPECIFIED)
             for chunk in self._wire.chunks(size, deadline):
                 self._other[2].extend(chunk)

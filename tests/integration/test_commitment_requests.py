@@ -264,6 +264,19 @@ def test_requests_that_make_no_sense_or_ask_too_much_are_answered_with_their_sta
     assert site.ask("1.2.3", site.cts()) == 0
 
 
+def test_thousands_of_instances_are_asked_about_at_once_and_too_many_are_told_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long UID or a private item makes a request larger than other messages may be."""
+    many = [(CT, f"2.25.{3 * 10**38 + number}{'0' * 20}") for number in range(10_000)]
+    large = site.commitment._settings.commitment.model_copy(update={"maximum_references": 10_000})
+    monkeypatch.setattr(site.commitment, "_settings", site.commitment._settings.model_copy(update={"commitment": large}))
+    assert site.ask("1.2.3", many) == 0
+    (request,) = site.requests
+    assert (request.instances, request.state) == (10_000, "waiting")
+    monkeypatch.setattr("dicomnode.dimse.commitment.MOST_REFERENCES", 9_999)
+    assert site.ask("1.2.4", many) == 0x0213
+    assert len(site.requests) == 1
+
+
 def raw_request(site: Site, context: tuple[str, str], information: bytes) -> int:
     """Send an N-ACTION request with these bytes on a context; return the status of the answer."""
     association = associate(site.receiver.port, [context])
