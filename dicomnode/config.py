@@ -149,6 +149,7 @@ class RetentionSection(_Section):
         1, ge=0, description="so many last analysed studies of a patient stay to be compared with; for a quota they go last"
     )
     prior_days: float = Field(365, ge=0, description="for so long")
+    commitment_days: float = Field(365, ge=0, description="requests of storage commitment are remembered for so long; 0: for ever")
     interval_seconds: float = Field(600, gt=0, description="between two looks at what may go")
 
 

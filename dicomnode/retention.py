@@ -67,6 +67,7 @@ class Retention:
                 if self._storage.leases.hold(LEASE, self._owner, LEASE_SECONDS):
                     self._storage.retention.finish()
                     remove_due(self._storage, self._settings, datetime.now(UTC), go_on=self._go_on)
+                    forget_commitments(self._storage, self._settings, datetime.now(UTC))
             except Exception:  # the database may be away for a while; the next round tries again
                 log.exception("retention failed")
 
@@ -93,6 +94,14 @@ def remove_due(storage: Storage, settings: RetentionSection, now: datetime, *, g
             storage.counters.add({"studies removed": 1, "objects removed": held.objects, "bytes removed": held.size})
             log.info("removed", study_instance_uid=held.study_instance_uid, reason=verdict.why, count=held.objects, bytes=held.size)
     return removed
+
+
+def forget_commitments(storage: Storage, settings: RetentionSection, now: datetime) -> int:
+    """Remove what was asked and answered by storage commitment, both ways, once it is old and over; return how many requests that was."""
+    if not settings.commitment_days:
+        return 0
+    before = now - timedelta(days=settings.commitment_days)
+    return storage.commitments.forget(before) + storage.requests.forget(before)
 
 
 def verdicts(storage: Storage, settings: RetentionSection, now: datetime, *, all_studies: bool) -> list[Verdict]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, delete, func, select, update
 
 from storage.database import Database
 from storage.jobs import delivery
@@ -89,6 +89,13 @@ class Commitments:
             statement = statement.where(COMMITMENT.c.job_key == job_key)
         with self._database.reading() as connection:
             return [_commitment(row) for row in connection.execute(statement)]
+
+    def forget(self, before: datetime) -> int:
+        """Remove what was asked before then for deliver jobs that have ended; a report that comes after that is a stranger's."""
+        unfinished = select(JOB.c.key).where(JOB.c.state.in_(("queued", "running")))
+        old = delete(COMMITMENT).where(COMMITMENT.c.asked_at < before, COMMITMENT.c.job_key.not_in(unfinished))
+        with self._database.writing() as connection:
+            return connection.execute(old).rowcount
 
     def answer(
         self, connection: Connection, asked: Commitment, *, committed: Collection[str], failed: Mapping[str, tuple[int, str]], rounds: int

@@ -6,9 +6,10 @@ A request is a row before its peer hears Success. The row keeps what was found o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, delete, func, select, update
 
 from storage.database import Database
 from storage.records import CommitmentRequest
@@ -74,6 +75,12 @@ class CommitmentRequests:
         with self._database.reading() as connection:
             rows = connection.execute(select(COMMITMENT_REQUEST).order_by(COMMITMENT_REQUEST.c.asked_at, COMMITMENT_REQUEST.c.key)).all()
         return [_request(row) for row in rows]
+
+    def forget(self, before: datetime) -> int:
+        """Remove requests that ended before then, reported or given up."""
+        old = delete(COMMITMENT_REQUEST).where(COMMITMENT_REQUEST.c.state != "waiting", COMMITMENT_REQUEST.c.ended_at < before)
+        with self._database.writing() as connection:
+            return connection.execute(old).rowcount
 
     def start(self, key: str) -> CommitmentRequest | None:
         """Count an attempt to answer a request that waits, and return it; None if there is none, or it was answered or given up."""

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 from dimse_cases import CT, EXPLICIT, keep_connection
 from pydicom.dataset import Dataset
 from pynetdicom import AE, build_role, evt
+from pynetdicom.dimse_primitives import N_EVENT_REPORT
+from pynetdicom.dsutils import encode
 from pynetdicom.presentation import build_context
 from pynetdicom.transport import ThreadedAssociationServer
 
@@ -39,6 +42,9 @@ class LyingPacs:
         self.ae_title = ae_title
         self.node_port = 0
         self.stored: Counter[str] = Counter()  # SOP Instance UIDs and how often they came
+        self.tried: Counter[str] = Counter()  # and how often they were offered
+        self.contents: dict[str, set[bytes]] = {}  # and what they were: one content each, however often they came
+        self.aborts = 0  # so many times the association is aborted in the place of an answer
         self.files: dict[str, bytes] = {}  # and as what, as Part 10 files
         self.associations: set[Any] = set()  # on which something came
         self.commits = False
@@ -82,6 +88,18 @@ class LyingPacs:
         """Report on the association that the request came on."""
         self.answered.append(send_report(request.association, report(request, committed, failed)))
 
+    def report_first(self, request: Request, committed: Iterable[str]) -> None:
+        """Report on the association that the request came on, in its own thread: before the request is answered."""
+        event = N_EVENT_REPORT()
+        event.MessageID, event.EventTypeID = 77, 1
+        event.AffectedSOPClassUID, event.AffectedSOPInstanceUID = COMMITMENT, WELL_KNOWN
+        context = next(context for context in request.association.accepted_contexts if context.abstract_syntax == COMMITMENT)
+        syntax = context.transfer_syntax[0]
+        event.EventInformation = BytesIO(encode(report(request, committed), syntax.is_implicit_VR, syntax.is_little_endian) or b"")
+        request.association.dimse.send_msg(event, context.context_id)
+        _, answer = request.association.dimse.get_msg(block=True)
+        self.answered.append(None if answer is None else answer.Status)
+
     def report_anew(self, request: Request, committed: Iterable[str], failed: Iterable[str] = (), *, calling: str | None = None) -> None:
         """Report on a new association to the node."""
         with association_to(self.node_port, calling or self.ae_title) as association:
@@ -89,11 +107,18 @@ class LyingPacs:
 
     def _store(self, event: Any) -> int:
         uid = str(event.request.AffectedSOPInstanceUID)
+        self.tried[uid] += 1
+        if self.aborts:
+            self.aborts -= 1
+            event.assoc.abort()
+            return 0xC000
         status = self.store_status(uid)
-        self.stored[uid] += status == 0
+        stored = status == 0 or 0xB000 <= status < 0xC000
+        self.stored[uid] += stored
         self.associations.add(event.assoc)
-        if status == 0:
+        if stored:
             self.files[uid] = event.encoded_dataset()
+            self.contents.setdefault(uid, set()).add(event.encoded_dataset(include_meta=False))
         if self.leave_after is not None and sum(self.stored.values()) >= self.leave_after:
             self.leave()
         return status

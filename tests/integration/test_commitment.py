@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from pydicom.dataset import Dataset
 
 from dicomnode.commitment import StorageCommitment
 from dicomnode.completion import retry
-from dicomnode.config import CommitmentSection, EngineSection, ListenerSection, NodeSection, Settings
+from dicomnode.config import CommitmentSection, EngineSection, ListenerSection, NodeSection, RetentionSection, Settings
 from dicomnode.delivery import Sender
 from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import echo
 from dicomnode.engine import EngineClient
 from dicomnode.receiver import Receiver
+from dicomnode.retention import forget_commitments
 from pacs import wait_until
 from storage import open_storage
 from storage.records import Delivery, Job, Peer, Result
@@ -203,6 +204,24 @@ def test_a_pacs_that_reports_on_the_same_association_has_committed_to_one_copy(p
     assert {(sop_class, uid) for sop_class, uid in pacs.requests[0].references} == {(CT, uid) for uid in site.uids}
     assert all(delivery.committed_at is not None and delivery.sent_at is not None for delivery in site.deliveries)
     site.end()
+
+
+def test_a_pacs_that_reports_before_it_answers_the_request_has_committed(site: Site, pacs: LyingPacs) -> None:
+    pacs.answer = lambda request: (pacs.report_first(request, uids(request)), 0)[1]
+    assert site.deliver() is None
+    assert (site.job.state, site.states, pacs.answered) == ("done", ["committed"] * 2, [0])
+    assert list(pacs.stored.values()) == [1, 1]
+
+
+def test_a_request_that_is_over_is_forgotten_after_a_while_and_one_that_is_not_stays(site: Site, pacs: LyingPacs) -> None:
+    site.deliver()
+    later = datetime.now(UTC) + timedelta(days=366)
+    assert forget_commitments(site.storage, RetentionSection(), later) == 0
+    pacs.report_anew(pacs.requests[0], site.uids)
+    assert forget_commitments(site.storage, RetentionSection(), datetime.now(UTC)) == 0
+    assert forget_commitments(site.storage, RetentionSection(), later) == 1
+    pacs.report_anew(pacs.requests[0], site.uids)
+    assert (site.states, pacs.answered) == (["committed"] * 2, [0, 0x0115])
 
 
 def test_a_pacs_that_reports_on_an_association_of_its_own_ends_what_waits(site: Site, pacs: LyingPacs) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.cli import run
 from dicomnode.commitment import StorageCommitment, answer_again
-from dicomnode.config import CommitmentSection, EngineSection, ListenerSection, NodeSection, Settings
+from dicomnode.config import CommitmentSection, EngineSection, ListenerSection, NodeSection, RetentionSection, Settings
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.receiver import Receiver
+from dicomnode.retention import forget_commitments
 from storage import Storage, open_storage, prepare_storage
 from storage.records import CommitmentRequest, Peer
 
@@ -262,6 +264,18 @@ def test_requests_that_make_no_sense_or_ask_too_much_are_answered_with_their_sta
     assert site.ask("1.2.1", site.cts()) == 0  # one that waits already
     site.settle(0)
     assert site.ask("1.2.3", site.cts()) == 0
+
+
+def test_what_ended_long_ago_is_forgotten_and_what_waits_is_not(site: Site) -> None:
+    settings, now = RetentionSection(), datetime.now(UTC)
+    site.ask("1.2.3", site.cts())
+    site.settle()
+    site.ask("1.2.4", site.cts())
+    year, forever = timedelta(days=366), RetentionSection(commitment_days=0)
+    assert forget_commitments(site.storage, forever, now + year) == 0
+    assert forget_commitments(site.storage, settings, now) == 0
+    assert forget_commitments(site.storage, settings, now + year) == 1
+    assert [request.transaction_uid for request in site.requests] == ["1.2.4"]
 
 
 def test_thousands_of_instances_are_asked_about_at_once_and_too_many_are_told_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
