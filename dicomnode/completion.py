@@ -49,17 +49,27 @@ class Seen:
 
     def __init__(self) -> None:
         self._studies: dict[str, tuple[datetime, list[tuple[str, str]], tuple[SeriesEvidence, ...]]] = {}
+        self._callers: dict[str, list[tuple[str, str]]] = {}
 
     def of(self, storage: Storage, study: Study) -> tuple[list[tuple[str, str]], tuple[SeriesEvidence, ...]]:
         """Return who sent the study, and what its series tell."""
         uid = study.study_instance_uid
         if uid not in self._studies or self._studies[uid][0] != study.last_received_at:
-            self._studies[uid] = study.last_received_at, storage.index.callers(uid), series_evidence(storage.index.planes(uid))
+            self._callers[uid] = storage.index.callers(uid)
+            self._studies[uid] = study.last_received_at, self._callers[uid], series_evidence(storage.index.planes(uid))
         return self._studies[uid][1:]
+
+    def first_callers(self, storage: Storage, study: Study) -> list[tuple[str, str]]:
+        """Return who had sent the study when that was read last: others may have joined since."""
+        uid = study.study_instance_uid
+        if uid not in self._callers:
+            self._callers[uid] = storage.index.callers(uid)
+        return self._callers[uid]
 
     def forget_but(self, study_instance_uids: Collection[str]) -> None:
         """Keep nothing of studies other than these."""
         self._studies = {uid: known for uid, known in self._studies.items() if uid in study_instance_uids}
+        self._callers = {uid: known for uid, known in self._callers.items() if uid in study_instance_uids}
 
 
 class Completion:
@@ -120,8 +130,8 @@ def close_complete_studies(
     receiving = storage.index.receiving()
     for study in receiving:
         silent = (now - max(study.last_received_at, up_since)).total_seconds()
-        if silent < least:
-            continue
+        if silent < least or silent < _earliest(rules_of(_chosen(every, seen.first_callers(storage, study)))):
+            continue  # nothing is read of a study that images still come of
         callers, series = seen.of(storage, study)
         routes = [] if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else _chosen(every, callers)
         rules = rules_of(routes)
@@ -131,7 +141,7 @@ def close_complete_studies(
             released=study.released_at is not None and study.released_at >= study.last_received_at,
             silent_seconds=silent,
             series=series,
-            peers=inquiry.evidence(study, asked) if inquiry is not None and silent >= min(SETTLED_SECONDS, rules.quiet_seconds) else (),
+            peers=inquiry.evidence(study, asked) if inquiry is not None and silent >= _earliest(rules) else (),
         )
         decision = decide(evidence, rules)
         revision = _close(storage, client, study, routes, evidence, decision) if decision.closes else None
@@ -146,6 +156,11 @@ def close_complete_studies(
     if inquiry is not None:
         inquiry.forget_but(open_studies)
     return closed
+
+
+def _earliest(rules: Rules) -> float:
+    """Seconds after its last image before which no study closes."""
+    return min(SETTLED_SECONDS, rules.quiet_seconds)
 
 
 def rules_of(routes: Sequence[Route]) -> Rules:
