@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
+
 from dicomnode.config import Settings, check_ae_title
 from dicomnode.dimse.identifier import Identifier, Value
 from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
@@ -64,6 +67,26 @@ class StoredHoldings:
         """Send objects to a peer, one by one, as they are stored."""
         node = self._settings.node
         return send_each(peer, objects, calling_ae_title=node.ae_title, tls=self._settings.tls, originator=originator)
+
+
+def name_old_results(storage: Storage) -> None:
+    """Read from the files of results that were made before 0.7.0 which series they are in: until then no query finds them.
+
+    One that is gone or can't be read stays as it is.
+    """
+    tags = ["SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "InstanceNumber"]
+    for result in storage.jobs.unnamed_results():
+        try:
+            named = dcmread(storage.objects.path(result.stored.object_id), specific_tags=tags, stop_before_pixels=True)
+            storage.jobs.name_result(
+                result.sop_instance_uid,
+                series_instance_uid=str(named.SeriesInstanceUID),
+                series_number=int(named.SeriesNumber),
+                series_description=str(named.get("SeriesDescription", "")),
+                instance_number=int(named.InstanceNumber),
+            )
+        except (OSError, InvalidDicomError, AttributeError, TypeError, ValueError) as error:
+            _log.warning("a result is found by no query", sop_instance_uid=result.sop_instance_uid, reason=type(error).__name__)
 
 
 def _refusal(error: StorageError) -> QueryUnacceptable | QueryFailure:

@@ -272,6 +272,24 @@ class Jobs:
         with self._database.reading() as connection:
             return [_result(row) for row in connection.execute(statement)]
 
+    def unnamed_results(self) -> list[Result]:
+        """Return the results whose series wasn't kept yet when they were made."""
+        with self._database.reading() as connection:
+            return [_result(row) for row in connection.execute(select(RESULT).where(RESULT.c.series_instance_uid.is_(None)))]
+
+    def name_result(
+        self, sop_instance_uid: str, *, series_instance_uid: str, series_number: int, series_description: str, instance_number: int
+    ) -> None:
+        """Keep which series a result is in, so that queries find it."""
+        values = {
+            "series_instance_uid": series_instance_uid,
+            "series_number": series_number,
+            "series_description": series_description,
+            "instance_number": instance_number,
+        }
+        with self._database.writing() as connection:
+            connection.execute(update(RESULT).where(RESULT.c.sop_instance_uid == sop_instance_uid).values(**values))
+
     def add_deliveries(
         self,
         connection: Connection,

@@ -160,9 +160,11 @@ def _prepare(settings: Settings) -> None:
 
 def _start_receiver(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.commitment import StorageCommitment
+    from dicomnode.holdings import name_old_results
     from dicomnode.receiver import Receiver
     from dicomnode.retention import Retention
 
+    name_old_results(storage)
     receiver = Receiver(settings, storage, commitment=StorageCommitment(settings, storage, client))
     retention = Retention(storage, settings.retention)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dimse_cases import CT, EXPLICIT, IMPLICIT, JPEG_2000, a_dataset, closing_connections, encapsulated, encoded, keep_connection
+from dimse_cases import CT, EXPLICIT, IMPLICIT, JPEG_2000, a_dataset, closing_connections, encapsulated, encoded, keep_connection, received
 from held_objects import STUDY, keep, receiving_node, slices
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from pydicom import Dataset
@@ -31,9 +31,11 @@ from dicomnode.dimse.contexts import (
     VERIFICATION,
 )
 from dicomnode.dimse.find import query
+from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import keep_responses
+from dicomnode.holdings import name_old_results
 from storage import Storage
-from storage.records import Peer
+from storage.records import Peer, Result
 
 PATIENCE = 120.0
 MODELS = (STUDY_ROOT_FIND, STUDY_ROOT_MOVE, STUDY_ROOT_GET, PATIENT_ROOT_FIND, PATIENT_ROOT_GET)
@@ -416,6 +418,29 @@ def test_enormous_identifiers_are_answered_or_refused(workstation, storage, iden
     association = workstation.associate((STUDY_ROOT_FIND, EXPLICIT))
     assert status_of(association, identifier) in {0x0000, 0xFF00, 0xFF01, 0xA900, 0xC001}
     association.release()
+
+
+def test_results_of_before_series_were_kept_are_found_once_their_files_are_read(storage):
+    slices(storage, 1)
+    study = storage.index.study(STUDY)
+    made = a_dataset("1.2.840.10008.5.1.4.1.1.66.4", SOPInstanceUID="2.25.1", SeriesInstanceUID="2.25.9", SeriesNumber=901)
+    data = encoded(made)
+    file = part10_prefix(received(data, uid="2.25.1", sop_class=made.SOPClassUID)) + data
+    with storage.database.writing() as connection:
+        storage.index.close_revision(connection, STUDY, seen_last_received_at=study.last_received_at, evidence="", outcome="")
+        storage.jobs.create(connection, key="k", kind="analyse", study_instance_uid=STUDY, revision=1, package="p", version="1", digest="d",
+                            run=1, priority="routine")  # fmt: skip
+        old = {"transfer_syntax_uid": EXPLICIT, "modality": "SEG", "study_instance_uid": STUDY, "job_key": "k"}
+        for uid, stored in (("2.25.1", storage.objects.put(file)), ("2.25.2", storage.objects.put(b"no DICOM"))):
+            result = Result(
+                sop_instance_uid=uid, sop_class_uid=made.SOPClassUID, stored=stored, created_at=storage.database.now(connection), **old
+            )
+            storage.jobs.add_results(connection, [result])
+    assert [row["Modality"] for row in storage.query.find("SERIES", {})] == ["CT"]
+    name_old_results(storage)
+    (_, series) = storage.query.find("SERIES", {})
+    assert (series["SeriesInstanceUID"], series["SeriesNumber"], series["NumberOfSeriesRelatedInstances"]) == ("2.25.9", 901, 1)
+    assert [result.sop_instance_uid for result in storage.jobs.unnamed_results()] == ["2.25.2"]
 
 
 def test_a_caller_that_leaves_amid_its_answers_leaves_nothing_behind(workstation, storage):
