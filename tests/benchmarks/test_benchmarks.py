@@ -49,3 +49,16 @@ def test_the_benchmark_of_segmentations_measures_each_encoder(tmp_path: Path) ->
     assert {encoder for encoder, _ in rows} >= {"node", "highdicom", "packbits"}
     for kind in ("seg", "seg-labelmap"):  # all of them write the same frames
         assert rows["node", kind]["bytes"] == pytest.approx(rows["highdicom", kind]["bytes"], rel=0.3)
+
+
+@pytest.mark.long  # it waits for a sender to come to rest, three times
+def test_the_benchmark_of_delivery_delivers_each_result_that_waited_once(tmp_path: Path) -> None:
+    out = tmp_path / "deliver.json"
+    command = [sys.executable, FOLDER / "deliver.py", "--results", "20", "--out", out]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode in {0, 3}, done.stdout + done.stderr
+    goals = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode == 0) is all(goal["met"] for goal in goals.values())
+    assert goals["results not delivered once"]["met"]
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["waiting"] for row in content["rows"]] == [0, 2, 20]
