@@ -30,12 +30,11 @@ PEERS = {
 PEERS |= {
     name: replace(PEERS["USUAL"], ae_title=name, objects=objects, seg_per=per, empty_frames=empty)
     for name, objects, per, empty in (
+        ("NOFILM", ("seg-no-film", "sr-comprehensive"), "model", False),
         ("LABELS", ("seg-labelmap", "sr-comprehensive"), "model", False),
         ("SHARES", ("seg-fractional", "sr"), "model", False),
         ("EACH", ("seg", "sr-comprehensive"), "finding", False),
         ("EMPTY", ("seg", "sr"), "model", True),
-        ("EACHEMPTY", ("seg", "sr"), "finding", True),
-        ("EMPTYSHARES", ("seg-fractional", "sr"), "model", True),
         ("EACHLABELS", ("seg-labelmap", "sr"), "finding", True),
     )
 }
