@@ -110,6 +110,9 @@ class Backlogs:
                 self._client.enqueue(transaction, key, "deliver", job.priority, ticket=uuid.uuid4().hex, attempt=1, delay_seconds=wait)
 
     def _give_up(self, backlog: Backlog) -> None:
+        """End what has waited for as long as the schedule, once the peer has been tried as often: slow tries take no chance away."""
+        if backlog.tries < len(self._schedule):
+            return
         reason = f"{backlog.peer} could not be reached since {backlog.since:%Y-%m-%d %H:%M} UTC: {backlog.error}"
         given_up = self._storage.backlogs.give_up(backlog.peer, reason, after_seconds=sum(self._schedule))
         if given_up:
