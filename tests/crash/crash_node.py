@@ -65,7 +65,8 @@ sys.modules["dicomnode.analysis.inference"] = stub
 
 from crash_points import POINTS, Point  # noqa: E402
 
-import dicomnode.completion  # noqa: E402  after the stub has taken inference's place
+import dicomnode.backlog  # noqa: E402  after the stub has taken inference's place
+import dicomnode.completion  # noqa: E402
 import dicomnode.delivery  # noqa: E402
 import dicomnode.pipeline  # noqa: E402
 import dicomnode.receiver  # noqa: E402
@@ -78,9 +79,11 @@ def run_node(settings: Settings, point: str | None, up: Any) -> None:
     """Run the node until it is killed, dying by itself at `point`; `up` is set (a multiprocessing event) when it listens."""
     store = open_storage(settings.database_url, settings.data_folder)
     client = EngineClient(settings.database_url)
+    backlogs = dicomnode.backlog.Backlogs(settings, store, client)
     queues = (
         Queue(kind="analyse", work=dicomnode.pipeline.Analyser(settings, store, client).analyse, concurrency=1),
         Queue(kind="deliver", work=dicomnode.delivery.Sender(settings, store, client).deliver, concurrency=1),
+        Queue(kind="resume", work=lambda key, _: backlogs.work_off(worker.do_now, key), concurrency=1, rows=store.backlogs),
     )
     receiver = dicomnode.receiver.Receiver(settings, store)
     worker = Worker(settings.engine, store, client, database_url=settings.database_url, queues=queues)
