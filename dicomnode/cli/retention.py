@@ -22,7 +22,7 @@ def retention(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the studies whose objects would be removed by the rules of [retention], and why; nothing is removed without --apply."""
+    """Show the studies whose objects the rules of the section retention would remove, and why; nothing is removed without --apply."""
     from dicomnode.retention import has_rule, remove_due, verdicts
 
     with opened(config) as (settings, storage):
