@@ -33,9 +33,16 @@ class Backlogs:
         self._client = client
 
     def holds(self, job: Job, peer: Peer) -> bool:
-        """Put a running job into its peer's backlog if the peer is known to be away, unless it is this job's turn to see; say whether."""
+        """Put a running job into its peer's backlog if the peer is known to be away, unless this job may see for itself; say whether.
+
+        It may if it is its turn, or if it is urgent and no other job is at it.
+        """
         backlog = self._storage.backlogs.backlog(peer.ae_title)
         if backlog is None or backlog.next_at is None or backlog.probe == job.key or not self._schedule:
+            return False
+        if job.priority == "stat" and backlog.probe is None:
+            with self._storage.database.writing() as transaction:
+                self._storage.backlogs.allow(transaction, peer.ae_title, job.key)
             return False
         self._put(job, peer, backlog.error or "", tried=False)
         return True

@@ -40,6 +40,7 @@ from dicomnode.results.profile import OWN, REPORTS, SEGMENTATIONS, Part, alterna
 from dicomnode.results.proof import prove, prove_selection
 from dicomnode.results.proof_captures import prove_captures
 from dicomnode.results.proof_presentations import prove_presentations
+from dicomnode.results.proof_refusal import prove_refusal
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentations
 from dicomnode.results.selection import encode_selection
@@ -187,7 +188,14 @@ class Analyser:
         for kind, form in sorted(wanted, key=str) if headers else ():
             if kind in REPORTS:
                 former = superseded(self._storage, job)
-                objects[kind, form] = (encode_refusal(code, reason, images, identity, kind=kind, supersedes=former, **made_by),)
+                report = encode_refusal(code, reason, images, identity, kind=kind, supersedes=former, **made_by)
+                try:
+                    prove_refusal(report, code, reason, images, identity, algorithm_name=made_by["algorithm_name"])
+                except ProofFailed as error:
+                    log.error("report withheld", job=job.key, reason=str(error))
+                    words = f"report withheld: {error} What it should say: {reason}"
+                    return Outcome(state="failed", reason_code="result-withheld", reason=words, objects={}, detail={})
+                objects[kind, form] = (report,)
             if kind == "key-image":
                 objects[kind, None] = encode_reason(code, reason, images, identity, **made_by)
         return Outcome(state=state, reason_code=code, reason=reason, objects=objects, detail={})

@@ -62,7 +62,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
             ),
             "results": (storage.jobs.results(study_instance_uid=uid), ["modality", "sop_instance_uid", "created_at"]),
             "deliveries": (
-                storage.jobs.deliveries(study_instance_uid=uid),
+                _with_next_try(storage, uid),
                 ["sop_instance_uid", "peer", "state", "attempts", "error", "note", "next_at", "committed_at"],
             ),
             "refused": (refused, ["sop_instance_uid", "calling_ae_title", "dimse_status", "reason", "received_at"]),
@@ -242,6 +242,16 @@ def delivery_retry(
         backlogs = Backlogs(settings, storage, client)
         for ae_title in sorted(title for title in idle if title is not None and peer in {None, title}):
             typer.echo(f"{backlogs.send_again(ae_title)} for {ae_title}")
+
+
+def _with_next_try(storage: Storage, uid: str) -> list[Delivery]:
+    """The deliveries of a study; those that wait for a peer which is away are tried when that is."""
+    waiting = {job.key for job in storage.jobs.jobs(study_instance_uid=uid, kind="deliver") if job.in_backlog}
+    next_at = {backlog.peer: backlog.next_at for backlog in storage.backlogs.backlogs()}
+    return [
+        dataclasses.replace(row, next_at=row.next_at or next_at.get(row.peer)) if row.job_key in waiting and row.state == "waiting" else row
+        for row in storage.jobs.deliveries(study_instance_uid=uid)
+    ]
 
 
 def _delivery(found: Job, objects: Sequence[Delivery], backlog: Backlog | None) -> dict[str, Any]:

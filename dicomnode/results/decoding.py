@@ -17,7 +17,7 @@ from pydicom import Dataset
 from pydicom.pixels.utils import iter_pixels
 
 from dicomnode.errors import ProofFailed
-from dicomnode.findings import Laterality, Volume
+from dicomnode.findings import Laterality, ResultObject, Volume
 
 LATERALITY: dict[str, Laterality] = {"7771000": "left", "24028007": "right"}
 _BACKGROUND = 0  # a label map's voxels that belong to nothing
@@ -181,6 +181,20 @@ def read(data: bytes) -> Dataset:
     return pydicom.dcmread(BytesIO(data))
 
 
+def read_report(report: ResultObject, study_instance_uid: str) -> Dataset:
+    """Return the data set of an SR that is what it was announced as: of this study, unverified, for research.
+
+    Raises:
+        ProofFailed: one sentence says what it isn't.
+    """
+    document = read(report.data)
+    expect(str(document.get("VerificationFlag")) == "UNVERIFIED", "the SR doesn't say that nobody has verified it")
+    expect(str(document.get("ContentQualification")) == "RESEARCH", "the SR's Content Qualification isn't RESEARCH")
+    expect(str(document.SOPInstanceUID) == report.sop_instance_uid, "the SR's bytes hold another SOP Instance UID than was announced")
+    expect(str(document.StudyInstanceUID) == study_instance_uid, "the SR belongs to another study than the images")
+    return document
+
+
 def frame_pixels(seg: Dataset, frame: int) -> NDArray[np.bool_]:
     """One frame (from 0) of BINARY pixel data: bits follow each other without padding, lowest bit first (PS3.5 8.1.1)."""
     size = int(seg.Rows) * int(seg.Columns)
@@ -200,6 +214,14 @@ def slices_of(volume: Volume) -> dict[Plane, int]:
     """Return the slice that each image, or each frame of one, is."""
     numbers: Sequence[int | None] = volume.frame_numbers or [None] * len(volume.sop_instance_uids)
     return {plane: k for k, plane in enumerate(zip(volume.sop_instance_uids, numbers, strict=True))}
+
+
+def evidence_of(document: Dataset) -> Iterator[tuple[str, str]]:
+    """Yield what Current Requested Procedure Evidence names (PS3.3 C.17.2.3): instance and series."""
+    for study in document.get("CurrentRequestedProcedureEvidenceSequence", []):
+        for series in study.ReferencedSeriesSequence:
+            for instance in series.ReferencedSOPSequence:
+                yield str(instance.ReferencedSOPInstanceUID), str(series.SeriesInstanceUID)
 
 
 def items_below(dataset: Dataset) -> Iterator[Dataset]:

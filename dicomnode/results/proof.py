@@ -20,9 +20,11 @@ from dicomnode.results.decoding import (
     comments_of,
     decode_report,
     decode_segmentation,
+    evidence_of,
     expect,
     items_below,
     read,
+    read_report,
     slices_of,
 )
 from dicomnode.results.profile import USUAL, Form
@@ -84,8 +86,8 @@ def prove(
         segments |= {number if wanted == 1 else ordinal: (segment, one) for number, segment in decoded.items()}
     for finding in findings.findings if segs else ():
         _compare_segment(segments[finding.number][0], finding, volume)
-    document = _read(report, volume)
-    compare_origin(document, findings, volume)
+    document = read_report(report, volume.study_instance_uid)
+    compare_origin(document, modality=volume.modality, algorithm_name=findings.algorithm_name, package_version=findings.version)
     groups = list(decode_report(document))
     known = [segments[f.number][0].tracking_uid if segs else g.tracking_uid for f, g in zip(findings.findings, groups, strict=False)]
     expect(len(set(known)) == len(findings.findings), "the SR has fewer groups than findings, or two findings have one Tracking UID")
@@ -124,18 +126,9 @@ def prove_selection(selection: ResultObject | None, findings: Findings, volume: 
             flagged |= {(str(reference.ReferencedSOPInstanceUID), None if n is None else int(n)) for n in frames}
     wanted = {plane for plane, k in slices_of(volume).items() if any(k == finding.key_slice for finding in findings.findings)}
     expect(flagged == wanted, f"the key objects flag {sorted(map(str, flagged))}, the findings are on {sorted(map(str, wanted))}")
-    evidence = dict(_evidence(document))
+    evidence = dict(evidence_of(document))
     for uid in {uid for uid, _ in wanted} | {*evidence}:
         expect(evidence.get(uid) == volume.series_instance_uid, f"the key objects' evidence doesn't name {uid} in its series")
-
-
-def _read(report: ResultObject, volume: Volume) -> Dataset:
-    document = read(report.data)
-    expect(str(document.get("VerificationFlag")) == "UNVERIFIED", "the SR doesn't say that nobody has verified it")
-    expect(str(document.get("ContentQualification")) == "RESEARCH", "the SR's Content Qualification isn't RESEARCH")
-    expect(str(document.SOPInstanceUID) == report.sop_instance_uid, "the SR's bytes hold another SOP Instance UID than was announced")
-    expect(document.StudyInstanceUID == volume.study_instance_uid, "the SR belongs to another study than the volume")
-    return document
 
 
 def _compare_segment(segment: DecodedSegment, finding: Finding, volume: Volume) -> None:
@@ -370,7 +363,7 @@ def _compare_evidence(document: Dataset, volume: Volume, others: Sequence[Volume
     _compare_images(
         (str(i.ReferencedSOPSequence[0].ReferencedSOPInstanceUID) for i in items_below(document) if i.ValueType == "IMAGE"), {*series}, "SR"
     )
-    named = dict(_evidence(document))
+    named = dict(evidence_of(document))
     _compare_images(iter(named), {*series}, "SR")
     for uid, where in series.items():
         expect(named.get(uid) == where, f"the SR's evidence doesn't name {uid} in its series")
@@ -381,14 +374,6 @@ def _named_by_segmentation(seg: Dataset) -> Iterator[str]:
     for series in seg.ReferencedSeriesSequence:
         yield from (str(instance.ReferencedSOPInstanceUID) for instance in series.ReferencedInstanceSequence)
     yield from (str(instance.ReferencedSOPInstanceUID) for instance in seg.SourceImageSequence)
-
-
-def _evidence(document: Dataset) -> Iterator[tuple[str, str]]:
-    """Current Requested Procedure Evidence (PS3.3 C.17.2.3): instance and series."""
-    for study in document.get("CurrentRequestedProcedureEvidenceSequence", []):
-        for series in study.ReferencedSeriesSequence:
-            for instance in series.ReferencedSOPSequence:
-                yield str(instance.ReferencedSOPInstanceUID), str(series.SeriesInstanceUID)
 
 
 def _converted(number: Number, units: Mapping[str, float], name: str) -> float:

@@ -31,10 +31,10 @@ def compare_comments(comments: Sequence[str], findings: Findings, volume: Volume
     """
     expect(WARNING in comments, "the SR doesn't say that it is for research only")
     for note in findings.notes:
-        expect(any(_says(comment, note) for comment in comments), f"the SR doesn't say: {note}")
+        expect(any(says(comment, note) for comment in comments), f"the SR doesn't say: {note}")
     for score in findings.scores:
         words = f"{score.label}: {100.0 * score.probability:.1f} %, {'positive' if score.positive else 'negative'}"
-        expect(any(_says(comment, words) for comment in comments), f"the SR doesn't say in words: {words}")
+        expect(any(says(comment, words) for comment in comments), f"the SR doesn't say in words: {words}")
     left_out = any(comment.startswith(f"{findings.omitted} further finding") for comment in comments)
     expect(left_out == (findings.omitted > 0), f"the SR doesn't say that {findings.omitted} findings are omitted")
     for calibration, words in (("detector", "at the detector"), ("none", "in pixels")):
@@ -42,7 +42,7 @@ def compare_comments(comments: Sequence[str], findings: Findings, volume: Volume
         expect(not must or any(words in comment for comment in comments), f"the SR doesn't say that it measures {words}")
 
 
-def compare_origin(document: Dataset, findings: Findings, volume: Volume) -> None:
+def compare_origin(document: Dataset, *, modality: str, algorithm_name: str, package_version: str) -> None:
     """Return if the report names once the procedure it reports on, and each group the algorithm with version and weights (TID 1500, 4019).
 
     Raises:
@@ -50,19 +50,19 @@ def compare_origin(document: Dataset, findings: Findings, volume: Volume) -> Non
     """
     procedures = [item.get("ConceptCodeSequence") for item in document.get("ContentSequence", []) if concept_of(item) == _PROCEDURE]
     said = [(str(codes[0].get("CodeValue")), str(codes[0].get("CodingSchemeDesignator"))) for codes in procedures if codes]
-    wanted = _PROCEDURES.get(volume.modality, _IMAGING)
-    expect(said == [wanted], f"the SR's Procedure Reported is {said or 'missing'}, not {wanted} for {volume.modality}")
-    version = re.compile(re.escape(findings.version) + r" weights sha256:[0-9a-f]{64}")
+    wanted = _PROCEDURES.get(modality, _IMAGING)
+    expect(said == [wanted], f"the SR's Procedure Reported is {said or 'missing'}, not {wanted} for {modality}")
+    version = re.compile(re.escape(package_version) + r" weights sha256:[0-9a-f]{64}")
     for group in (item for item in items_below(document) if concept_of(item) == _GROUP):
         texts = [(concept_of(item), str(item.get("TextValue", ""))) for item in items_below(group)]
         names = [text for concept, text in texts if concept == _ALGORITHM]
-        expect(len(names) == 1 and _letters(names[0]) == _letters(findings.algorithm_name), f"the SR names {names} as a group's algorithm")
+        expect(len(names) == 1 and _letters(names[0]) == _letters(algorithm_name), f"the SR names {names} as a group's algorithm")
         versions = [text for concept, text in texts if concept == _VERSION]
         right = len(versions) == 1 and version.fullmatch(versions[0]) is not None
-        expect(right, f"the SR gives {versions} as the version of a group's algorithm, which is {findings.version} with its weights")
+        expect(right, f"the SR gives {versions} as the version of a group's algorithm, which is {package_version} with its weights")
 
 
-def _says(comment: str, words: str) -> bool:
+def says(comment: str, words: str) -> bool:
     """Whether a comment begins with the letters and digits of `words`, whatever became of those that ASCII lacks."""
     left = iter(_letters(comment))
     return all(letter in left for letter in _letters(words))

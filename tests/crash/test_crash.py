@@ -144,7 +144,15 @@ def node(settings: Settings, fork_server: ForkServerContext) -> Iterator[Node]:
     node.kill()
 
 
-@pytest.mark.parametrize("point", crash_points.POINTS)
+def each_point() -> Iterator[Any]:
+    """Each point on each database: on one, by turns, always, and on the other where time doesn't matter."""
+    for number, point in enumerate(crash_points.POINTS):
+        for turn, database in enumerate(("sqlite", "postgresql")):
+            marks = [pytest.mark.system] * turn + [pytest.mark.long] * ((number + turn) % 2)
+            yield pytest.param(point, database, marks=marks)
+
+
+@pytest.mark.parametrize(("point", "database_url"), list(each_point()), indirect=["database_url"])
 def test_killed_at_any_point_nothing_is_lost_or_doubled(
     point: str, settings: Settings, node: Node, pacs: Pacs, study: list[Outgoing]
 ) -> None:

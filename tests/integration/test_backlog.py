@@ -95,7 +95,7 @@ def test_one_job_finds_the_pacs_away_and_the_others_do_not_even_try(desk: Desk) 
 
 def test_once_it_is_back_it_gets_everything_once_and_urgent_results_first(desk: Desk) -> None:
     routine, urgent = desk.add(6), desk.add(1, priority="stat")
-    for key in (*routine, *urgent):
+    for key in (*urgent, *routine):
         desk.deliver(key)
     with lying_pacs(port=desk.port) as pacs:
         assert desk.work_off() is None
@@ -103,6 +103,24 @@ def test_once_it_is_back_it_gets_everything_once_and_urgent_results_first(desk: 
         (first,) = desk.storage.jobs.deliveries(job_key=urgent[0])
         assert next(iter(pacs.stored)) == first.sop_instance_uid
     assert (desk.jobs("done"), desk.storage.backlogs.backlogs(), desk.in_backlog()) == (7, [], 0)
+
+
+def test_an_urgent_result_waits_for_no_next_try(desk: Desk) -> None:
+    routine = desk.add(2)
+    for key in routine:
+        desk.deliver(key)
+    assert desk.work_off() == pytest.approx(3600, abs=300)
+    tries = desk.backlog.tries
+    (early,) = desk.add(1, priority="stat")
+    desk.deliver(early)  # in vain, which puts off no other try
+    assert (desk.backlog.tries, desk.backlog.probe, desk.job(early).in_backlog) == (tries, None, True)
+    (urgent,) = desk.add(1, priority="stat")
+    with lying_pacs(port=desk.port) as pacs:
+        assert desk.deliver(urgent) is None
+        assert (len(pacs.stored), desk.job(urgent).state) == (1, "done")
+        assert desk.work_off() is None  # the others need wait no longer, either
+        assert list(pacs.stored.values()) == [1] * 4
+    assert desk.jobs("done") == 4
 
 
 def test_a_pacs_that_goes_again_leaves_the_rest_in_its_backlog(desk: Desk) -> None:
@@ -201,7 +219,7 @@ def test_waiting_results_hold_no_thread_and_no_socket(tmp_path: Path) -> None:
         with lying_pacs(port=waiting.port):
             wait_until(lambda: waiting.jobs("done") == 4, what="the first deliveries", log=waiting.log)
         few = most_held(waiting, sender.pid, 10)
-        many = most_held(waiting, sender.pid, 100)
+        many = most_held(waiting, sender.pid, 50)
         assert many[0] - few[0] <= 3 * SENDER_CONCURRENCY  # those of the engine's pool, which come one by one
         assert many[1] == few[1]
         with lying_pacs(port=waiting.port) as pacs:

@@ -104,7 +104,7 @@ def test_a_group_alone_prints_its_help_and_nothing_else(shell: Shell, group: lis
         ("--nonsense", "--nonsense"),
         ("peer list --nonsense", "--nonsense"),
         ("peer add", "aet"),
-        ("peer add A", "host"),
+        ("peer add A", "HOST and PORT"),
         ("peer add A h 0 --sends", "port"),
         ("peer add A h 70000 --sends", "port"),
         ("peer add A h abc --sends", "port"),

@@ -149,12 +149,14 @@ def test_a_site_file_with_half_an_identity_is_refused(shell: Run) -> None:
 
 
 def test_counters_are_printed_in_the_format_of_prometheus(shell: Run, storage: Storage) -> None:
-    assert shell("metrics") == (0, "", "")
+    before = shell("metrics")[1]
+    assert set(re.findall("^dicomnode_[a-z_]+", before, re.MULTILINE)) == {"dicomnode_intake_stopped_now", "dicomnode_free_bytes"}
     storage.counters.add(
         {"association rejected: network": 2, "connection refused: TLS handshake": 1, "association rejected: called AE title": 3}
     )
     storage.counters.add({"association rejected: network": 1, "restarts": 4})
-    assert shell("metrics")[1] == (
+    counted = shell("metrics")[1].partition("# HELP dicomnode_intake_stopped_now")[0]
+    assert counted == (
         "# HELP dicomnode_association_rejected_total association rejected\n"
         "# TYPE dicomnode_association_rejected_total counter\n"
         'dicomnode_association_rejected_total{reason="called AE title"} 3\n'

@@ -243,7 +243,10 @@ def test_results_are_delivered_over_tls(site: Site, tmp_path: Path) -> None:
     with pacs(of_the_pacs(site), got) as peer:
         jobs = OneDelivery(item)
         storage: Any = SimpleNamespace(
-            jobs=jobs, registry=SimpleNamespace(peer=lambda _: peer), objects=SimpleNamespace(path=lambda _: item.path)
+            jobs=jobs,
+            registry=SimpleNamespace(peer=lambda _: peer),
+            objects=SimpleNamespace(path=lambda _: item.path),
+            backlogs=SimpleNamespace(backlog=lambda _: None),
         )
         assert Sender(Settings(tls=of_the_node(site)), storage, storage).deliver("deliver", 0) is None
     assert (jobs.delivered, jobs.ended) == (["sent"], "done")
@@ -262,7 +265,7 @@ class OneDelivery:
         return SimpleNamespace(key=key, state="running", attempts=1, peer="PACS", study_instance_uid="1.2.3.4")
 
     def deliveries(self, **_: Any) -> list[Any]:
-        return [SimpleNamespace(sop_instance_uid=self._item.sop_instance_uid, state="waiting", refusals=0)]
+        return [SimpleNamespace(sop_instance_uid=self._item.sop_instance_uid, state="waiting", refusals=0, ways=())]
 
     def results(self, **_: Any) -> list[Any]:
         item = self._item

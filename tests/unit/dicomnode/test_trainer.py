@@ -150,7 +150,9 @@ def train_and_signal(recipe: Path, run: Path, number: signal.Signals) -> tuple[i
     return child.returncode, said
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_a_training_that_was_ended_goes_on_to_the_same_bits(number: signal.Signals, straight: Path, tmp_path: Path, heads: None) -> None:
     file = straight / "recipe.toml"
     for attempt in range(5):  # on a busy machine the ten steps can be over before the signal comes
