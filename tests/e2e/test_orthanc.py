@@ -30,6 +30,7 @@ def chest(database_url: str, tmp_path: Path) -> TrueStudy:
     return write_check_study(tmp_path / "study", "orthanc")
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.long)], indirect=True)
 def test_orthanc_forwards_a_study_and_gets_seg_and_sr_back_within_it_once(
     node: Node, orthanc: Orthanc, chest: TrueStudy, tmp_path: Path
 ) -> None:

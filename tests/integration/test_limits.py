@@ -362,7 +362,7 @@ def test_a_command_set_has_a_limit_of_its_own() -> None:
         node.wait_for("association aborted: command set too large")
 
 
-@pytest.mark.parametrize("control", [raw.COMMAND, raw.DATA])
+@pytest.mark.parametrize("control", [pytest.param(raw.COMMAND, marks=pytest.mark.long), raw.DATA])
 def test_fragments_without_a_byte_have_an_end_too(image: Image, control: int) -> None:
     flood = raw.p_data(*[(raw.CT_CONTEXT, control, b"")] * 1000)
     with Node(pdu_seconds=0.3) as node, association(node.port) as connection:

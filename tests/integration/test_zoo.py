@@ -125,7 +125,7 @@ def analysed(package: str, files: list[Path]) -> tuple[Findings, pydicom.Dataset
     ("name", "modality", "contrasts"),
     [
         ("spleen_ct_segmentation", "CT", ("",)),
-        ("brats_mri_segmentation", "MR", ("t1c", "t1", "t2", "flair")),
+        pytest.param("brats_mri_segmentation", "MR", ("t1c", "t1", "t2", "flair"), marks=pytest.mark.long),
         ("wholeBody_ct_segmentation", "CT", ("",)),
         ("prostate_mri_anatomy", "MR", ("t2",)),
         ("lung_nodule_ct_detection", "CT", ("",)),
