@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import tempfile
 import threading
 import time
@@ -38,7 +39,7 @@ def check(
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check configuration, database, disk, TLS, packages, routes and receiving peers; with --send push a phantom through the node."""
+    """Check configuration, database, disk, TLS, DICOMweb, packages, routes and receiving peers; with --send a phantom goes through."""
     rows: list[dict[str, object]] = []
 
     def item(what: str, probe: Callable[[], str]) -> None:
@@ -57,6 +58,7 @@ def check(
             item("TLS certificate", lambda: _certificate(settings, over_tls))
         if settings.tls.certificate is not None and settings.tls.port:
             item("TLS port", lambda: _answers_over_tls(settings))
+        item("DICOMweb", lambda: _dicomweb(settings, storage))
         for known in storage.registry.packages():
             item(f"package {known.name}@{known.version} ({known.state})", partial(_digest, storage, known))
         for route in storage.registry.routes():
@@ -123,9 +125,74 @@ def _answers_over_tls(settings: Settings) -> str:
         raise NodeError(f"{address[0]}:{address[1]}: {context.trouble or error}") from error
 
 
+def _dicomweb(settings: Settings, storage: Storage) -> str:
+    """Whether the web role can be served as it is configured, answers now, and who may call it."""
+    from dicomnode.web.server import is_loopback
+
+    web = settings.web
+    if not web.enabled:
+        return "off: `serve` offers none, as [web] enabled is false"
+    if web.tls != "off" and settings.tls.certificate is None:
+        raise NodeError("web.tls needs the certificate, key and ca of [tls]")
+    if is_loopback(web.host) and not web.credentials:
+        callers = "whoever is on this machine may call"
+    else:
+        able = [peer for peer in storage.registry.peers() if peer.sends or peer.queries]
+        callers = ", ".join(peer.ae_title for peer in able if _has_web_credentials(peer, mutual=web.tls == "mutual"))
+        if not callers:
+            raise NodeError("nobody may call: no peer has a passcode, or a certificate where web.tls is mutual")
+        callers += " may call" + ("" if web.tls != "off" or is_loopback(web.host) else ", WITHOUT TLS")
+    return f"{_answers_over_http(settings)}; {callers}"
+
+
+def _has_web_credentials(peer: Peer, *, mutual: bool) -> bool:
+    """Whether a peer has something to show to the web role, and a way to show all of it."""
+    return (peer.passcode_hash or peer.client_cert) is not None and (peer.client_cert is None or mutual)
+
+
+def _answers_over_http(settings: Settings) -> str:
+    """Whether the web role answers, else whether its port is free."""
+    import httpx
+
+    from dicomnode.dimse.tls import fingerprint, own_certificate, peer_context, server_context
+
+    host, port, verify = _reachable(settings.web.host), settings.web.port, ssl.create_default_context()
+    if port == 0:
+        return "it takes a free port"
+    if settings.web.tls != "off":
+        server_context(settings.tls)
+        pin = fingerprint(own_certificate(settings.tls))
+        verify = peer_context(settings.tls, pin=pin, timeout_seconds=settings.tls.handshake_seconds)
+    scheme, name = "http" if settings.web.tls == "off" else "https", f"[{host}]" if ":" in host else host
+    try:
+        with httpx.Client(verify=verify, trust_env=False, timeout=settings.tls.handshake_seconds) as client:
+            answer = client.get(f"{scheme}://{name}:{port}/health")
+    except httpx.HTTPError as error:
+        with suppress(OSError), socket.create_connection((host, port), settings.tls.handshake_seconds):
+            trouble = getattr(verify, "trouble", None) or error
+            raise NodeError(f"{host}:{port} is in use and doesn't answer as the node's own DICOMweb: {trouble}") from error
+        return _is_free(settings.web.host, port)
+    if answer.status_code != 200:
+        raise NodeError(f"{scheme}://{name}:{port} answers with HTTP {answer.status_code}")
+    return f"{scheme}://{name}:{port} answers"
+
+
+def _is_free(host: str, port: int) -> str:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise NodeError(f"{host}:{port} cannot be listened on: {error.strerror or error}") from error
+    return f"nothing listens on {host}:{port} now, and it is free"
+
+
 def _own_host(settings: Settings) -> str:
     """The address that the listener of this machine can be called at."""
-    return LOOPBACK if settings.listener.host in {"0.0.0.0", "::"} else settings.listener.host  # noqa: S104  a comparison, nothing binds
+    return _reachable(settings.listener.host)
+
+
+def _reachable(host: str) -> str:
+    """The address that what binds `host` can be called at from here."""
+    return LOOPBACK if host in {"0.0.0.0", "::"} else host  # noqa: S104  a comparison, nothing binds
 
 
 def _digest(storage: Storage, package: PackageRecord) -> str:

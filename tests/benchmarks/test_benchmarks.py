@@ -61,4 +61,4 @@ def test_the_benchmark_of_delivery_delivers_each_result_that_waited_once(tmp_pat
     assert (done.returncode == 0) is all(goal["met"] for goal in goals.values())
     assert goals["results not delivered once"]["met"]
     content = json.loads(out.read_text(encoding="utf-8"))
-    assert [row["waiting"] for row in content["rows"]] == [0, 2, 20]
+    assert [row["waiting"] for row in content["rows"]] == [0, 1, 2, 20]

@@ -15,13 +15,17 @@ import pytest
 from certificates import Authority, self_signed
 from dicomnode.admission import hash_passcode, is_passcode
 from dicomnode.cli import run
+from dicomnode.cli.check import _is_free
 from dicomnode.cli.metrics import exposition
 from dicomnode.config import ListenerSection, load_settings
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.storing import in_memory
 from dicomnode.dimse.tls import read_certificate
-from pacs import LOOPBACK
+from dicomnode.errors import NodeError
+from dicomnode.web.app import Web
+from pacs import LOOPBACK, free_port
 from storage import Storage, open_storage
+from storage.records import Peer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -234,3 +238,40 @@ def test_check_calls_the_tls_port(shell: Run, authority: Authority) -> None:
     finally:
         listener.stop(1)
     assert rows(shell)["TLS port"] == (True, f"nothing listens on {LOOPBACK}:{port} now")
+
+
+def test_check_says_whether_dicomweb_answers_and_who_may_call_it(shell: Run, storage: Storage, authority: Authority) -> None:
+    assert rows(shell)["DICOMweb"] == (True, "off: `serve` offers none, as [web] enabled is false")
+    node, port = authority.issue("web"), free_port()
+    tls = f'[tls]\nport = 0\ncertificate = "{node.certificate}"\nkey = "{node.key}"\nca = "{authority.certificate}"\n'
+
+    def configured(text: str, files: str = tls) -> tuple[bool, str]:
+        Path("dicomnode.toml").write_text(f"{files}[web]\nenabled = true\nport = {port}\n{text}", encoding="utf-8")
+        return rows(shell)["DICOMweb"]
+
+    def served() -> Web:
+        web = Web(load_settings(None), storage)
+        web.start()
+        return web
+
+    free = f"nothing listens on {LOOPBACK}:{port} now, and it is free; "
+    assert configured("") == (True, f"{free}whoever is on this machine may call")
+    assert configured("credentials = true") == (False, "nobody may call: no peer has a passcode, or a certificate where web.tls is mutual")
+    assert configured("tls = 'on'", "") == (False, "web.tls needs the certificate, key and ca of [tls]")
+    for title, values in (("CARD", {"client_cert": node.sha256}), ("WORD", {"passcode_hash": hash_passcode("x")})):
+        peer = Peer(ae_title=title, host="h", port=1, sends=True, receives=False, tls=True, **({"client_cert": None} | values))
+        storage.registry.add_peer(peer)
+    assert configured("host = '0.0.0.0'\n")[1].endswith("; WORD may call, WITHOUT TLS")
+    with pytest.raises(NodeError, match="cannot be listened on: Cannot assign"):
+        _is_free("192.0.2.1", port)  # nobody has it: RFC 5737
+    assert configured("tls = 'mutual'\ncredentials = true") == (True, f"{free}CARD, WORD may call")
+    web = served()
+    try:
+        assert rows(shell)["DICOMweb"] == (True, f"https://{LOOPBACK}:{port} answers; CARD, WORD may call")
+        ok, detail = configured("")
+        assert not ok
+        assert f"{LOOPBACK}:{port} is in use and doesn't answer as the node's own DICOMweb" in detail
+        node.key.unlink()
+        assert configured("tls = 'on'")[0] is False
+    finally:
+        web.stop(1)
