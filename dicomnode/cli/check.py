@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 import tempfile
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Annotated
 
@@ -152,29 +152,32 @@ def _has_web_credentials(peer: Peer, *, mutual: bool) -> bool:
 
 def _answers_over_http(settings: Settings) -> str:
     """Whether the web role answers, else whether its port is free."""
-    import httpx
+    from dicomnode.dimse.tls import PeerContext, fingerprint, own_certificate, peer_context, server_context
 
-    from dicomnode.dimse.tls import fingerprint, own_certificate, peer_context, server_context
-
-    host, port, verify = _reachable(settings.web.host), settings.web.port, ssl.create_default_context()
-    if port == 0:
-        return "it takes a free port"
+    host, port, seconds = _reachable(settings.web.host), settings.web.port, settings.tls.handshake_seconds
+    context: PeerContext | None = None
     if settings.web.tls != "off":
         server_context(settings.tls)
-        pin = fingerprint(own_certificate(settings.tls))
-        verify = peer_context(settings.tls, pin=pin, timeout_seconds=settings.tls.handshake_seconds)
-    scheme, name = "http" if settings.web.tls == "off" else "https", f"[{host}]" if ":" in host else host
+        context = peer_context(settings.tls, pin=fingerprint(own_certificate(settings.tls)), timeout_seconds=seconds)
+    if port == 0:
+        return "it takes a free port"
+    secure = "" if context is None else "s"
+    connection = (
+        HTTPConnection(host, port, timeout=seconds) if context is None else HTTPSConnection(host, port, timeout=seconds, context=context)
+    )
     try:
-        with httpx.Client(verify=verify, trust_env=False, timeout=settings.tls.handshake_seconds) as client:
-            answer = client.get(f"{scheme}://{name}:{port}/health")
-    except httpx.HTTPError as error:
-        with suppress(OSError), socket.create_connection((host, port), settings.tls.handshake_seconds):
-            trouble = getattr(verify, "trouble", None) or error
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, HTTPException) as error:
+        with suppress(OSError), socket.create_connection((host, port), seconds):
+            trouble = getattr(context, "trouble", None) or error
             raise NodeError(f"{host}:{port} is in use and doesn't answer as the node's own DICOMweb: {trouble}") from error
         return _is_free(settings.web.host, port)
-    if answer.status_code != 200:
-        raise NodeError(f"{scheme}://{name}:{port} answers with HTTP {answer.status_code}")
-    return f"{scheme}://{name}:{port} answers"
+    finally:
+        connection.close()
+    if status != 200:
+        raise NodeError(f"http{secure} at {host}:{port} answers with status {status}")
+    return f"it answers by http{secure} at {host}:{port}"
 
 
 def _is_free(host: str, port: int) -> str:

@@ -267,7 +267,7 @@ def test_check_says_whether_dicomweb_answers_and_who_may_call_it(shell: Run, sto
     assert configured("tls = 'mutual'\ncredentials = true") == (True, f"{free}CARD, WORD may call")
     web = served()
     try:
-        assert rows(shell)["DICOMweb"] == (True, f"https://{LOOPBACK}:{port} answers; CARD, WORD may call")
+        assert rows(shell)["DICOMweb"] == (True, f"it answers by https at {LOOPBACK}:{port}; CARD, WORD may call")
         ok, detail = configured("")
         assert not ok
         assert f"{LOOPBACK}:{port} is in use and doesn't answer as the node's own DICOMweb" in detail
