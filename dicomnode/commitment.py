@@ -92,6 +92,7 @@ class StorageCommitment:
             tls=self._settings.tls,
             report=self.report,
             has_report=lambda: commitments.is_answered(transaction_uid),
+            response_seconds=self._settings.commitment.response_seconds,
             report_seconds=self._settings.commitment.report_seconds,
         )
         if not outcome.is_away:
@@ -215,7 +216,12 @@ class StorageCommitment:
             Reference(sop_class_uid=sop_class, sop_instance_uid=uid, failure=failures.get(uid)) for sop_class, uid in request.references
         ]
         outcome = report_commitment(
-            peer, request.transaction_uid, references, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls
+            peer,
+            request.transaction_uid,
+            references,
+            calling_ae_title=self._settings.node.ae_title,
+            tls=self._settings.tls,
+            response_seconds=self._settings.commitment.response_seconds,
         )
         schedule = self._settings.engine.retry_schedule_seconds
         reason = f"{peer.ae_title} at {peer.host}:{peer.port} did not take the report: {outcome.error}"

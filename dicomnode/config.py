@@ -127,6 +127,7 @@ class EngineSection(_Section):
 class CommitmentSection(_Section):
     """Storage commitment: peers that are asked whether they hold what they were sent, and peers that ask us."""
 
+    response_seconds: float = Field(30, gt=0, description="a peer that doesn't answer a request or a report within this is told it again")
     report_seconds: float = Field(3, ge=0, description="an association stays open for so long after a request, for a report on it")
     answer_seconds: float = Field(3600, gt=0, description="a peer that hasn't reported after this is asked again")
     rounds: int = Field(5, ge=0, description="how often an object is sent again that its peer says it doesn't hold; then it has failed")

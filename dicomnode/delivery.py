@@ -15,9 +15,8 @@ from datetime import UTC, datetime, timedelta
 from dicomnode.backlog import Backlogs
 from dicomnode.commitment import StorageCommitment
 from dicomnode.config import Settings
-from dicomnode.dimse.contexts import storage_class, transfer_syntax
 from dicomnode.dimse.recoding import other_syntaxes, simpler_class
-from dicomnode.dimse.scu import Outgoing, SendOutcome, send_each
+from dicomnode.dimse.scu import Outgoing, SendOutcome, named, send_each
 from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
 from dicomnode.stow import post_each
@@ -157,7 +156,5 @@ def _remark(outcome: SendOutcome) -> str | None:
     sent = outcome.sent
     if sent is None or (sent.sop_instance_uid == outcome.sop_instance_uid and not sent.recoded):
         return outcome.error
-    sop_class, syntax = storage_class(sent.sop_class_uid), transfer_syntax(sent.transfer_syntax_uid)
-    what = f"{sop_class.name if sop_class else sent.sop_class_uid} in {syntax.name if syntax else sent.transfer_syntax_uid}"
-    said = f"sent as {what}, because the peer does not accept what it was to get"
+    said = f"sent as {named(sent)}, because the peer does not accept what it was to get"
     return said if outcome.error is None else f"{said}; {outcome.error}"

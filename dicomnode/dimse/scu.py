@@ -40,6 +40,8 @@ from dicomnode.dimse.contexts import (
     STORAGE_COMMITMENT,
     STORAGE_COMMITMENT_INSTANCE,
     VERIFICATION,
+    storage_class,
+    transfer_syntax,
 )
 from dicomnode.dimse.recoding import recoded_file
 from dicomnode.dimse.tls import PeerContext, peer_context
@@ -54,6 +56,7 @@ TRANSIENT = frozenset({*range(0xA700, 0xA800), 0x0110, 0x0213})
 # PS3.7 C.5 Processing failure, Duplicate SOP Instance (of a Transaction UID: the next one is new), Resource limitation.
 COMMITMENT_TRANSIENT = frozenset({0x0110, 0x0111, 0x0213})
 _LOOK_SECONDS = 0.1  # how often it is looked whether a report has come
+_ASSOCIATION_SECONDS = 30.0  # for each step until an association is open
 _MAXIMUM_PDU_BYTES = 131072  # responses are small; what we send is cut to what the peer asks for
 _LACKING = "peer {} is called over TLS, and this node has no certificate: set tls.certificate, tls.key and tls.ca in dicomnode.toml"
 
@@ -161,7 +164,7 @@ def _send_one(
     originator: tuple[str, int] | None,
 ) -> tuple[SendOutcome, str | None]:
     """Send an object, or the first of its alternatives that the peer accepts; note in `there` which one."""
-    outcome, trouble = _outcome(item, "permanent", "the peer does not accept this SOP class in this transfer syntax"), None
+    outcome, trouble = _outcome(item, "permanent", f"the peer does not accept {named(item)}"), None
     ways = sorted((item, *item.alternatives), key=lambda way: not there.issuperset(way.refers_to))
     for way in (way for way in ways if _pair(way) in accepted):
         outcome, trouble = _store(association, way, next(message_ids), originator)
@@ -190,11 +193,12 @@ def ask_commitment(
     report: Callable[[CommitmentReport], None],
     has_report: Callable[[], bool],
     tls: TlsSection | None = None,
-    timeout_seconds: float = 30,
+    response_seconds: float = 30,
     report_seconds: float = 3,
 ) -> CommitmentOutcome:
     """Ask `peer` to commit to instances that it received (N-ACTION, PS3.4 J.3.2), and return how it took the request.
 
+    A peer that says nothing to that within `response_seconds` may have taken it or not: that is "transient".
     The association stays open for up to `report_seconds`, for a peer that reports on it: `report` is then called in another thread, and
     raises CommitmentRefused or returns once that is noted. `has_report` says whether one has come, in whichever way.
     """
@@ -206,7 +210,7 @@ def ask_commitment(
     def ask(association: Any) -> Any:
         return association.send_n_action(information, REQUEST, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE)[0]
 
-    with _commitment_message(peer, ask, calling_ae_title, tls, timeout_seconds, handler=reported) as (association, outcome):
+    with _commitment_message(peer, ask, calling_ae_title, tls, response_seconds, handler=reported) as (association, outcome):
         until = time.monotonic() + (report_seconds if outcome.state == "accepted" else 0)
         while association.is_established and not has_report() and time.monotonic() < until:
             time.sleep(_LOOK_SECONDS)
@@ -220,7 +224,7 @@ def report_commitment(
     *,
     calling_ae_title: str,
     tls: TlsSection | None = None,
-    timeout_seconds: float = 30,
+    response_seconds: float = 30,
 ) -> CommitmentOutcome:
     """Tell `peer` what this node commits to of what it asked for (N-EVENT-REPORT, PS3.4 J.3.3), and return how it took that.
 
@@ -232,7 +236,7 @@ def report_commitment(
     def tell(association: Any) -> Any:
         return association.send_n_event_report(information, kind, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE)[0]
 
-    with _commitment_message(peer, tell, calling_ae_title, tls, timeout_seconds, as_scp=True) as (_, outcome):
+    with _commitment_message(peer, tell, calling_ae_title, tls, response_seconds, as_scp=True) as (_, outcome):
         return outcome
 
 
@@ -242,7 +246,7 @@ def _commitment_message(
     send_message: Callable[[Any], Any],
     calling_ae_title: str,
     tls: TlsSection | None,
-    timeout_seconds: float,
+    response_seconds: float,
     *,
     handler: Callable[[Any], Any] | None = None,
     as_scp: bool = False,
@@ -255,21 +259,23 @@ def _commitment_message(
     pairs = [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES]
     handlers = [(evt.EVT_N_EVENT_REPORT, handler)] if handler is not None else []
     roles = [build_role(STORAGE_COMMITMENT, scp_role=True)] if as_scp else []
-    with association_with(peer, pairs, calling_ae_title, tls, timeout_seconds, handlers, roles) as (association, trouble):
+    with association_with(peer, pairs, calling_ae_title, tls, _ASSOCIATION_SECONDS, handlers, roles) as (association, trouble):
         if trouble is not None:
             yield nothing, CommitmentOutcome(state="transient", error=trouble, is_away=True)
         elif not association.accepted_contexts:
             yield nothing, CommitmentOutcome(state="permanent", error="the peer does not accept the Storage Commitment Push Model")
         else:
             answer = None
+            association.dimse_timeout = response_seconds
             with suppress(AttributeError, ValueError, RuntimeError):  # what pynetdicom raises on a broken association
                 answer = send_message(association)
-            yield association, _commitment_outcome(answer)
+            yield association, _commitment_outcome(answer, response_seconds)
 
 
-def _commitment_outcome(answer: Any) -> CommitmentOutcome:
+def _commitment_outcome(answer: Any, response_seconds: float) -> CommitmentOutcome:
     if answer is None or "Status" not in answer:
-        return CommitmentOutcome(state="transient", error="the association broke before the peer had answered")
+        words = f"the peer was silent for {response_seconds:g} s, or the association broke before it had answered"
+        return CommitmentOutcome(state="transient", error=words)
     if answer.Status == SUCCESS:
         return CommitmentOutcome(state="accepted", error=None)
     state: Literal["transient", "permanent"] = "transient" if answer.Status in COMMITMENT_TRANSIENT else "permanent"
@@ -437,6 +443,7 @@ def _store(association: Any, item: Outgoing, number: int, originator: tuple[str,
     if "Status" not in answer:
         return _outcome(item, "transient", broken), broken
     words = None if answer.Status == SUCCESS else status_in_words(answer)
+    words = f"{words}: the peer does not support {named(item)}" if answer.Status == SOP_CLASS_NOT_SUPPORTED else words
     outcome = SendOutcome(sop_instance_uid=item.sop_instance_uid, state=classify(answer.Status), status=answer.Status, error=words)
     return outcome, None
 
@@ -445,6 +452,12 @@ def status_in_words(answer: Any) -> str:
     """Return a response's status, with what the peer adds to it in words."""
     comment = str(answer.get("ErrorComment", "")).strip()
     return f"status 0x{answer.Status:04X}" + (f": {comment}" if comment else "")
+
+
+def named(item: Outgoing) -> str:
+    """Return an object's SOP class and transfer syntax by their names."""
+    sop_class, syntax = storage_class(item.sop_class_uid), transfer_syntax(item.transfer_syntax_uid)
+    return f"{sop_class.name if sop_class else item.sop_class_uid} in {syntax.name if syntax else item.transfer_syntax_uid}"
 
 
 def _pair(item: Outgoing) -> Pair:

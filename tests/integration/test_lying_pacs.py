@@ -25,6 +25,7 @@ from test_commitment import GENEROUS, Site, prepared  # noqa: F401  (a fixture)
 
 DAY = EngineSection().retry_schedule_seconds
 HOUR_TRIES = next(number for number in range(len(DAY)) if sum(DAY[:number]) >= 3600)  # how often a delivery is tried within an hour
+SILENCE = 0.1  # seconds until a peer that says nothing is given up: the default divided by 300
 Lie = Callable[["Node"], None]
 
 
@@ -34,8 +35,16 @@ class Node(Site):
     def __init__(self, folder: Path, made: Path, pacs: LyingPacs, *, answer_seconds: float) -> None:
         super().__init__(made, folder, pacs, report_seconds=0, answer_seconds=answer_seconds, rounds=2)
         engine = EngineSection(retry_schedule_seconds=tuple(seconds / 360_000 for seconds in DAY))
-        self.sender._settings = self.commitment._settings = self.settings.model_copy(update={"engine": engine})
-        self.sender._commitment._settings = self.sender._settings
+        self.set(engine=engine)
+
+    def set(self, **sections: object) -> None:
+        """Change the node's settings."""
+        self.settings = self.settings.model_copy(update=sections)
+        self.sender._settings = self.commitment._settings = self.sender._commitment._settings = self.settings
+
+    def wait_for_response(self, seconds: float) -> None:
+        """Wait for the response to a request to commit for so long."""
+        self.set(commitment=self.settings.commitment.model_copy(update={"response_seconds": seconds}))
 
     def settle(self) -> None:
         """Work off tickets until the job has ended and all that the PACS says later has been heard."""
@@ -129,6 +138,24 @@ def never_answers_at_first(node: Node) -> None:
     node.pacs.answer = answer
 
 
+def silent(request: Request) -> int:
+    """Say nothing until nobody waits for it any longer."""
+    wait_until(lambda: request.association.dul.peek_next_pdu() is not None, what="the node to give up", every=0.02)
+    return 0  # to nobody
+
+
+def is_silent_at_first(node: Node) -> None:
+    """No response to the first two N-ACTION requests until the time-out; their associations stay open."""
+    node.wait_for_response(SILENCE)
+
+    def answer(request: Request) -> int:
+        if len(node.pacs.requests) == 2:  # the next one is answered, and a slow machine needs time for that
+            node.wait_for_response(GENEROUS)
+        return silent(request) if len(node.pacs.requests) <= 2 else yes(node.pacs)(request)
+
+    node.pacs.answer = answer
+
+
 def reports_first(node: Node) -> None:
     node.pacs.answer = lambda request: (node.pacs.report_first(request, uids(request)), 0)[1]
 
@@ -144,12 +171,18 @@ COMMITTED: dict[str, tuple[Lie, int]] = {  # and how often at most an object cam
     "answers twice": (answers_twice, 1),
     "answers late on a new association": (answers_late, 1),
     "answers no request at first": (never_answers_at_first, 1),
+    "is silent to requests at first": (is_silent_at_first, 1),
     "reports before it answers the request": (reports_first, 1),
 }
 
 
 def never_commits(node: Node) -> None:
     node.pacs.answer = lambda _request: 0x0000
+
+
+def is_silent(node: Node) -> None:
+    node.wait_for_response(SILENCE)
+    node.pacs.answer = silent
 
 
 def breaks_every_request(node: Node) -> None:
@@ -182,6 +215,7 @@ FAILED: dict[str, tuple[Lie, str, str, int | None]] = {  # reason code, what the
     "doesn't let us": (always(0x0124), "delivery-failed", "0x0124", 1),
     "never commits": (never_commits, "not-committed", "has not reported", 1),
     "breaks off each request": (breaks_every_request, "not-committed", "was not asked to commit", 1),
+    "is silent to each request": (is_silent, "not-committed", "was silent for 0.1 s", 1),
     "never holds half": (never_holds_half, "not-committed", "0x0112", None),
 }
 
@@ -239,6 +273,7 @@ def test_a_pacs_that_ends_with_a_failure_that_is_seen_and_replayed(node: Node, l
         assert set(node.pacs.tried.values()) == {tries}
     node.pacs.store_status = lambda _uid: 0
     truth(node)
+    node.wait_for_response(GENEROUS)
     retry(node.storage, node.client, node.job)
     node.attempt = 0
     node.settle()

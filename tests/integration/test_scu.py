@@ -205,7 +205,7 @@ def answering(code: int, comment: str = "") -> Callable[[Any], pydicom.Dataset]:
         (0xA700, "transient", "status 0xA700: why"),
         (0xA900, "permanent", "status 0xA900: why"),
         (0xC001, "permanent", "status 0xC001: why"),
-        (0x0122, "permanent", "status 0x0122: why"),
+        (0x0122, "permanent", "status 0x0122: why: the peer does not support CT Image Storage in Explicit VR Little Endian"),
         (0x0110, "transient", "status 0x0110: why"),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_refused_context_is_permanent_and_the_others_are_sent(pacs, tmp_path):
     files = [stored(tmp_path, SEG)[0], stored(tmp_path)[0]]
     outcomes = send(pacs.listen([(CT, EXPLICIT)]), files, calling_ae_title="DICOMNODE")
     assert [outcome.state for outcome in outcomes] == ["permanent", "sent"]
-    assert outcomes[0].error == "the peer does not accept this SOP class in this transfer syntax"
+    assert outcomes[0].error == "the peer does not accept Segmentation Storage in Explicit VR Little Endian"
 
 
 def test_a_peer_that_accepts_no_context_refuses_each_object(pacs, tmp_path):
