@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from storage.writers import OBJECT_ID, Writer, burying, folder_of, folders_betwe
 # encoding of those that go with it; clocks may differ by some of it too.
 _NAMED_BEFORE_ROW_SECONDS = 3600.0
 _REMEMBERED_FOLDERS = 100
+_BLOCK_BYTES = 2**20
 
 
 class ObjectStore:
@@ -99,8 +100,8 @@ class ObjectStore:
         begin = meta_length(first)
         incoming = self._begin(bytes(first[:begin]), self._demand_for_result)
         try:
-            for chunk in (first[begin:], *chunks[1:]):
-                incoming.write(chunk)
+            for block in _blocks([first[begin:], *chunks[1:]]):
+                incoming.write(block)
             incoming.sync()
             (outcome,) = self.keep([incoming])
         finally:
@@ -265,6 +266,18 @@ def _forget_writer(store: weakref.ref[ObjectStore]) -> None:
         if forked._writer is not None:
             forked._writer.leave_to_parent()
             forked._writer = None
+
+
+def _blocks(chunks: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """The same bytes in fewer pieces: a large result comes in some ten thousands, and each piece is a call of the system."""
+    block, size = list[bytes | memoryview](), 0
+    for chunk in chunks:
+        block.append(chunk)
+        size += len(chunk)
+        if size >= _BLOCK_BYTES:
+            yield block[0] if len(block) == 1 else b"".join(block)
+            block, size = [], 0
+    yield b"".join(block)
 
 
 def _unlink(path: str) -> bool:

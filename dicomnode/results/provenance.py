@@ -20,7 +20,8 @@ from pydicom.charset import convert_encodings
 from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import BytesLengthException
-from pydicom.filewriter import correct_ambiguous_vr, dcmwrite
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import correct_ambiguous_vr, dcmwrite, write_data_element
 from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
 from pydicom.tag import Tag
@@ -48,8 +49,8 @@ _PATIENT_AND_STUDY_KEYWORDS = (
 
 _IMAGE_TAGS = [Tag(keyword) for keyword in _IMAGE_KEYWORDS]  # found at once: a name would be looked up for each of 500 slices
 _EMPTY = [DataElement(Tag(keyword), dictionary_VR(keyword), "") for keyword in _PATIENT_AND_STUDY_KEYWORDS]
-_SOP_CLASS, _POSITION, _ORIENTATION, _SPACING = (
-    Tag(keyword) for keyword in ("SOPClassUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+_SOP_CLASS, _SOP_INSTANCE, _POSITION, _ORIENTATION, _SPACING = (
+    Tag(keyword) for keyword in ("SOPClassUID", "SOPInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 )
 
 
@@ -84,7 +85,7 @@ def content_label(package: str) -> str:
 
 def planes(volume: Volume, headers: Sequence[Dataset]) -> list[Plane]:
     """Return the image plane of each slice of the volume, in its order. Its position is the image's own, of a frame the frame's."""
-    by_uid = {str(header.SOPInstanceUID): header for header in headers}
+    by_uid = _by_uid(headers)
     found = []
     for k, uid in enumerate(volume.sop_instance_uids):
         header, number, position = by_uid[uid], frame_number(volume, k), None
@@ -102,7 +103,7 @@ def source_images(volume: Volume, headers: Sequence[Dataset], slices: Sequence[i
     plane that the volume's axes follow: images of one series may differ in the last digits. A projection has no position, no frame of
     reference and no pixel spacing. Patient and study attributes are left empty (see `stamp`).
     """
-    by_uid = {str(header.SOPInstanceUID): header for header in headers}
+    by_uid = _by_uid(headers)
     if slices is None:
         slices = range(len(volume.sop_instance_uids))
     uids = [volume.sop_instance_uids[k] for k in slices]
@@ -125,6 +126,10 @@ def source_images(volume: Volume, headers: Sequence[Dataset], slices: Sequence[i
         if not image.get("SliceThickness"):
             image.SliceThickness = slice_mm
     return images
+
+
+def _by_uid(headers: Sequence[Dataset]) -> dict[str, Dataset]:
+    return {str(header[_SOP_INSTANCE].value): header for header in headers}
 
 
 def frame_number(volume: Volume, slice_index: int) -> int | None:
@@ -300,6 +305,17 @@ def encode(result: Dataset, *, sequences: Mapping[int, bytes] | None = None, end
     )
 
 
+def encoded_elements(item: Dataset) -> dict[int, bytes]:
+    """Return each element of an item in ASCII as it is encoded in Explicit VR Little Endian, in the order of tags."""
+    elements = {}
+    for element in item:
+        buffer = DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, False
+        write_data_element(buffer, element)
+        elements[int(element.tag)] = buffer.getvalue()
+    return elements
+
+
 def _of_projection(image: Dataset) -> Dataset:
     """No geometry at all: a pixel spacing alone would be allowed, but GDCM 3.0.21, and a PACS with it, dies of a SEG with nothing more."""
     for keyword in (
@@ -328,7 +344,7 @@ def _position_of_frame(header: Dataset, number: int, volume: Volume, slice_index
 
 def _axes(volume: Volume, by_uid: Mapping[str, Dataset]) -> tuple[Sequence[object], Sequence[object]]:
     """Orientation and pixel spacing of the plane that the volume's axes follow best; of a frame without its own, those of the volume."""
-    known: dict[tuple[object, ...], tuple[Sequence[object], Sequence[object]]] = {}
+    known: dict[tuple[float, ...], tuple[Sequence[Any], Sequence[Any]]] = {}
     steps = (volume.affine[:3, axis] / np.linalg.norm(volume.affine[:3, axis]) for axis in (2, 1))
     cosines, spacing = [_decimal(v) for step in steps for v in step], [_decimal(v) for v in volume.spacing_mm[1:]]
     for k, uid in enumerate(volume.sop_instance_uids):
@@ -340,7 +356,7 @@ def _axes(volume: Volume, by_uid: Mapping[str, Dataset]) -> tuple[Sequence[objec
                 _of_functional_groups(header, number, "ImageOrientationPatient") or cosines,
                 _of_functional_groups(header, number, "PixelSpacing") or spacing,
             )
-        known.setdefault((*said[0], *said[1]), said)
+        known.setdefault((*map(float, said[0]), *map(float, said[1])), said)
     return min(known.values(), key=lambda said: _distance(said[0], said[1], volume))
 
 

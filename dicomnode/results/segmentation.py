@@ -9,6 +9,7 @@ import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from itertools import groupby
 
 import highdicom
@@ -28,6 +29,7 @@ from dicomnode.results.provenance import Plane
 Parts = Sequence[bytes | memoryview]  # of a file
 
 _BLOCK_BYTES = 2**18  # of bits, a byte each, that are packed at once: they stay in the processor's cache
+_NOTHING = memoryview(bytes(2**16))
 _ENDINGS = {"outline": "{}", "box": "{}, box", "heat map": "{}, heat map"}
 _EXPLANATIONS = {
     "box": "A box around what was found, filled: not an outline, and its extent is no measurement.",
@@ -108,7 +110,7 @@ def _encoded(
         segmentation_type="LABELMAP" if as_labels else "FRACTIONAL" if as_shares else "BINARY",
         fractional_type="PROBABILITY",  # of a FRACTIONAL one, as is its maximum
         max_fractional_value=255,
-        segment_descriptions=[_describe(finding, number, algorithm, identity) for number, finding in enumerate(findings.findings, start=1)],
+        segment_descriptions=[_describe(findings.findings[0], 1, algorithm, identity)],  # the true ones are put in their place, too
         sop_instance_uid=uids.object_uid(identity, sop_class, syntax + form.variant, ordinal),
         transfer_syntax_uid=syntax,
         omit_empty_frames=True,
@@ -129,6 +131,12 @@ def _encoded(
         result.PatientOrientation = image.get("PatientOrientation", "")
     images = frame_bytes.references(planes)  # each that was analysed, not only those under a frame (PS3.3 C.12.2, C.7.6.1.1)
     sequences = {0x00082112: images, 0x00081115: frame_bytes.referenced_series(volume.series_instance_uid, images)}
+    background = [provenance.encoded_elements(item) for item in result.SegmentSequence if item.SegmentNumber == 0]  # of a label map
+    sequences[0x00620002] = frame_bytes.items(
+        b"".join(elements.values()) for elements in [*background, *_descriptions(findings.findings, algorithm, identity)]
+    )
+    if len(segments) > 1:  # the encoder saw one, to which then all frames belonged
+        result.SharedFunctionalGroupsSequence[0].pop("SegmentIdentificationSequence", None)
     _derive_dimension_uid(result, uids.derive_uid(identity, "dimension organization"))
     provenance.stamp(result, origin, identity, **made_by)
     return provenance.encode(result, sequences=sequences, ending=ending)
@@ -166,7 +174,7 @@ def _frames(
     ]
     rows, columns = volume.voxels.shape[1:]
     if as_shares:
-        return len(frames), frame_bytes.ending(groups, label_map.probability_frames(frames, (rows, columns)), encapsulated=True)
+        return len(frames), frame_bytes.ending(groups, [label_map.probability_frames(frames, (rows, columns))], encapsulated=True)
     return len(frames), frame_bytes.ending(groups, _packed(frames, (rows, columns)), encapsulated=False)
 
 
@@ -175,23 +183,70 @@ def _label_frames(findings: Sequence[Finding], planes: Sequence[Plane], volume: 
     slices = every or sorted({k for finding in findings for k in _slices(finding)})
     groups = [frame_bytes.frame(frame_bytes.place(planes[k]), [rank]) for rank, k in enumerate(slices, start=1)]
     rows, columns = volume.voxels.shape[1:]
-    return len(slices), frame_bytes.ending(groups, label_map.label_frames(findings, slices, (rows, columns)), encapsulated=True)
+    return len(slices), frame_bytes.ending(groups, [label_map.label_frames(findings, slices, (rows, columns))], encapsulated=True)
 
 
-def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> memoryview:
-    """The frames' pixels as bits that follow each other without padding between frames, lowest bit first.
+def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> Parts:
+    """The frames' pixels as bits that follow each other without padding between frames, lowest bit first, in parts.
 
-    Of a frame only the bytes around its finding are written: the rest is zero, and pages nobody wrote to take no memory.
+    Of a frame only the rows of its finding are written; all between is zero, and the same few bytes: a page of memory that is written
+    to for the first time costs more than what is written there.
     """
     rows, columns = shape
-    data = _blank((len(frames) * rows * columns + 15) // 16 * 2)  # of even length
+    length = (len(frames) * rows * columns + 15) // 16 * 2  # even
     crossing = [(number, finding, k) for number, (finding, k) in enumerate(frames) if label_map.crosses(finding, k)]
     if columns % 8:
-        _pack_bits(crossing, shape, data)
-    else:
-        whole = data[: len(frames) * rows * columns // 8].reshape(len(frames), rows, columns // 8)
-        for _, group in groupby(crossing, key=lambda frame: frame[1].number):
-            _pack_bytes(list(group), whole)
+        return [_pack_bits(crossing, shape, length)]
+    parts: list[bytes | memoryview] = []
+    width, at = columns // 8, 0
+    for _, group in groupby(crossing, key=lambda frame: frame[1].number):
+        block = list(group)
+        row, high = block[0][1].segment.origin[1], block[0][1].segment.mask.shape[1]
+        packed, size = _pack_bytes(block, width), high * width
+        for rank, (number, _, _) in enumerate(block):
+            begin = (number * rows + row) * width
+            parts += _zeros(begin - at)
+            parts.append(packed[rank * size : (rank + 1) * size])
+            at = begin + size
+    return [*parts, *_zeros(length - at)]
+
+
+@lru_cache(maxsize=256)
+def _zeros(length: int) -> Parts:
+    return [_NOTHING] * (length // len(_NOTHING)) + [_NOTHING[: length % len(_NOTHING)]]
+
+
+def _pack_bytes(frames: Sequence[tuple[int, Finding, int]], width: int) -> memoryview:
+    """Pack the rows of one finding's frames, `width` bytes each, where each row begins with a byte of its own: several at once."""
+    first, _, column = frames[0][1].segment.origin
+    mask = frames[0][1].segment.mask
+    _, high, wide = mask.shape
+    left, right = column // 8, (column + wide + 7) // 8
+    whole = np.zeros((len(frames), high, width), dtype=np.uint8)
+    at_once = max(1, _BLOCK_BYTES // (high * (right - left) * 8))
+    bits = np.zeros((min(at_once, len(frames)), high, (right - left) * 8), dtype=np.bool_)
+    for begin in range(0, len(frames), at_once):
+        block = frames[begin : begin + at_once]
+        low, end = block[0][2] - first, block[-1][2] - first + 1
+        there = mask[low:end] if end - low == len(block) else mask[[k - first for _, _, k in block]]
+        bits[: len(block), :, column - left * 8 : column - left * 8 + wide] = there
+        packed = np.packbits(bits[: len(block)].reshape(-1), bitorder="little").reshape(len(block), high, right - left)
+        whole[begin : begin + len(block), :, left:right] = packed
+    return whole.reshape(-1).data
+
+
+def _pack_bits(frames: Sequence[tuple[int, Finding, int]], shape: tuple[int, int], length: int) -> memoryview:
+    """Pack frames into `length` bytes where rows begin anywhere in a byte: one by one. Pages nobody wrote to take no memory."""
+    data = _blank(length)
+    size = shape[0] * shape[1]
+    for number, finding, k in frames:
+        _, row, column = finding.segment.origin
+        mask = finding.segment.mask[k - finding.segment.origin[0]]
+        first, shift = divmod(number * size + row * shape[1], 8)
+        bits = np.zeros(shift + len(mask) * shape[1], dtype=np.uint8)  # of its rows alone: the others stay 0
+        bits[shift:].reshape(len(mask), shape[1])[:, column : column + mask.shape[1]] = mask
+        packed = np.packbits(bits, bitorder="little")
+        data[first : first + len(packed)] |= packed
     return data.data
 
 
@@ -202,36 +257,6 @@ def _blank(size: int) -> NDArray[np.uint8]:
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)
-
-
-def _pack_bytes(frames: Sequence[tuple[int, Finding, int]], whole: NDArray[np.uint8]) -> None:
-    """Pack frames of one finding into `whole` (frame, row, byte), where each row begins with a byte of its own: several at once."""
-    first, row, column = frames[0][1].segment.origin
-    mask = frames[0][1].segment.mask
-    _, high, wide = mask.shape
-    left, right = column // 8, (column + wide + 7) // 8
-    at_once = max(1, _BLOCK_BYTES // (high * (right - left) * 8))
-    bits = np.zeros((min(at_once, len(frames)), high, (right - left) * 8), dtype=np.bool_)
-    for begin in range(0, len(frames), at_once):
-        block = frames[begin : begin + at_once]
-        low, end = block[0][2] - first, block[-1][2] - first + 1
-        there = mask[low:end] if end - low == len(block) else mask[[k - first for _, _, k in block]]
-        bits[: len(block), :, column - left * 8 : column - left * 8 + wide] = there
-        packed = np.packbits(bits[: len(block)].reshape(-1), bitorder="little").reshape(len(block), high, right - left)
-        whole[block[0][0] : block[0][0] + len(block), row : row + high, left:right] = packed
-
-
-def _pack_bits(frames: Sequence[tuple[int, Finding, int]], shape: tuple[int, int], data: NDArray[np.uint8]) -> None:
-    """Pack frames into `data` where rows begin anywhere in a byte: one by one."""
-    size = shape[0] * shape[1]
-    for number, finding, k in frames:
-        _, row, column = finding.segment.origin
-        mask = finding.segment.mask[k - finding.segment.origin[0]]
-        first, shift = divmod(number * size + row * shape[1], 8)
-        bits = np.zeros(shift + len(mask) * shape[1], dtype=np.uint8)  # of its rows alone: the others stay 0
-        bits[shift:].reshape(len(mask), shape[1])[:, column : column + mask.shape[1]] = mask
-        packed = np.packbits(bits, bitorder="little")
-        data[first : first + len(packed)] |= packed
 
 
 def _slices(finding: Finding) -> list[int]:
@@ -273,7 +298,7 @@ def _describe(
     tracking_uid, tracking_id = uids.tracking_of(identity, finding)
     description = SegmentDescription(
         segment_number=number,
-        segment_label=provenance.long_string(finding.label, ending=_ENDINGS[finding.shape].format(finding.number)),
+        segment_label=_label(finding),
         segmented_property_category=coded(finding.category),
         segmented_property_type=coded(finding.type),
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
@@ -288,6 +313,26 @@ def _describe(
     if finding.site and finding.side:
         description.AnatomicRegionSequence[0].AnatomicRegionModifierSequence = [coded(codes.LATERALITY[finding.side])]
     return description
+
+
+def _descriptions(
+    findings: Sequence[Finding], algorithm: highdicom.AlgorithmIdentificationSequence, identity: RunIdentity
+) -> list[dict[int, bytes]]:
+    """The items of the Segment Sequence by their encoded elements. Findings of one kind differ in a few: all others are encoded once."""
+    kinds: dict[tuple[object, ...], dict[int, bytes]] = {}
+    items = []
+    for number, finding in enumerate(findings, start=1):
+        kind = finding.category, finding.type, finding.site, finding.side, finding.shape
+        if kind not in kinds:
+            kinds[kind] = provenance.encoded_elements(_describe(finding, number, algorithm, identity))
+        colour = CIELabColor(*finding.colour_cielab).value
+        own = frame_bytes.segment_values(number, _label(finding), colour, *uids.tracking_of(identity, finding))
+        items.append({**kinds[kind], **own})  # each stands where the kind has it: in the order of tags
+    return items
+
+
+def _label(finding: Finding) -> str:
+    return provenance.long_string(finding.label, ending=_ENDINGS[finding.shape].format(finding.number))
 
 
 def _derive_dimension_uid(result: Dataset, uid: str) -> None:

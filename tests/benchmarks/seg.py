@@ -16,6 +16,7 @@ Exit code 0, or 3 if a goal is missed. The last line is one JSON object {goal: {
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -98,7 +99,7 @@ def node(case: Case, findings: Findings, kind: str, file: Path | None = None) ->
     if made is None or (made.transfer_syntax_uid == RLELossless) != (kind == "seg-labelmap"):
         raise SystemExit(f"the node wrote no {kind}")
     if file is not None:
-        with file.open("wb") as out:
+        with file.open("wb", buffering=2**20) as out:  # as the node's store writes it
             out.writelines(made.parts)
     return made.size
 
@@ -208,6 +209,8 @@ def main() -> int:
         print(_peak(options.slices, *options.peak.split(",")))
         return 0
     rows: list[dict[str, Any]] = []
+    gc.collect()
+    gc.freeze()  # what was imported, as the node does
     for segments in options.segments:
         case, findings = study(options.slices, segments)
         labels = label_map(case, findings)

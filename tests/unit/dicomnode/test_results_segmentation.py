@@ -19,7 +19,7 @@ from pydicom.tag import Tag
 
 from dicomnode.findings import Code, Finding, ResultObject, Segment
 from dicomnode.results.decoding import decode_segmentation
-from dicomnode.results.segmentation import encode_segmentation
+from dicomnode.results.segmentation import _algorithm, _describe, encode_segmentation
 from results_cases import DIGEST, Case, enhanced, finding_of, projection, sphere, synthetic
 
 ENCODE_ELSEWHERE = """
@@ -270,6 +270,26 @@ def test_the_bytes_are_those_that_pydicom_writes(case: Case, kind: str) -> None:
             element.value  # noqa: B018  # it is decoded, so it is encoded anew
         image.save_as(again, enforce_file_format=True)
         assert again.getvalue() == made.data
+
+
+def test_segments_are_described_as_the_library_describes_them() -> None:
+    """Of many of one kind it describes the first, and what differs is put in place by hand."""
+    case, mask = synthetic(), np.ones((1, 4, 5), dtype=np.bool_)
+    plain = [finding_of(case, Segment(mask=mask, origin=(0, 3, 7 * n))) for n in range(6)]
+    found = [
+        plain[0],
+        replace(plain[1], shape="box", label="Gr\u00f6\u00dfe"),
+        replace(plain[2], site=None, side=None),
+        replace(plain[3], side=None, colour_cielab=(20.0, -70.5, 33.0)),
+        replace(plain[4], shape="box", label="An odd number"),
+        replace(plain[5], colour_cielab=(99.0, 0.0, 1.0)),
+    ]
+    findings = case.findings(*found)
+    made = encode_segmentation(findings, case.volume, case.headers, case.identity)
+    assert made is not None
+    algorithm = _algorithm(findings, case.identity)
+    expected = [_describe(finding, n, algorithm, case.identity) for n, finding in enumerate(findings.findings, start=1)]
+    assert list(pydicom.dcmread(BytesIO(made.data)).SegmentSequence) == expected
 
 
 @pytest.mark.parametrize("columns", [64, 61, 7])

@@ -58,6 +58,13 @@ def test_the_file_holds_the_chunks_one_after_the_other(objects: ObjectStore) -> 
     assert (stored.size, stored.sha256) == (10, hashlib.sha256(b"DICMpixels").hexdigest())
 
 
+def test_a_file_may_come_in_any_number_of_pieces(objects: ObjectStore) -> None:
+    """As a large segmentation does: few bytes, many zeros, and so on."""
+    pieces = [b"begin", *(piece for n in range(3000) for piece in (memoryview(bytes(1000)), bytes([n % 251])))]
+    for some in (pieces, [*pieces, bytes(2**20)], [*pieces, bytes(2**20), b""]):
+        assert objects.read(objects.put(*some).object_id) == b"".join(some)
+
+
 def test_the_digest_of_a_dicom_file_is_that_of_its_data_set(objects: ObjectStore) -> None:
     prefix = bytes(128) + b"DICM" + b"\x02\x00\x00\x00UL\x04\x00" + (6).to_bytes(4, "little") + b"meta.."
     in_two, in_one = objects.put(prefix, b"pixels"), objects.put(prefix + b"pixels")
