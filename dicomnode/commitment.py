@@ -25,7 +25,7 @@ from dicomnode.dimse.commitment import (
     Reference,
     failure_in_words,
 )
-from dicomnode.dimse.scu import ask_commitment, report_commitment
+from dicomnode.dimse.commitment_scu import ask_commitment, report_commitment
 from dicomnode.engine import EngineClient
 from dicomnode.errors import InvalidArgument, ResourceLimitation
 from dicomnode.logs import get_logger

@@ -156,5 +156,6 @@ def _remark(outcome: SendOutcome) -> str | None:
     sent = outcome.sent
     if sent is None or (sent.sop_instance_uid == outcome.sop_instance_uid and not sent.recoded):
         return outcome.error
-    said = f"sent as {named(sent)}, because the peer does not accept what it was to get"
+    then = "" if outcome.known_since is None else f" by what it accepted on {outcome.known_since:%Y-%m-%d}, when it was probed"
+    said = f"sent as {named(sent)}, because the peer does not accept what it was to get{then}"
     return said if outcome.error is None else f"{said}; {outcome.error}"

@@ -165,6 +165,16 @@ class Quarantined:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quirks:
+    """What asking a peer for each presentation context found out: it may have changed since, so it is never the last word."""
+
+    probed_at: datetime
+    implementation_class_uid: str  # what the peer was then: another one isn't what was probed
+    implementation_version_name: str
+    refuses: Mapping[str, tuple[str, ...]]  # SOP Class UID: the Transfer Syntax UIDs in which it didn't accept it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Peer:
     """A remote application entity that may send studies here or receive results. Only the registry hands peers out."""
 
@@ -185,7 +195,7 @@ class Peer:
     queries: bool = True  # may ask what the node holds, and fetch it
     stow_url: str | None = None  # its DICOMweb, where results go by STOW-RS instead of C-STORE
     stow_credentials: str | None = None  # path of a file with what it is shown there; its content is never kept
-    quirks: Mapping[str, Any] | None = None  # what probing found out about it
+    quirks: Quirks | None = None  # None: it was never probed, or its address is another one since
 
 
 @dataclass(frozen=True, kw_only=True)

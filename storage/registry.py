@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy import Connection, Row, Select, bindparam, delete, select, updat
 
 from storage.database import Database
 from storage.errors import Conflict, StorageError
-from storage.records import PackageRecord, Peer, PriorRule, Route
+from storage.records import PackageRecord, Peer, PriorRule, Quirks, Route
 from storage.schema import PACKAGE, PEER, ROUTE, ROUTE_DESTINATION
 
 ANY = "*"  # in a route: every AE title
@@ -61,7 +62,7 @@ class Registry:
             "queries": peer.queries,
             "stow_url": peer.stow_url,
             "stow_credentials": peer.stow_credentials,
-            "quirks": None if peer.quirks is None else dict(peer.quirks),
+            "quirks": None if peer.quirks is None else {**asdict(peer.quirks), "probed_at": peer.quirks.probed_at.isoformat()},
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -238,8 +239,15 @@ def _peer(row: Row[Any]) -> Peer:
         queries=row.queries,
         stow_url=row.stow_url,
         stow_credentials=row.stow_credentials,
-        quirks=row.quirks,
+        quirks=_quirks(row.quirks),
     )
+
+
+def _quirks(kept: dict[str, Any] | None) -> Quirks | None:
+    if kept is None or "refuses" not in kept:  # until 0.7 it was kept without the day, and read by nobody
+        return None
+    refuses = {sop_class: tuple(syntaxes) for sop_class, syntaxes in kept["refuses"].items()}
+    return Quirks(**{**kept, "probed_at": datetime.fromisoformat(kept["probed_at"]), "refuses": refuses})
 
 
 def _route(row: Row[Any], to_ae_titles: tuple[str, ...]) -> Route:

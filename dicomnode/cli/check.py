@@ -226,7 +226,7 @@ def _answers(settings: Settings, peer: Peer) -> str:
     from dicomnode.dimse.scu import echo
 
     echo(peer, calling_ae_title=settings.node.ae_title, tls=settings.tls)
-    return "answers C-ECHO"
+    return "answers C-ECHO" + ("" if peer.quirks is None else f"; what it accepts was probed on {peer.quirks.probed_at:%F}")
 
 
 def _send_phantom(settings: Settings, storage: Storage) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,7 @@ def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "client_cert",
             "user",
             "passcode",
+            "probed_at",
         ]
         show([_shown(known, whole=json) for known in storage.registry.peers()], columns, as_json=json)
 
@@ -170,7 +172,7 @@ def peer_remove(aet: str, config: ConfigOption = None) -> None:
 def peer_echo(
     aet: str,
     probe: Annotated[bool, typer.Option("--probe", help="ask for each context that the node could want, and show what it accepts")] = False,
-    save: Annotated[bool, typer.Option("--save", help="keep what was found out in the peer's record; needs --probe")] = False,
+    save: Annotated[bool, typer.Option("--save", help="let the sender propose what is accepted first; needs --probe")] = False,
     config: ConfigOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -203,7 +205,7 @@ def _probe(settings: Settings, storage: Storage, known: Peer, *, save: bool, as_
 
     probed = probe(known, calling_ae_title=settings.node.ae_title, tls=settings.tls)
     if save:
-        storage.registry.add_peer(dataclasses.replace(known, quirks=probed.quirks))
+        storage.registry.add_peer(dataclasses.replace(known, quirks=probed.quirks(datetime.now(UTC))))
     if as_json:
         show([probed], [], as_json=True)
         return
@@ -379,6 +381,8 @@ def _shown(peer: Peer, *, whole: bool) -> dict[str, Any]:
     """A peer as it is listed: whether it has a passcode, and nothing of it; of a fingerprint the begin, but for programs."""
     row = dataclasses.asdict(peer)
     row["passcode"] = row.pop("passcode_hash") is not None
+    if not whole:
+        row["probed_at"] = None if peer.quirks is None else peer.quirks.probed_at
     if not whole and peer.client_cert is not None:
         row["client_cert"] = f"{peer.client_cert[:12]}…"
     return row

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dicomnode.config import CommitmentSection, ListenerSection, RetentionSection, Settings, TlsSection
 from dicomnode.dimse.commitment import CLASS_INSTANCE_CONFLICT, DUPLICATE_TRANSACTION, NO_SUCH_INSTANCE, PROCESSING_FAILURE
+from dicomnode.dimse.commitment_scu import COMMITMENT_TRANSIENT
 from dicomnode.dimse.conformance_dicomweb import dicomweb_lines
 from dicomnode.dimse.contexts import (
     DEFLATED,
@@ -33,7 +34,7 @@ from dicomnode.dimse.find import ASKING, PENDING, TRANSIENT as QUERY_TRANSIENT
 from dicomnode.dimse.guard import IDLE_SECONDS
 from dicomnode.dimse.querying import MAXIMUM_MATCHES, MAXIMUM_RETRIEVED
 from dicomnode.dimse.scp import CHARACTER_SETS
-from dicomnode.dimse.scu import COMMITMENT_TRANSIENT, SOP_CLASS_NOT_SUPPORTED, TRANSIENT, WARNINGS
+from dicomnode.dimse.scu import SOP_CLASS_NOT_SUPPORTED, TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
 from dicomnode.errors import CommitmentRefused, NodeError, QueryRefused, StoreRefused
 from dicomnode.findings import Code
@@ -182,6 +183,9 @@ def _statuses() -> Iterator[str]:
             ("any other, or nothing that the peer accepts", "failed: a person must look"),
         ],
     )
+    yield "What a peer refused when it was probed (`dicomnode peer echo --probe --save`) is not proposed to it where something else says"
+    yield "the same. Where that is out of date, as it names another implementation or takes none of the rest, all is proposed on a next"
+    yield "association."
 
 
 def _commitment(settings: Settings) -> Iterator[str]:

@@ -6,7 +6,8 @@ Opens associations and releases them; must never send an object, nor take what a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Final
 
 from dicomnode.config import TlsSection
@@ -27,7 +28,7 @@ from dicomnode.dimse.contexts import (
 )
 from dicomnode.dimse.scu import Pair, association_with, check_certificate
 from dicomnode.errors import PeerUnavailable
-from storage.records import Peer
+from storage.records import Peer, Quirks
 
 WRONG_AE_TITLE: Final = "NOBODY-IS-THIS"
 # In which objects are stored and sent most: results are made in the first and label maps in the third of them.
@@ -58,11 +59,12 @@ _SERVICES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """One SOP class and the transfer syntaxes in which the peer takes it: none if it doesn't."""
+    """One SOP class and the transfer syntaxes in which the peer takes it: none if it doesn't, or never said so."""
 
     sop_class_uid: str
     name: str
     transfer_syntax_uids: tuple[str, ...]
+    refused_syntax_uids: tuple[str, ...]  # those in which it was asked for and not accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,19 @@ class Probed:
     classes: tuple[Accepted, ...]
     refused_associations: int  # of those that were asked for with contexts: some peers accept none in which they take nothing
 
-    @property
-    def quirks(self) -> dict[str, Any]:
-        """What the peer's record keeps of it."""
-        known = {key: value for key, value in asdict(self).items() if key not in {"classes", "refused_associations"}}
-        taken = {accepted.sop_class_uid: list(accepted.transfer_syntax_uids) for accepted in self.classes if accepted.transfer_syntax_uids}
-        return {**known, "accepts": taken}
+    def quirks(self, probed_at: datetime) -> Quirks:
+        """Return what the sender is to know of it; the rest is told at each association."""
+        storage = {row.uid for row in STORAGE_CLASSES}
+        return Quirks(
+            probed_at=probed_at,
+            implementation_class_uid=self.implementation_class_uid,
+            implementation_version_name=self.implementation_version_name,
+            refuses={
+                one.sop_class_uid: one.refused_syntax_uids
+                for one in self.classes
+                if one.sop_class_uid in storage and one.refused_syntax_uids
+            },
+        )
 
     def advice(self, *, commits: bool) -> list[str]:
         """Return what its record could say, in words; `commits` is what that says now."""
@@ -112,6 +121,7 @@ def probe(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, t
     check_certificate(peer, tls)
     named = [*_SERVICES, *((row.uid, row.name, PROBED_SYNTAXES) for row in STORAGE_CLASSES)]
     taken: dict[str, list[str]] = {uid: [] for uid, _, _ in named}
+    refuses: dict[str, list[str]] = {uid: [] for uid, _, _ in named}
     acceptor: Any = None
     secured: str | None = None
     refused = 0
@@ -121,8 +131,9 @@ def probe(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, t
             if no_association is not None:
                 refused, trouble = refused + 1, no_association
                 continue
-            for context in association.accepted_contexts:
-                taken[str(context.abstract_syntax)].append(str(context.transfer_syntax[0]))
+            accepted = {(str(context.abstract_syntax), str(context.transfer_syntax[0])) for context in association.accepted_contexts}
+            for uid, syntax in pairs:
+                (taken if (uid, syntax) in accepted else refuses)[uid].append(syntax)
             if acceptor is None and association.accepted_contexts:
                 acceptor, secured = association.acceptor, _secured(association)
     if acceptor is None:
@@ -136,7 +147,10 @@ def probe(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, t
         implementation_class_uid=str(acceptor.implementation_class_uid or ""),
         implementation_version_name=str(acceptor.implementation_version_name or ""),
         tls=secured,
-        classes=tuple(Accepted(sop_class_uid=uid, name=name, transfer_syntax_uids=tuple(taken[uid])) for uid, name, _ in named),
+        classes=tuple(
+            Accepted(sop_class_uid=uid, name=name, transfer_syntax_uids=tuple(taken[uid]), refused_syntax_uids=tuple(refuses[uid]))
+            for uid, name, _ in named
+        ),
         refused_associations=refused,
     )
 

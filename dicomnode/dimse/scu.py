@@ -1,4 +1,4 @@
-"""The SCU of Storage, Verification and Storage Commitment: send stored objects to a peer exactly as they are stored.
+"""The SCU of Storage and Verification: send stored objects to a peer exactly as they are stored.
 
 A peer marked as TLS is called over TLS with the node's own certificate, or not at all. Must never re-encode a data set, and never try
 again by itself: outcomes say what happened, and the engine decides.
@@ -8,37 +8,26 @@ from __future__ import annotations
 
 import itertools
 import socket
-import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from pynetdicom import AE, _config, build_role, evt
+from pynetdicom import AE, _config, evt
 from pynetdicom.pdu import A_ASSOCIATE_RJ
 from pynetdicom.presentation import build_context
 
 from dicomnode.config import TlsSection
-from dicomnode.dimse.commitment import (
-    ALL_COMMITTED,
-    FAILURES_EXIST,
-    REQUEST,
-    CommitmentReport,
-    Reference,
-    action_information,
-    answered,
-    event_information,
-    read_report,
-)
 from dicomnode.dimse.contexts import (
     COMMITMENT_SYNTAXES,
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
     MAXIMUM_CONTEXTS,
     STORAGE_COMMITMENT,
-    STORAGE_COMMITMENT_INSTANCE,
     VERIFICATION,
     storage_class,
     transfer_syntax,
@@ -46,19 +35,18 @@ from dicomnode.dimse.contexts import (
 from dicomnode.dimse.recoding import recoded_file
 from dicomnode.dimse.tls import PeerContext, peer_context
 from dicomnode.errors import ConfigError, PeerRefused, PeerUnavailable
-from storage.records import Peer
+from dicomnode.logs import get_logger
+from storage.records import Peer, Quirks
 
 SUCCESS = 0x0000
 SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 C.5.20: the peer accepted the context and refuses the object by its class
 WARNINGS = frozenset({0x0001, 0x0107, 0x0116, *range(0xB000, 0xC000)})  # PS3.7 C.4, PS3.4 B.2.3: stored, with a remark
 # PS3.4 B.2.3 Refused: Out of Resources; PS3.7 C.5 Processing failure and Resource limitation: later it can work.
 TRANSIENT = frozenset({*range(0xA700, 0xA800), 0x0110, 0x0213})
-# PS3.7 C.5 Processing failure, Duplicate SOP Instance (of a Transaction UID: the next one is new), Resource limitation.
-COMMITMENT_TRANSIENT = frozenset({0x0110, 0x0111, 0x0213})
-_LOOK_SECONDS = 0.1  # how often it is looked whether a report has come
-_ASSOCIATION_SECONDS = 30.0  # for each step until an association is open
 _MAXIMUM_PDU_BYTES = 131072  # responses are small; what we send is cut to what the peer asks for
 _LACKING = "peer {} is called over TLS, and this node has no certificate: set tls.certificate, tls.key and tls.ca in dicomnode.toml"
+
+_log = get_logger(__name__)
 
 Pair = tuple[str, str]  # SOP Class UID, Transfer Syntax UID
 
@@ -86,6 +74,12 @@ class SendOutcome:
     error: str | None
     is_away: bool = False  # there was no association: the peer would have taken no other object either
     sent: Outgoing | None = None  # what went to the peer: the object, or one of its alternatives
+    known_since: datetime | None = None  # when the peer refused the object, whose alternatives alone were proposed
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the peer takes the object in none of the forms that were proposed, so that another one may help."""
+        return self.state == "permanent" and (self.sent is None or self.status == SOP_CLASS_NOT_SUPPORTED)
 
 
 def send(
@@ -119,33 +113,86 @@ def send_each(
     first whose pair is accepted and, if one can, which refers to objects that the peer has: of those `at_peer`, or of these. `tls`
     is the node's own certificate, for peers that are called over TLS. `originator` is who asked for it by a C-MOVE, and that request's
     Message ID.
+
+    To a peer that was probed, what it refused then isn't proposed, where an object has an alternative that it didn't refuse. If that
+    turns out to be out of date, all is proposed on a next association: the peer is another implementation by now, or takes none of that.
     """
-    if _lacks_certificate(peer, tls):
-        yield from (_outcome(item, "permanent", _LACKING.format(peer.ae_title)) for item in objects)
+    try:
+        check_certificate(peer, tls)
+    except PeerRefused as error:
+        yield from (_outcome(item, "permanent", str(error)) for item in objects)
         return
     # pynetdicom sends a file's bytes as they are only under this process-wide switch; without it each data set is decoded and
     # encoded again. It is set here, at the first sending, and stays: this function is the only sender of files.
     _config.STORE_SEND_CHUNKED_DATASET = True
+    left = objects
     there, message_ids = set(at_peer), itertools.cycle(range(1, 65536))
-    for group, proposed in _groups(objects):
-        with association_with(peer, proposed, calling_ae_title, tls, timeout_seconds) as (association, no_association):
+    open_with = partial(association_with, peer, calling_ae_title=calling_ae_title, tls=tls, timeout_seconds=timeout_seconds)
+    if peer.quirks is not None:
+        left = yield from _send_by(peer.quirks, objects, open_with, there, message_ids, originator)
+        if left:
+            _log.warning("what probing found out about the peer is out of date", peer=peer.ae_title)
+    yield from _send_by(None, left, open_with, there, message_ids, originator)
+
+
+def _send_by(
+    quirks: Quirks | None,
+    objects: Sequence[Outgoing],
+    open_with: Callable[[Sequence[Pair]], AbstractContextManager[tuple[Any, str | None]]],
+    there: set[str],
+    message_ids: Iterator[int],
+    originator: tuple[str, int] | None,
+) -> Generator[SendOutcome, None, Sequence[Outgoing]]:
+    """Give the outcome of each object; return those that were not sent since what is known of the peer is out of date."""
+    begun = 0
+    for group, proposed in _groups(objects, quirks):
+        withheld = any(_ways(item, quirks) != _ways(item, None) for item in group)
+        with open_with(proposed) as (association, no_association):
+            if withheld and _is_another(association, no_association, quirks):
+                return objects[begun:]
             trouble: str | None = None
             accepted = {(context.abstract_syntax, context.transfer_syntax[0]) for context in association.accepted_contexts}
-            for item in group:
+            for number, item in enumerate(group):
                 if no_association is not None:
                     outcome = replace(_outcome(item, "transient", no_association), is_away=True)
                 elif trouble is not None:
                     outcome = _outcome(item, "transient", trouble)
                 else:
-                    outcome, trouble = _send_one(association, item, accepted, there, message_ids, originator)
+                    ways = _ways(item, quirks)
+                    outcome, trouble = _send_one(association, ways, accepted, there, message_ids, originator)
+                    if outcome.is_refused and ways != _ways(item, None):
+                        return objects[begun + number :]
+                    outcome = replace(outcome, sop_instance_uid=item.sop_instance_uid)
+                    if quirks is not None and ways[0] is not item:
+                        outcome = replace(outcome, known_since=quirks.probed_at)
                 yield outcome
+        begun += len(group)
+    return ()
 
 
-def _groups(objects: Sequence[Outgoing]) -> Iterator[tuple[list[Outgoing], list[Pair]]]:
+def _ways(item: Outgoing, quirks: Quirks | None) -> tuple[Outgoing, ...]:
+    """An object and its alternatives, the best first, but for those that the peer refused when it was probed; all if it refused all."""
+    ways = (item, *item.alternatives)
+    if quirks is None:
+        return ways
+    return tuple(way for way in ways if way.transfer_syntax_uid not in quirks.refuses.get(way.sop_class_uid, ())) or ways
+
+
+def _is_another(association: Any, no_association: str | None, quirks: Quirks | None) -> bool:
+    """Whether the peer isn't what was probed: by what it calls itself, or as it is there and rejects the association."""
+    if quirks is None:
+        return False
+    if no_association is not None:
+        return getattr(getattr(association, "ae", None), "rejection", None) is not None
+    named_as = (str(association.acceptor.implementation_class_uid or ""), str(association.acceptor.implementation_version_name or ""))
+    return named_as != (quirks.implementation_class_uid, quirks.implementation_version_name)
+
+
+def _groups(objects: Sequence[Outgoing], quirks: Quirks | None) -> Iterator[tuple[list[Outgoing], list[Pair]]]:
     """Objects in their order, as many at a time as one association has contexts for, and the pairs to propose."""
     group, proposed = list[Outgoing](), set[Pair]()
     for item in objects:
-        pairs = {_pair(way) for way in (item, *item.alternatives)}
+        pairs = {_pair(way) for way in _ways(item, quirks)}
         if len(proposed | pairs) > MAXIMUM_CONTEXTS:
             yield group, sorted(proposed)
             group, proposed = [], set()
@@ -157,129 +204,23 @@ def _groups(objects: Sequence[Outgoing]) -> Iterator[tuple[list[Outgoing], list[
 
 def _send_one(
     association: Any,
-    item: Outgoing,
+    ways: Sequence[Outgoing],
     accepted: Collection[Pair],
     there: set[str],
     message_ids: Iterator[int],
     originator: tuple[str, int] | None,
 ) -> tuple[SendOutcome, str | None]:
-    """Send an object, or the first of its alternatives that the peer accepts; note in `there` which one."""
-    outcome, trouble = _outcome(item, "permanent", f"the peer does not accept {named(item)}"), None
-    ways = sorted((item, *item.alternatives), key=lambda way: not there.issuperset(way.refers_to))
-    for way in (way for way in ways if _pair(way) in accepted):
+    """Send an object by the first of these ways that the peer accepts; note in `there` which one."""
+    outcome, trouble = _outcome(ways[0], "permanent", f"the peer does not accept {named(ways[0])}"), None
+    for way in sorted(ways, key=lambda way: not there.issuperset(way.refers_to)):
+        if _pair(way) not in accepted:
+            continue
         outcome, trouble = _store(association, way, next(message_ids), originator)
-        outcome = replace(outcome, sop_instance_uid=item.sop_instance_uid, sent=way)
+        outcome = replace(outcome, sent=way)
         if outcome.status != SOP_CLASS_NOT_SUPPORTED:
             there.add(way.sop_instance_uid)
             break
     return outcome, trouble
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommitmentOutcome:
-    """How a peer took a message of storage commitment. "transient": sending it again later can work."""
-
-    state: Literal["accepted", "transient", "permanent"]
-    error: str | None
-    is_away: bool = False  # there was no association
-
-
-def ask_commitment(
-    peer: Peer,
-    transaction_uid: str,
-    references: Sequence[Reference],
-    *,
-    calling_ae_title: str,
-    report: Callable[[CommitmentReport], None],
-    has_report: Callable[[], bool],
-    tls: TlsSection | None = None,
-    response_seconds: float = 30,
-    report_seconds: float = 3,
-) -> CommitmentOutcome:
-    """Ask `peer` to commit to instances that it received (N-ACTION, PS3.4 J.3.2), and return how it took the request.
-
-    A peer that says nothing to that within `response_seconds` may have taken it or not: that is "transient".
-    The association stays open for up to `report_seconds`, for a peer that reports on it: `report` is then called in another thread, and
-    raises CommitmentRefused or returns once that is noted. `has_report` says whether one has come, in whichever way.
-    """
-    information = action_information(transaction_uid, references)
-
-    def reported(event: Any) -> tuple[Any, None]:
-        return answered(lambda: read_report(event, peer.ae_title), report), None
-
-    def ask(association: Any) -> Any:
-        return association.send_n_action(information, REQUEST, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE)[0]
-
-    with _commitment_message(peer, ask, calling_ae_title, tls, response_seconds, handler=reported) as (association, outcome):
-        until = time.monotonic() + (report_seconds if outcome.state == "accepted" else 0)
-        while association.is_established and not has_report() and time.monotonic() < until:
-            time.sleep(_LOOK_SECONDS)
-    return outcome
-
-
-def report_commitment(
-    peer: Peer,
-    transaction_uid: str,
-    references: Sequence[Reference],
-    *,
-    calling_ae_title: str,
-    tls: TlsSection | None = None,
-    response_seconds: float = 30,
-) -> CommitmentOutcome:
-    """Tell `peer` what this node commits to of what it asked for (N-EVENT-REPORT, PS3.4 J.3.3), and return how it took that.
-
-    The association proposes this node as the SCP of the class.
-    """
-    information = event_information(transaction_uid, references)
-    kind = ALL_COMMITTED if all(reference.failure is None for reference in references) else FAILURES_EXIST
-
-    def tell(association: Any) -> Any:
-        return association.send_n_event_report(information, kind, STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE)[0]
-
-    with _commitment_message(peer, tell, calling_ae_title, tls, response_seconds, as_scp=True) as (_, outcome):
-        return outcome
-
-
-@contextmanager
-def _commitment_message(
-    peer: Peer,
-    send_message: Callable[[Any], Any],
-    calling_ae_title: str,
-    tls: TlsSection | None,
-    response_seconds: float,
-    *,
-    handler: Callable[[Any], Any] | None = None,
-    as_scp: bool = False,
-) -> Iterator[tuple[Any, CommitmentOutcome]]:
-    """Open an association for storage commitment and send one message; give both, the association still open, and how that was taken."""
-    nothing = SimpleNamespace(is_established=False)
-    if _lacks_certificate(peer, tls):
-        yield nothing, CommitmentOutcome(state="permanent", error=_LACKING.format(peer.ae_title))
-        return
-    pairs = [(STORAGE_COMMITMENT, syntax) for syntax in COMMITMENT_SYNTAXES]
-    handlers = [(evt.EVT_N_EVENT_REPORT, handler)] if handler is not None else []
-    roles = [build_role(STORAGE_COMMITMENT, scp_role=True)] if as_scp else []
-    with association_with(peer, pairs, calling_ae_title, tls, _ASSOCIATION_SECONDS, handlers, roles) as (association, trouble):
-        if trouble is not None:
-            yield nothing, CommitmentOutcome(state="transient", error=trouble, is_away=True)
-        elif not association.accepted_contexts:
-            yield nothing, CommitmentOutcome(state="permanent", error="the peer does not accept the Storage Commitment Push Model")
-        else:
-            answer = None
-            association.dimse_timeout = response_seconds
-            with suppress(AttributeError, ValueError, RuntimeError):  # what pynetdicom raises on a broken association
-                answer = send_message(association)
-            yield association, _commitment_outcome(answer, response_seconds)
-
-
-def _commitment_outcome(answer: Any, response_seconds: float) -> CommitmentOutcome:
-    if answer is None or "Status" not in answer:
-        words = f"the peer was silent for {response_seconds:g} s, or the association broke before it had answered"
-        return CommitmentOutcome(state="transient", error=words)
-    if answer.Status == SUCCESS:
-        return CommitmentOutcome(state="accepted", error=None)
-    state: Literal["transient", "permanent"] = "transient" if answer.Status in COMMITMENT_TRANSIENT else "permanent"
-    return CommitmentOutcome(state=state, error=f"the peer answered with {status_in_words(answer)}")
 
 
 def echo(peer: Peer, *, calling_ae_title: str, tls: TlsSection | None = None, timeout_seconds: float = 10) -> bool:
@@ -311,12 +252,8 @@ def classify(status: int) -> Literal["sent", "transient", "permanent"]:
 
 def check_certificate(peer: Peer, tls: TlsSection | None) -> None:
     """Raise PeerRefused if the peer is to be called over TLS, and this node has no certificate."""
-    if _lacks_certificate(peer, tls):
+    if peer.tls and (tls is None or tls.certificate is None):
         raise PeerRefused(_LACKING.format(peer.ae_title))
-
-
-def _lacks_certificate(peer: Peer, tls: TlsSection | None) -> bool:
-    return peer.tls and (tls is None or tls.certificate is None)
 
 
 @contextmanager

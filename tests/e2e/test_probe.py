@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,11 @@ def test_orthanc_that_accepts_known_classes_alone_and_checks_whom_it_is_called(n
         assert "it accepts storage commitment" in shown
         assert "Segmentation Storage" in shown
     (record,) = node.listing("peer", "list")
-    assert record["quirks"]["checks_called_ae_title"] is True
-    assert record["quirks"]["maximum_pdu_bytes"] == 65536
-    assert set(record["quirks"]["accepts"][CT]) == set(PROBED_SYNTAXES)
-    assert LABEL_MAP not in record["quirks"]["accepts"]
+    quirks = record["quirks"]
+    assert set(quirks["refuses"][LABEL_MAP]) == set(PROBED_SYNTAXES)
+    assert CT not in quirks["refuses"]
+    assert quirks["implementation_version_name"] == found.implementation_version_name
+    assert datetime.fromisoformat(quirks["probed_at"]) <= datetime.now(UTC)
     with pytest.raises(AssertionError, match="cannot be reached"):
         node.cli("peer", "echo", "ORTHANC", "--probe")  # it is down now
 

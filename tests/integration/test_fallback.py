@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import numpy as np
 import pydicom
 import pytest
 from lying_pacs import LyingPacs, lying_pacs, uids
+from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
 from dicomnode.config import Settings
 from dicomnode.delivery import Sender
 from dicomnode.dimse.recoding import recoded, simpler_class
 from dicomnode.phantoms.studies import write_check_study
-from storage.records import Delivery
+from storage.records import Delivery, Quirks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_display_profiles import LABEL_MAP, PLAIN_REPORT, REPORT, SEGMENTATION, Site
@@ -62,7 +64,7 @@ def accept(pacs: LyingPacs, pairs: set[tuple[str, str]]) -> None:
     pacs.server.contexts = pacs.entity.supported_contexts
 
 
-def deliver(site: Site, pacs: LyingPacs, name: str = "PACS") -> list[Delivery]:
+def deliver(site: Site, pacs: LyingPacs, name: str = "PACS", sender: Sender | None = None) -> list[Delivery]:
     """Send what waits for a peer as if it had never been sent; return its rows, the segmentation first."""
     known = site.storage.registry.peer(name)
     assert known is not None
@@ -71,7 +73,7 @@ def deliver(site: Site, pacs: LyingPacs, name: str = "PACS") -> list[Delivery]:
     for row in site.storage.jobs.deliveries(job_key=job.key):
         site.storage.jobs.record_delivery(row.sop_instance_uid, name, state="failed")
     site.storage.jobs.requeue(job.key)
-    Sender(Settings(), site.storage, site.client).deliver(job.key, 0)
+    (sender or Sender(Settings(), site.storage, site.client)).deliver(job.key, 0)
     classes = {result.sop_instance_uid: result.modality for result in site.storage.jobs.results()}
     return sorted(site.storage.jobs.deliveries(job_key=job.key), key=lambda row: classes[row.sop_instance_uid])
 
@@ -130,6 +132,31 @@ def test_a_segmentation_that_is_there_decides_for_a_report_that_comes_later(anal
     document = next(one for one in map(pydicom.dcmread, map(BytesIO, pacs.files.values())) if one.Modality == "SR")
     assert segmentation.at_peer in document.to_json()
     assert segmentation.sop_instance_uid not in document.to_json()
+
+
+def test_what_probing_found_out_holds_from_the_next_association_on_and_is_said_with_its_day(analysed: Site, pacs: LyingPacs) -> None:
+    accept(pacs, ALL)
+    sender = Sender(Settings(), analysed.storage, analysed.client)
+    registry = analysed.storage.registry
+    quirks = Quirks(
+        probed_at=datetime(2026, 5, 4, tzinfo=UTC),
+        implementation_class_uid=PYNETDICOM_IMPLEMENTATION_UID,
+        implementation_version_name=PYNETDICOM_IMPLEMENTATION_VERSION,
+        refuses={LABEL_MAP: (RLE, EXPLICIT, IMPLICIT)},
+    )
+    classes = {result.sop_instance_uid: result.sop_class_uid for result in analysed.storage.jobs.results()}
+    for known, sent, said in (
+        (None, LABEL_MAP, None),
+        (quirks, SEGMENTATION, "on 2026-05-04, when it was"),
+        (None, LABEL_MAP, None),
+    ):
+        peer = registry.peer("PACS")
+        assert peer is not None
+        registry.add_peer(replace(peer, quirks=known))
+        assert registry.peer("PACS") == replace(peer, quirks=known)
+        segmentation, report = deliver(analysed, pacs, sender=sender)
+        assert (segmentation.state, report.state, classes[segmentation.at_peer]) == ("sent", "sent", sent)
+        assert segmentation.note is None if said is None else said in str(segmentation.note)
 
 
 def test_probabilities_go_native_where_rle_is_not_accepted(analysed: Site, pacs: LyingPacs) -> None:

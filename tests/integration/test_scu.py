@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from pynetdicom.sop_class import _STORAGE_CLASSES
 from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.config import ListenerSection
-from dicomnode.dimse.contexts import STORAGE_CLASSES
+from dicomnode.dimse.contexts import STORAGE_CLASSES, VERIFICATION
 from dicomnode.dimse.listener import Listener
+from dicomnode.dimse.probe import probe
 from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import Outgoing, classify, echo, send, send_each
 from dicomnode.dimse.storing import in_memory
@@ -221,6 +223,61 @@ def test_a_refused_context_is_permanent_and_the_others_are_sent(pacs, tmp_path):
     outcomes = send(pacs.listen([(CT, EXPLICIT)]), files, calling_ae_title="DICOMNODE")
     assert [outcome.state for outcome in outcomes] == ["permanent", "sent"]
     assert outcomes[0].error == "the peer does not accept Segmentation Storage in Explicit VR Little Endian"
+
+
+def a_result(folder: Path) -> list[Outgoing]:
+    """A label map with a segmentation in its place, and a report that refers to the one or, as another one, to the other."""
+    labels, segmentation, report, other = (
+        stored(folder, sop_class)[0] for sop_class in (LABEL_MAP, SEG, COMPREHENSIVE_3D_SR, COMPREHENSIVE_3D_SR)
+    )
+    of_segmentation = replace(other, refers_to=(segmentation.sop_instance_uid,))
+    of_labels = replace(report, refers_to=(labels.sop_instance_uid,), alternatives=(of_segmentation,))
+    return [replace(labels, alternatives=(segmentation,)), of_labels]
+
+
+def test_what_a_peer_refused_when_it_was_probed_is_not_proposed_until_that_is_out_of_date(pacs, tmp_path):
+    labels, report = objects = a_result(tmp_path)
+    peer = pacs.listen([(SEG, EXPLICIT), (COMPREHENSIVE_3D_SR, EXPLICIT), (VERIFICATION, EXPLICIT), (VERIFICATION, IMPLICIT)])
+    probed = replace(peer, quirks=probe(peer, calling_ae_title="DICOMNODE").quirks(datetime.now(UTC)))
+    assert EXPLICIT in probed.quirks.refuses[LABEL_MAP]
+    assert COMPREHENSIVE_3D_SR not in probed.quirks.refuses or EXPLICIT not in probed.quirks.refuses[COMPREHENSIVE_3D_SR]
+
+    def sent(to: Peer) -> tuple[list[list[str]], list[str], list[bool]]:
+        """What was proposed, association by association, what it got, and what is put down to the probe."""
+        pacs.proposed.clear()
+        pacs.got.clear()
+        outcomes = send(to, objects, calling_ae_title="DICOMNODE")
+        proposed = [[names[sop_class] for sop_class, _ in pairs] for pairs in pacs.proposed]
+        return proposed, [uid for _, uid, _, _ in pacs.got], [outcome.known_since is not None for outcome in outcomes]
+
+    names = {SEG: "SEG", LABEL_MAP: "LABELS", COMPREHENSIVE_3D_SR: "SR"}
+    whole, part = ["SEG", "LABELS", "SR"], ["SEG", "SR"]
+    simple = [labels.alternatives[0].sop_instance_uid, report.alternatives[0].sop_instance_uid]
+    best = [labels.sop_instance_uid, report.sop_instance_uid]
+    assert sent(peer) == ([whole], simple, [False, False])
+    assert sent(probed) == ([part], simple, [True, False])
+
+    pacs.entity.add_supported_context(LABEL_MAP, EXPLICIT)  # it takes more by now: it gets what it took, and nothing is lost
+    pacs.server.contexts = pacs.entity.supported_contexts
+    assert sent(probed) == ([part], simple, [True, False])
+    renewed = replace(peer, quirks=probe(peer, calling_ae_title="DICOMNODE").quirks(datetime.now(UTC)))
+    assert sent(renewed) == ([whole], best, [False, False])
+    another = replace(probed.quirks, implementation_version_name="THE_NEXT_1")
+    assert sent(replace(peer, quirks=another)) == ([part, whole], best, [False, False])
+    nothing = {**probed.quirks.refuses, SEG: (EXPLICIT,)}
+    assert sent(replace(peer, quirks=replace(probed.quirks, refuses=nothing))) == ([whole], best, [False, False])
+
+    pacs.answer = lambda event: 0x0122 if event.request.AffectedSOPClassUID == SEG else 0
+    proposed, got, blamed = sent(probed)  # segmentations by their class no longer: the label map after all, and its report
+    assert (proposed, got, blamed) == ([part, whole], [simple[0], *best], [False, False])
+    pacs.answer = lambda event: 0
+    pacs.entity.remove_supported_context(SEG)
+    pacs.server.contexts = pacs.entity.supported_contexts
+    assert sent(probed) == ([part, whole], best, [False, False])
+    pacs.proposed.clear()
+    outcomes = send(replace(probed, ae_title="ELSE"), objects, calling_ae_title="DICOMNODE")
+    assert len(pacs.proposed) == 2  # a peer that rejects an association is asked again with all contexts before it counts as away
+    assert [(outcome.state, outcome.is_away) for outcome in outcomes] == [("transient", True)] * 2
 
 
 def test_a_peer_that_accepts_no_context_refuses_each_object(pacs, tmp_path):
