@@ -1,4 +1,4 @@
-"""TLS with programs that nobody here wrote: DCMTK and Orthanc send to the node and receive from it, or are refused."""
+"""TLS with programs that nobody here wrote: DCMTK sends to the node and receives from it, or is refused. Orthanc: test_two_pacs.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 from dimse_cases import CT, EXPLICIT, a_dataset, encoded, received, split_part10
@@ -24,7 +23,7 @@ from dicomnode.dimse.scp import part10_prefix
 from dicomnode.dimse.scu import Outgoing, echo, send
 from dicomnode.errors import PeerUnavailable
 from dicomnode.receiver import Receiver
-from pacs import LOOPBACK, NODE_AET, ORTHANC_AET, SCANNER_AET, free_port, orthanc, program, running, tail, wait_until
+from pacs import LOOPBACK, NODE_AET, ORTHANC_AET, SCANNER_AET, free_port, program, running, tail, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer
 
@@ -214,37 +213,3 @@ def test_the_node_sends_to_dcmtk_over_tls(site: Site, tmp_path: Path) -> None:
         assert send(replace(peer, tls=False), files[:1], calling_ae_title=NODE_AET)[0].state == "transient"
     arrived = {split_part10(path.read_bytes())[1] for path in inbox.iterdir()}
     assert arrived == {split_part10(item.path.read_bytes())[1] for item in files}
-
-
-def test_orthanc_and_the_node_send_to_each_other_over_tls(receiver: Receiver, storage: Storage, site: Site, tmp_path: Path) -> None:
-    settings = {
-        "DicomTlsEnabled": True,
-        "DicomTlsCertificate": str(site.peer.certificate),
-        "DicomTlsPrivateKey": str(site.peer.key),
-        "DicomTlsTrustedCertificates": str(site.authority.certificate),
-        "DicomTlsRemoteCertificateRequired": True,
-        "DicomModalities": {
-            "node": {"AET": NODE_AET, "Host": LOOPBACK, "Port": receiver.tls_port, "UseDicomTls": True},
-            "plain": {"AET": NODE_AET, "Host": LOOPBACK, "Port": receiver.port},
-        },
-        "LuaScripts": [],
-    }
-    item = a_file(tmp_path)
-    with orthanc(tmp_path / "orthanc", node_port=free_port(), settings=settings) as server:
-        peer = replace(server.peer, tls=True, client_cert=site.peer.sha256)
-        (sent,) = send(peer, [item], calling_ae_title=NODE_AET, tls=site.authority.settings(site.node))
-        assert (sent.state, sent.error) == ("sent", None), tail(server.log)
-        for stranger in (site.stranger, site.self_signed):
-            with pytest.raises(PeerUnavailable, match="TLS connection"):
-                echo(peer, calling_ae_title=NODE_AET, tls=site.authority.settings(stranger))
-        (kept,) = server.get("/instances")
-        for modality, accepted in (("plain", False), ("node", True)):
-            body = f'{{"Resources": ["{kept}"], "Synchronous": true}}'.encode()
-            request = Request(f"http://{LOOPBACK}:{server.http_port}/modalities/{modality}/store", data=body)
-            if accepted:
-                with urlopen(request, timeout=300) as answer:
-                    assert answer.status == 200
-            else:
-                with pytest.raises(OSError, match="500"):
-                    urlopen(request, timeout=300)
-            assert (storage.index.find(item.sop_instance_uid) is not None) is accepted

@@ -181,6 +181,7 @@ def never_commits(node: Node) -> None:
 
 
 def is_silent(node: Node) -> None:
+    node.set(engine=EngineSection(retry_schedule_seconds=(0.01,) * 5))
     node.wait_for_response(SILENCE)
     node.pacs.answer = silent
 
