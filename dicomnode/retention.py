@@ -113,11 +113,12 @@ def verdicts(storage: Storage, settings: RetentionSection, now: datetime, *, all
         return []
     youngest = min((days for days in (settings.days, settings.minimum_days) if days), default=0.0)
     excess = _excess(storage, settings)
+    commits = {peer.ae_title for peer in storage.registry.peers() if peer.commits} if settings.until_committed else set()
     goes, kept, spare, priors = list[Verdict](), list[Verdict](), list[Holding](), list[Holding]()
     for holding in storage.retention.holdings(None if all_studies else now - timedelta(days=youngest)):
         days = (now - holding.touched_at) / timedelta(days=1)
-        needed = next(_needs(storage, settings, holding, days), None)
-        is_prior = needed is None and _is_prior(storage, settings, holding, days)
+        needed = next(_needs(settings, holding, days, commits), None)
+        is_prior = needed is None and _is_prior(settings, holding, days)
         if needed is not None:
             kept.append(Verdict(holding=holding, goes=False, why=needed))
         elif settings.days and days >= settings.days and not is_prior:
@@ -125,13 +126,13 @@ def verdicts(storage: Storage, settings: RetentionSection, now: datetime, *, all
             excess -= holding.size
         else:
             (priors if is_prior else spare).append(holding)
-    for holding in (*spare, *priors):  # the last studies of a patient go last
-        if excess > 0:
-            goes.append(Verdict(holding=holding, goes=True, why="the store is larger than its quota"))
-            excess -= holding.size
-        else:
-            why = "it is what a later study of the patient would be compared with" if holding in priors else "no rule asks for its space"
-            kept.append(Verdict(holding=holding, goes=False, why=why))
+    compared = "it is what a later study of the patient would be compared with"
+    for holdings, why in ((spare, "no rule asks for its space"), (priors, compared)):  # the last studies of a patient go last
+        for holding in holdings:
+            goes_for_space = excess > 0
+            excess -= holding.size if goes_for_space else 0
+            reason = "the store is larger than its quota" if goes_for_space else why
+            (goes if goes_for_space else kept).append(Verdict(holding=holding, goes=goes_for_space, why=reason))
     return goes + kept
 
 
@@ -146,8 +147,8 @@ def _excess(storage: Storage, settings: RetentionSection) -> float:
     return excess
 
 
-def _needs(storage: Storage, settings: RetentionSection, holding: Holding, days: float) -> Iterator[str]:
-    """Why a study must be kept whatever its age and the quota."""
+def _needs(settings: RetentionSection, holding: Holding, days: float, commits: set[str]) -> Iterator[str]:
+    """Why a study must be kept whatever its age and the quota; `commits` are the peers whose commitment is waited for."""
     if holding.receiving:
         yield "images came since its last revision was closed"
     if holding.busy:
@@ -161,15 +162,12 @@ def _needs(storage: Storage, settings: RetentionSection, holding: Holding, days:
     if not 0 < settings.undelivered_days <= days:
         if holding.waiting_for:
             yield f"{', '.join(holding.waiting_for)}: not all of its results are delivered"
-        commits = {peer.ae_title for peer in storage.registry.peers() if peer.commits} if settings.until_committed else set()
         if uncommitted := sorted(commits.intersection(holding.sent_to)):
             yield f"{', '.join(uncommitted)}: not committed to all of its results"
     if days < settings.minimum_days:
         yield f"something happened to it within {settings.minimum_days:g} days"
 
 
-def _is_prior(storage: Storage, settings: RetentionSection, holding: Holding, days: float) -> bool:
+def _is_prior(settings: RetentionSection, holding: Holding, days: float) -> bool:
     """Whether a study is among the last that were analysed of its patient, and not too old to be compared with."""
-    if not settings.priors or days >= settings.prior_days or not holding.patient_id.strip():
-        return False
-    return holding.study_instance_uid in storage.retention.analysed_of(holding.patient_id)[: settings.priors]
+    return holding.later is not None and holding.later < settings.priors and days < settings.prior_days and bool(holding.patient_id.strip())

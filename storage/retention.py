@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import Connection, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
 
 from storage.database import Database
 from storage.objects import ObjectStore
@@ -50,6 +50,9 @@ class Holding:
     busy: bool  # a job of it, or a commitment by a peer, isn't finished, or a peer waits for our commitment to it
     patient_busy: bool  # another study of the patient is received or has unfinished jobs: this one may be its prior
     analysed: bool  # an analysis of its last revision has ended with a result or with a reason
+    # Studies of the patient that are held, were analysed and come after it by study date; None where it isn't one of them. It may change
+    # while one after the other is removed.
+    later: int | None = field(compare=False)
     stat: bool  # a job of it is urgent, or an image asks for it
     waiting_for: tuple[str, ...]  # peers that haven't taken all of its results
     sent_to: tuple[str, ...]  # peers that have taken results and committed to none, or not to all
@@ -88,18 +91,6 @@ class Retention:
                 return
             after = rows[-1].last_received_at, rows[-1].id
             yield from (found[row.id] for row in rows if row.id in found)
-
-    def analysed_of(self, patient_id: str) -> list[str]:
-        """Return the studies of a patient that hold objects and have been analysed, the newest study date first."""
-        analysed = select(JOB.c.study_instance_uid).where(JOB.c.kind == "analyse", JOB.c.state == "done")
-        statement = (
-            select(STUDY.c.study_instance_uid)
-            .join_from(STUDY, PATIENT)
-            .where(STUDY.c.holds, PATIENT.c.patient_id == patient_id, STUDY.c.study_instance_uid.in_(analysed))
-            .order_by(STUDY.c.study_date.desc(), STUDY.c.id.desc())
-        )
-        with self._database.reading() as connection:
-            return list(connection.execute(statement).scalars())
 
     def remove(self, seen: Holding, why: str) -> bool:
         """Remove the objects of a study, unless anything about it isn't any more as it was seen; return whether they are removed.
@@ -173,6 +164,7 @@ def _holdings(connection: Connection, rows: Sequence[int]) -> dict[int, Holding]
     awaited = _awaited(connection, uids)
     asked = _asked(connection)
     patients = _patients_at_work(connection, {study.patient_id for study in studies})
+    ranks = _ranks(connection, {study.patient_id for study in studies})
     found = {}
     for study in studies:
         uid = study.study_instance_uid
@@ -191,6 +183,7 @@ def _holdings(connection: Connection, rows: Sequence[int]) -> dict[int, Holding]
             receiving=study.last_image > study.closed_image,
             busy=uid in awaited or study.id in asked or any(job.state in _UNFINISHED for job in jobs[uid]),
             patient_busy=bool(patients.get(study.patient_id, set()) - {uid}),
+            later=ranks.get(uid),
             analysed=any(state in {"done", "refused"} for state in ended),
             stat=bool(is_urgent) or any(job.priority == "stat" for job in jobs[uid]),
             waiting_for=tuple(sorted(peers[uid, "waiting"] | peers[uid, "failed"])),
@@ -214,6 +207,17 @@ def _asked(connection: Connection) -> set[int]:
         batch = INSTANCE.c.sop_instance_uid.in_(named[start : start + _BATCH])
         rows.update(connection.execute(select(INSTANCE.c.study_row).where(batch)).scalars())
     return rows
+
+
+def _ranks(connection: Connection, patient_ids: set[str]) -> dict[str, int]:
+    """Of each of these patients, but of none without an ID, the studies that are held and have been analysed, the newest numbered 0."""
+    known = and_(PATIENT.c.patient_id.in_(patient_ids), PATIENT.c.patient_id != "")
+    analysed = exists().where(JOB.c.study_instance_uid == STUDY.c.study_instance_uid, JOB.c.kind == "analyse", JOB.c.state == "done")
+    statement = select(PATIENT.c.patient_id, STUDY.c.study_instance_uid).join_from(STUDY, PATIENT).where(known, STUDY.c.holds, analysed)
+    studies = defaultdict(list)
+    for patient_id, uid in connection.execute(statement.order_by(STUDY.c.study_date.desc(), STUDY.c.id.desc())):
+        studies[patient_id].append(uid)
+    return {uid: rank for uids in studies.values() for rank, uid in enumerate(uids)}
 
 
 def _patients_at_work(connection: Connection, patient_ids: set[str]) -> dict[str, set[str]]:
