@@ -16,6 +16,7 @@ from typing import Any
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient
 from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, Rules, SeriesEvidence, as_json, decide, series_evidence
+from dicomnode.first_series import FirstSeries
 from dicomnode.inquiry import Inquiry
 from dicomnode.logs import get_logger
 from storage import Storage
@@ -47,7 +48,8 @@ class _Run:
 class Seen:
     """What was read of the studies that are being received: it holds until another image of a study comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage) -> None:
+        self.first_series = FirstSeries(storage)
         self._studies: dict[str, tuple[datetime, list[tuple[str, str]], tuple[SeriesEvidence, ...]]] = {}
         self._callers: dict[str, list[tuple[str, str]]] = {}
 
@@ -70,6 +72,7 @@ class Seen:
         """Keep nothing of studies other than these."""
         self._studies = {uid: known for uid, known in self._studies.items() if uid in study_instance_uids}
         self._callers = {uid: known for uid, known in self._callers.items() if uid in study_instance_uids}
+        self.first_series.forget_but(study_instance_uids)
 
 
 class Completion:
@@ -98,7 +101,7 @@ class Completion:
             self._inquiry.stop()
 
     def _run(self) -> None:
-        up_since, seen = datetime.now(UTC), Seen()
+        up_since, seen = datetime.now(UTC), Seen(self._storage)
         while not self._stopping.wait(self._settings.poll_seconds):
             try:
                 if self._storage.leases.hold(LEASE, self._owner, self._settings.lease_seconds):
@@ -118,12 +121,14 @@ def close_complete_studies(
     seen: Seen | None = None,
     inquiry: Inquiry | None = None,
 ) -> list[Revision]:
-    """Close each study that is complete at `now`, with its jobs, and return the revisions closed.
+    """Close each study that is complete at `now`, with its jobs, and return the revisions closed or begun.
+
+    A study that isn't complete may begin a revision of the series that are, for packages that start on them.
 
     Silence counts from `up_since` at the earliest: while the node was down a modality could not send the rest. `seen` spares reading
     again what was read before.
     """
-    seen = seen or Seen()
+    seen = seen or Seen(storage)
     every = storage.registry.routes()
     least = min([SETTLED_SECONDS, *(route.quiet_seconds for route in every)])
     closed = []
@@ -131,7 +136,8 @@ def close_complete_studies(
     for study in receiving:
         silent = (now - max(study.last_received_at, up_since)).total_seconds()
         if silent < least or silent < _earliest(rules_of(_chosen(every, seen.first_callers(storage, study)))):
-            continue  # nothing is read of a study that images still come of
+            closed += _begin(storage, client, study, every, seen, (now, up_since))
+            continue  # nothing is read of a study that images still come of, but for series that are complete
         callers, series = seen.of(storage, study)
         routes = [] if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else _chosen(every, callers)
         rules = rules_of(routes)
@@ -144,7 +150,10 @@ def close_complete_studies(
             peers=inquiry.evidence(study, asked) if inquiry is not None and silent >= _earliest(rules) else (),
         )
         decision = decide(evidence, rules)
-        revision = _close(storage, client, study, routes, evidence, decision) if decision.closes else None
+        if not decision.closes:
+            closed += _begin(storage, client, study, every, seen, (now, up_since))
+            continue
+        revision = _close(storage, client, study, routes, evidence, decision)
         if revision is not None:
             log.info(
                 "closed", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=decision.reason,
@@ -156,6 +165,31 @@ def close_complete_studies(
     if inquiry is not None:
         inquiry.forget_but(open_studies)
     return closed
+
+
+def _begin(
+    storage: Storage, client: EngineClient, study: Study, every: Sequence[Route], seen: Seen, times: tuple[datetime, datetime]
+) -> list[Revision]:
+    """Begin revisions of the series of a study that packages can start on while others come, each with its jobs."""
+    if all(route.first_series_seconds is None for route in _chosen(every, seen.first_callers(storage, study))):
+        return []
+    callers = storage.index.callers(study.study_instance_uid)
+    if storage.fetched.is_mere_prior(study.study_instance_uid, callers):
+        return []
+    routes = _chosen(every, callers)
+    begun = []
+    for start in seen.first_series.starts(study, routes, *times):
+        with storage.database.writing() as transaction:
+            revision = storage.index.begin_revision(
+                transaction, study.study_instance_uid, seen_images=start.images, evidence=start.evidence,
+                outcome=f"{len({route.package for route in start.routes})} job(s) while others come", facts=start.facts,
+            )  # fmt: skip
+            if revision is not None:
+                _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, start.routes)
+                begun.append(revision)
+        if revision is not None:
+            log.info("begun", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=start.evidence)
+    return begun
 
 
 def _earliest(rules: Rules) -> float:

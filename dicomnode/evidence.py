@@ -65,12 +65,12 @@ class SeriesEvidence:
         short = [a for a in self.acquisitions if a.state == "short"]
         if short:
             of = "" if short[0].number is None else f" of acquisition {short[0].number}"
-            return f"{self._named}: {short[0].images} of {short[0].stated} images{of}"
+            return f"{self.named}: {short[0].images} of {short[0].stated} images{of}"
         if self.numbers == "gap" and self.slices != "contiguous" and self.in_space:
             where = ", where the slices have a gap" if self.slices == "gap" else ""
-            return f"{self._named}: Instance Number {self.absent}{where}"
+            return f"{self.named}: Instance Number {self.absent}{where}"
         if self.numbers == "unknown" and self.slices == "gap":
-            return f"{self._named}: the slices have a gap"
+            return f"{self.named}: the slices have a gap"
         return None
 
     @property
@@ -79,7 +79,8 @@ class SeriesEvidence:
         return bool(self.acquisitions) and {a.state for a in self.acquisitions} == {"reached"} and self.contradiction is None
 
     @property
-    def _named(self) -> str:
+    def named(self) -> str:
+        """What a person calls it."""
         return "a series without a number" if self.series_number is None else f"series {self.series_number}"
 
 
@@ -157,9 +158,24 @@ def contradictions(evidence: Evidence) -> tuple[str, ...]:
     return tuple([reason for series in evidence.series if (reason := series.contradiction)] + peers)
 
 
+def complete_by_itself(series: SeriesEvidence, silent_seconds: float, quiet_seconds: float) -> str | None:
+    """Return what shows that a series is complete while its study is still being received, in words, or None if nothing does.
+
+    It has all images that it states, or, of planes in space, neither its numbers nor its slices have a gap and it is quiet for so long.
+    """
+    if series.contradiction is not None or silent_seconds < min(SETTLED_SECONDS, quiet_seconds):
+        return None
+    if series.whole:
+        return f"{series.named} has as many images as it states"
+    if series.numbers == series.slices == "contiguous" and silent_seconds >= quiet_seconds:
+        return f"neither the numbers nor the slices of {series.named} have a gap, and it was quiet for {quiet_seconds:g} s"
+    return None
+
+
 def as_json(evidence: Evidence, decision: Decision) -> dict[str, Any]:
     """Return the record that is kept with a revision."""
-    record = {**asdict(evidence), "silent_seconds": round(evidence.silent_seconds, 3), "incomplete": decision.incomplete}
+    series = [{**asdict(one), "contradiction": one.contradiction} for one in evidence.series]
+    record = {**asdict(evidence), "series": series, "silent_seconds": round(evidence.silent_seconds, 3), "incomplete": decision.incomplete}
     known: dict[str, Any] = json.loads(json.dumps(record))  # lists where there were tuples, as it will be when it is read again
     return known
 

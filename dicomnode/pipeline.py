@@ -25,6 +25,7 @@ from dicomnode.analysis.pixels import check_pixels_fit
 from dicomnode.analysis.select import SelectedSeries, Selection
 from dicomnode.analysis.volume import read_volume
 from dicomnode.analysis.warm import WarmModels
+from dicomnode.carry_over import AGAIN_SECONDS, CARRIED_OVER, INPUTS, FormerIsAtWork, detail_of, digest_of_inputs, standing
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
 from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
@@ -104,8 +105,11 @@ class Analyser:
         instances = self._storage.index.instances(job.study_instance_uid, job.revision)
         try:
             given = self._given(job)  # asked once: what is made is what is given
-            outcome = self._outcome(job, instances, _to_make(given.values()))
+            outcome = self._outcome(job, instances, given)
             self._keep(job, outcome, given)
+        except FormerIsAtWork as reason:
+            self._storage.jobs.postpone(key, str(reason))
+            return AGAIN_SECONDS
         except OutOfSpace as error:
             log.warning("no space for results", job=key, reason=str(error))
             self._storage.jobs.postpone(key, str(error))
@@ -113,7 +117,8 @@ class Analyser:
         log.info("analysed", job=key, outcome=outcome.state, reason_code=outcome.reason_code)
         return None
 
-    def _outcome(self, job: Job, instances: Sequence[Instance], wanted: frozenset[Part]) -> Outcome:
+    def _outcome(self, job: Job, instances: Sequence[Instance], given: Mapping[str, Sequence[Part]]) -> Outcome:
+        wanted = _to_make(given.values())
         headers: list[tuple[Path, Dataset]] = []
         prefetched = self._prefetcher.take(job.study_instance_uid, instances) if self._prefetcher else None
         try:
@@ -121,10 +126,10 @@ class Analyser:
                 headers = read_headers([self._storage.objects.path(instance.stored.object_id) for instance in instances])
                 prefetched = Prefetched(content=frozenset(), headers=headers)
             headers = prefetched.headers
-            return self._analyse(job, prefetched, wanted)
+            return self._analyse(job, prefetched, instances, given)
         except NotEligible as refusal:
             headers = headers if job.report_refusals else []
-            reason = " ".join([refusal.reason, *self._incomplete(job)])
+            reason = " ".join([refusal.reason, *self._not_the_whole_study(job)])
             refused = self._without_result(job, headers, wanted, "refused", refusal.code, reason)
             return replace(refused, detail={"considered": list(refusal.considered)})
         except PackageError as error:
@@ -134,16 +139,28 @@ class Analyser:
         except ProofFailed as error:
             return self._without_result(job, headers, wanted, "failed", "result-withheld", f"result withheld: {error}")
 
-    def _analyse(self, job: Job, prefetched: Prefetched, wanted: frozenset[Part]) -> Outcome:
-        clock = _Clock()
+    def _analyse(self, job: Job, prefetched: Prefetched, instances: Sequence[Instance], given: Mapping[str, Sequence[Part]]) -> Outcome:
+        """Choose what the package is given, and let it work, unless results of the study's former revision stand."""
         folder = self._storage.registry.package_folder(job.package, job.version)
         package = load_package(folder)
         if package.digest != job.digest:
             raise PackageError(f"the files of {job.package}@{job.version} have changed since it was enabled: its digest is wrong")
         selection = prefetched.selection(package.manifest)
+        inputs = digest_of_inputs(job, selection, instances, given)
+        self._storage.jobs.remember(job.key, INPUTS, {"digest": inputs})
+        stands = standing(self._storage, job, inputs, selection, package.manifest.algorithm_name)
+        if stands is not None:
+            reason = f"carried over from revision {stands.revision}: the package was given the same then"
+            return Outcome(state="done", reason_code=CARRIED_OVER, reason=reason, objects={}, detail=detail_of(stands))
+        return self._computed(job, package.manifest, selection, prefetched, _to_make(given.values()))
+
+    def _computed(self, job: Job, manifest: Manifest, selection: Selection, prefetched: Prefetched, wanted: frozenset[Part]) -> Outcome:
+        """Let the package work on what was chosen."""
+        clock = _Clock()
+        folder = self._storage.registry.package_folder(job.package, job.version)
         retrieval = self._retrieval(job)
         try:
-            volumes = {series.input_name: self._volume(package.manifest, series, prefetched) for series in selection.series}
+            volumes = {series.input_name: self._volume(manifest, series, prefetched) for series in selection.series}
             clock.lap("volume")
             with self._model(folder, job) as model:
                 clock.lap("load")
@@ -151,7 +168,7 @@ class Analyser:
         except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
             raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
         clock.lap("inference")
-        findings = replace(findings, notes=(*self._incomplete(job), *findings.notes))
+        findings = replace(findings, notes=(*self._not_the_whole_study(job), *findings.notes))
         identity = identity_of(job)
         headers_of_all = [header for series in selection.series for header in series.headers]
         if retrieval is not None:
@@ -166,9 +183,11 @@ class Analyser:
             state="done", reason_code=None, reason=None, objects=objects, detail=_detail(selection, findings, identity, clock.seconds)
         )
 
-    def _incomplete(self, job: Job) -> list[str]:
-        """What the reader is told of a study that was closed though images are evidently absent: a sentence, or none."""
+    def _not_the_whole_study(self, job: Job) -> list[str]:
+        """What the reader is told of a study of which more was still coming, or images are evidently absent: a sentence, or none."""
         (revision,) = (known for known in self._storage.index.revisions(job.study_instance_uid) if known.number == job.revision)
+        if revision.stays_open:
+            return [f"The study was still being received when it was analysed; looked at was what was complete: {revision.evidence}."]
         return [f"The study was incomplete when it was analysed: {'; '.join(revision.incomplete)}."] if revision.incomplete else []
 
     def _volume(self, manifest: Manifest, series: SelectedSeries, prefetched: Prefetched) -> Volume:

@@ -35,6 +35,7 @@ from storage import Storage
 from storage.records import Instance, Job, Result
 
 SUPERSEDES, PRIOR = "supersedes", "prior"  # names of what a job's row keeps
+_CANDIDATE = "candidate"  # in the latter: which study was to be compared with, or why none was
 _THINNED_MM = 4.0  # an alignment needs no thinner slices
 _SAME_SPACE = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
 _HEADER = [
@@ -137,19 +138,42 @@ def compared(
 
 
 def _noted(storage: Storage, job: Job, findings: Findings, volume: Volume, header: Dataset, decoder: Decoder | None) -> dict[str, Any]:
-    """The prior study as data for the job's row, or the reason why there is none."""
+    """The prior study as data for the job's row, or the reason why there is none; with the study that was looked at, if one was."""
+    if volume.is_projection:
+        return {"reason": "one radiograph says nothing of where in the patient something lies"}
+    if findings.scores and not findings.findings:
+        return {"reason": "what was asked is about the whole image"}
     try:
-        if volume.is_projection:
-            raise _NotComparable("one radiograph says nothing of where in the patient something lies")
-        if findings.scores and not findings.findings:
-            raise _NotComparable("what was asked is about the whole image")
-        return asdict(_find(storage, job, volume, header, decoder, findings.algorithm_name))
+        former = _last_before(storage, job, header, findings.algorithm_name)
     except _NotComparable as reason:
-        return {"reason": str(reason)}
+        return {"reason": str(reason), _CANDIDATE: str(reason)}
+    try:
+        return {**asdict(_made_of(storage, former, volume, header, decoder)), _CANDIDATE: _name_of(former)}
+    except _NotComparable as reason:
+        return {"reason": str(reason), _CANDIDATE: _name_of(former)}
 
 
-def _find(storage: Storage, job: Job, volume: Volume, header: Dataset, decoder: Decoder | None, algorithm_name: str) -> Prior:
-    former = _last_before(storage, job, header, algorithm_name)
+def same_prior(storage: Storage, job: Job, former: Job, header: Dataset, algorithm_name: str) -> bool:
+    """Whether the job would be compared with what `former`, of the same images, was; `header` is one of theirs."""
+    noted = former.detail.get(PRIOR)
+    if noted is None:
+        return False
+    if _CANDIDATE not in noted:  # no earlier study was looked for
+        return True
+    try:
+        return bool(noted[_CANDIDATE] == _name_of(_last_before(storage, job, header, algorithm_name)))
+    except _NotComparable as reason:
+        return bool(noted[_CANDIDATE] == str(reason))
+
+
+def _name_of(former: _Former) -> str:
+    """What tells an earlier analysis from others: a later one of the same study is another one."""
+    reports = sorted(report.sop_instance_uid for report in former.reports)
+    lost = "lost" if former.is_lost else ""
+    return " ".join([former.study_instance_uid, former.version, former.segmentation.name if former.segmentation else "-", lost, *reports])
+
+
+def _made_of(storage: Storage, former: _Former, volume: Volume, header: Dataset, decoder: Decoder | None) -> Prior:
     there = former.header
     if former.is_lost:
         raise _NotComparable(f"the segmentation of the study of {_day(there)} is no more")
@@ -291,7 +315,8 @@ def _prior(noted: dict[str, Any]) -> Prior:
     ]
     reports = tuple(Reference(**report) for report in noted["reports"])
     to_current = tuple(tuple(row) for row in noted["to_current"])
-    return Prior(**{**noted, "findings": tuple(found), "reports": reports, "to_current": to_current})
+    known = {name: value for name, value in noted.items() if name != _CANDIDATE}
+    return Prior(**{**known, "findings": tuple(found), "reports": reports, "to_current": to_current})
 
 
 def _header_of(storage: Storage, images: Sequence[Instance]) -> Dataset | None:

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, 
 from storage.database import Database
 from storage.errors import Conflict
 from storage.query import folded
-from storage.records import Instance, InstanceHeader, Plane, Priority, Quarantined, Revision, Series, StoredObject, Study
+from storage.records import Arrival, Instance, InstanceHeader, Plane, Priority, Quarantined, Revision, Series, StoredObject, Study
 from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
 from storage.statements import Statement
 
@@ -236,11 +236,15 @@ class Index:
     def instances(self, study_instance_uid: str, revision: int | None = None) -> list[Instance]:
         """Return the instances of a study in the order of arrival; with `revision`, the images that it holds and nothing else."""
         statement = _select_instances().where(STUDY.c.study_instance_uid == study_instance_uid).order_by(INSTANCE.c.id)
-        if revision is not None:
-            of_study = REVISION.c.study_instance_uid == study_instance_uid
-            last = select(REVISION.c.last_image).where(of_study, REVISION.c.number == revision).scalar_subquery()
-            statement = statement.where(_counts(), INSTANCE.c.id <= last)
         with self._database.reading() as connection:
+            if revision is not None:
+                this = and_(REVISION.c.study_instance_uid == study_instance_uid, REVISION.c.number == revision)
+                known = connection.execute(select(REVISION.c.last_image, REVISION.c.series).where(this)).one_or_none()
+                if known is None:
+                    return []
+                statement = statement.where(_counts(), INSTANCE.c.id <= known.last_image)
+                if known.series is not None:
+                    statement = statement.where(SERIES.c.series_instance_uid.in_(known.series))
             return [_instance(row) for row in connection.execute(statement)]
 
     def receiving(self) -> list[Study]:
@@ -249,17 +253,35 @@ class Index:
         with self._database.reading() as connection:
             return [_study(row) for row in connection.execute(statement)]
 
-    def planes(self, study_instance_uid: str) -> list[Plane]:
-        """Return where each image of the study that counts lies, in the order of arrival."""
-        series = SERIES.c.series_instance_uid, SERIES.c.series_number, SERIES.c.modality
+    def arrivals(self, study_instance_uid: str) -> list[Arrival]:
+        """Return what came of each series that has images that count, in the order of their first image."""
+        statement = (
+            select(
+                SERIES.c.series_instance_uid, SERIES.c.modality, func.count().label("images"),
+                func.max(INSTANCE.c.received_at).label("last_received_at"),
+            )
+            .join_from(INSTANCE, SERIES)
+            .join(STUDY, INSTANCE.c.study_row == STUDY.c.id)
+            .where(_images_of(study_instance_uid))
+            .group_by(SERIES.c.id)
+            .order_by(func.min(INSTANCE.c.id))
+        )  # fmt: skip
+        with self._database.reading() as connection:
+            return [Arrival(**row._mapping) for row in connection.execute(statement)]
+
+    def planes(self, study_instance_uid: str, series: Collection[str] | None = None) -> list[Plane]:
+        """Return where each image of the study, or of some of its series, that counts lies, in the order of arrival."""
+        of_series = SERIES.c.series_instance_uid, SERIES.c.series_number, SERIES.c.modality
         image = INSTANCE.c.instance_number, INSTANCE.c.acquisition_number, INSTANCE.c.images_in_acquisition
         statement = (
-            select(*series, *image, INSTANCE.c.orientation, INSTANCE.c.position)
+            select(*of_series, *image, INSTANCE.c.orientation, INSTANCE.c.position)
             .join_from(INSTANCE, SERIES)
             .join(STUDY, INSTANCE.c.study_row == STUDY.c.id)
             .where(_images_of(study_instance_uid))
             .order_by(INSTANCE.c.id)
         )
+        if series is not None:
+            statement = statement.where(SERIES.c.series_instance_uid.in_(series))
         with self._database.reading() as connection:
             rows = connection.execute(statement).all()
         return [Plane(**{**row._mapping, "orientation": row.orientation or ""}) for row in rows]
@@ -306,32 +328,75 @@ class Index:
         Raises:
             Conflict: there is no such study.
         """
-        statement = select(STUDY).where(STUDY.c.study_instance_uid == study_instance_uid).with_for_update()
-        study = connection.execute(statement).one_or_none()
-        if study is None:
-            raise Conflict(f"there is no study {study_instance_uid}")
+        study = _locked_study(connection, study_instance_uid)
         if study.last_received_at != seen_last_received_at or study.last_image <= study.closed_image:
             return None
+        connection.execute(update(STUDY).where(STUDY.c.id == study.id).values(closed_image=study.last_image))
+        return self._add_revision(connection, study, evidence=evidence, outcome=outcome, facts=facts or {}, series=None)
+
+    def begin_revision(
+        self,
+        connection: Connection,
+        study_instance_uid: str,
+        *,
+        seen_images: Mapping[str, int],
+        evidence: str,
+        outcome: str,
+        facts: Mapping[str, Any],
+    ) -> Revision | None:
+        """Make the next revision of some series alone, in the caller's write transaction: the study stays open, others still come.
+
+        `seen_images` says how many images that count each of these series had when the caller looked.
+
+        None, and nothing changed, if that has changed.
+
+        Raises:
+            Conflict: there is no such study.
+        """
+        study = _locked_study(connection, study_instance_uid)
+        count = (
+            select(SERIES.c.series_instance_uid, func.count())
+            .join_from(INSTANCE, SERIES)
+            .where(SERIES.c.study_row == study.id, SERIES.c.series_instance_uid.in_(seen_images), _counts())
+            .group_by(SERIES.c.series_instance_uid)
+        )
+        if dict(connection.execute(count).tuples()) != seen_images:
+            return None
+        return self._add_revision(connection, study, evidence=evidence, outcome=outcome, facts=facts, series=tuple(sorted(seen_images)))
+
+    def _add_revision(
+        self,
+        connection: Connection,
+        study: Row[Any],
+        *,
+        evidence: str,
+        outcome: str,
+        facts: Mapping[str, Any],
+        series: tuple[str, ...] | None,
+    ) -> Revision:
+        """Add the next revision of a study whose row is locked."""
         revision = Revision(
-            study_instance_uid=study_instance_uid,
+            study_instance_uid=study.study_instance_uid,
             number=study.revision + 1,
             closed_at=self._database.now(connection),
             evidence=evidence,
             outcome=outcome,
-            facts=facts or {},
+            facts=facts,
+            series=series,
         )
         connection.execute(
             REVISION.insert().values(
-                study_instance_uid=study_instance_uid,
+                study_instance_uid=revision.study_instance_uid,
                 number=revision.number,
                 last_image=study.last_image,
                 closed_at=revision.closed_at,
                 evidence=evidence,
                 outcome=outcome,
-                facts=revision.facts,
+                facts=facts,
+                series=None if series is None else list(series),
             )
         )
-        connection.execute(update(STUDY).where(STUDY.c.id == study.id).values(revision=revision.number, closed_image=study.last_image))
+        connection.execute(update(STUDY).where(STUDY.c.id == study.id).values(revision=revision.number))
         return revision
 
     def is_known(self, object_ids: Sequence[str]) -> set[str]:
@@ -481,6 +546,13 @@ class Index:
         return int(row_id)
 
 
+def _locked_study(connection: Connection, study_instance_uid: str) -> Row[Any]:
+    study = connection.execute(select(STUDY).where(STUDY.c.study_instance_uid == study_instance_uid).with_for_update()).one_or_none()
+    if study is None:
+        raise Conflict(f"there is no study {study_instance_uid}")
+    return study
+
+
 def _outcome(header: InstanceHeader, stored: StoredObject, known: tuple[str, str, str] | None) -> Outcome:
     """Compare with the row of this UID: (digest, transfer syntax, object id)."""
     if known is None or known[2] == stored.object_id:  # the row is ours if an earlier try was committed and its answer lost
@@ -568,4 +640,5 @@ def _revision(row: Row[Any]) -> Revision:
         evidence=row.evidence,
         outcome=row.outcome,
         facts=row.facts,
+        series=None if row.series is None else tuple(row.series),
     )

@@ -100,6 +100,16 @@ class Plane:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """What came of a series of images until now."""
+
+    series_instance_uid: str
+    modality: str
+    images: int
+    last_received_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Series:
     """One series with its instance count."""
 
@@ -122,7 +132,7 @@ class Study:
     study_description: str
     accession_number: str
     instances: int
-    revision: int  # last closed revision; 0 while none is
+    revision: int  # the last one; 0 while there is none
     state: Literal["receiving", "closed"]  # receiving: images arrived since the last closed revision
     first_received_at: datetime
     last_received_at: datetime
@@ -134,7 +144,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """The n-th stable content of a study."""
+    """The n-th stable content of a study: all of it that had come, or some of its series while the others were still coming."""
 
     study_instance_uid: str
     number: int
@@ -142,11 +152,17 @@ class Revision:
     evidence: str  # why it was held complete, or "incomplete: …"
     outcome: str  # "jobs" or why there are none, e.g. "no route"
     facts: Mapping[str, Any] = field(default_factory=dict)  # what was evident when it was closed; empty before that was kept
+    series: tuple[str, ...] | None = None  # UIDs of those it holds, where the study stayed open; None: all that had come
 
     @property
     def incomplete(self) -> tuple[str, ...]:
         """What spoke against its being complete when it was closed all the same."""
         return tuple(self.facts.get("incomplete", ()))
+
+    @property
+    def stays_open(self) -> bool:
+        """Whether other series of its study were still coming when it was made."""
+        return self.series is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +243,8 @@ class Route:
     longest_wait_seconds: float | None = None  # after the quiet period, for images that are evidently absent; None: four quiet periods
     completeness_peer: str | None = None  # who is asked (C-FIND) what it holds of a study
     priors: PriorRule | None = None  # earlier studies that are fetched before a comparison
+    # The package starts on series that are evidently complete and have been quiet for so long, while others come; None: on the study
+    first_series_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +287,12 @@ class Job:
     objects: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # AE title: what a route gives it in place of its profile
     waiting_since: datetime | None = None  # while it waits for its next try
     in_backlog: bool = False  # deliver only: it waits until its peer can be reached
+
+    @property
+    def carried_from(self) -> str | None:
+        """The key of the job whose results stand for this one, which computed nothing; analyse only."""
+        origin: str | None = self.detail.get("carried_over", {}).get("job")
+        return origin
 
 
 @dataclass(frozen=True, kw_only=True)

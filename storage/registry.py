@@ -110,6 +110,7 @@ class Registry:
             "early": route.early,
             "longest_wait_seconds": route.longest_wait_seconds,
             "completeness_peer": route.completeness_peer,
+            "first_series_seconds": route.first_series_seconds,
         }
         with self._database.writing() as connection:
             peers = set(connection.execute(select(PEER.c.ae_title)).scalars())
@@ -266,6 +267,7 @@ def _route(row: Row[Any], to_ae_titles: tuple[str, ...]) -> Route:
         early=row.early,
         longest_wait_seconds=row.longest_wait_seconds,
         completeness_peer=row.completeness_peer,
+        first_series_seconds=row.first_series_seconds,
     )
 
 

@@ -98,7 +98,7 @@ STUDY = Table(
     Column("released_at", UtcTime),
     Column("last_image", BigInteger, nullable=False),  # highest instance.id that counts; 0: none
     Column("closed_image", BigInteger, nullable=False),  # the same of the last closed revision
-    Column("revision", Integer, nullable=False),  # number of the last closed revision; 0: none
+    Column("revision", Integer, nullable=False),  # number of the last revision; 0: none
     Column("study_time", WireText),  # this and what follows for queries; null: the study came before they were kept
     Column("study_id", WireText),
     Column("referring_physician", WireText),
@@ -166,6 +166,7 @@ REVISION = Table(
     Column("evidence", Text, nullable=False),
     Column("outcome", Text, nullable=False),
     Column("facts", JSON, nullable=False, server_default="{}"),
+    Column("series", JSON(none_as_null=True)),  # UIDs: it holds these alone, and the study stayed open; null: all that had come
 )
 
 QUARANTINE = Table(
@@ -225,6 +226,7 @@ ROUTE = Table(
     Column("longest_wait_seconds", Float),
     Column("completeness_peer", Text),
     Column("priors", JSON(none_as_null=True)),
+    Column("first_series_seconds", Float),
 )
 
 ROUTE_DESTINATION = Table(

@@ -245,6 +245,14 @@ def route_add(
     completeness_peer: Annotated[
         str | None, typer.Option("--completeness-peer", metavar="AET", help="a peer that is asked (C-FIND) what it holds of the study")
     ] = None,
+    first_series: Annotated[
+        float | None,
+        typer.Option(
+            "--first-series",
+            min=0.0,
+            help="start on series that are evidently complete and quiet for so many seconds, while others still come",
+        ),
+    ] = None,
     priors_from: Annotated[
         str | None,
         typer.Option("--priors-from", metavar="AET", help="a peer that earlier studies of the patient are fetched from, to compare with"),
@@ -310,6 +318,7 @@ def route_add(
                 longest_wait_seconds=longest_wait,
                 completeness_peer=None if completeness_peer is None else ae_title(completeness_peer),
                 priors=priors,
+                first_series_seconds=first_series,
             )
         )
 
@@ -333,6 +342,7 @@ def route_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "longest_wait_seconds",
             "completeness_peer",
             "priors",
+            "first_series_seconds",
         ]
         show(storage.registry.routes(), columns, as_json=json)
 

@@ -127,6 +127,7 @@ class RouteEntry(_Entry):
     early: bool = False
     longest_wait_seconds: Annotated[float | None, Field(ge=0)] = None
     completeness_peer: str | None = None
+    first_series_seconds: Annotated[float | None, Field(ge=0)] = None
 
     @field_validator("objects")
     @classmethod

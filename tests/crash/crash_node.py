@@ -63,7 +63,7 @@ stub.Model = Callable  # type: ignore[attr-defined]  # a module made by hand
 stub.load_model = lambda _folder, **_: lambda volumes, *_between: stub_findings(next(iter(volumes.values())))  # type: ignore[attr-defined]  # likewise
 sys.modules["dicomnode.analysis.inference"] = stub
 
-from crash_points import POINTS, Point  # noqa: E402
+from crash_points import FIRST_SERIES_POINTS, POINTS, Point  # noqa: E402
 
 import dicomnode.backlog  # noqa: E402  after the stub has taken inference's place
 import dicomnode.completion  # noqa: E402
@@ -88,7 +88,7 @@ def run_node(settings: Settings, point: str | None, up: Any) -> None:
     receiver = dicomnode.receiver.Receiver(settings, store)
     worker = Worker(settings.engine, store, client, database_url=settings.database_url, queues=queues)
     if point is not None:
-        die_at(POINTS[point])
+        die_at({**POINTS, **FIRST_SERIES_POINTS}[point])
     worker.start()
     dicomnode.completion.Completion(store, client, settings.engine).start()
     receiver.start()

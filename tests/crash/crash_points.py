@@ -44,6 +44,15 @@ POINTS = {
     "both recorded, job not done": Point(owner="storage.jobs:Jobs", name="record_delivery", when="after", call=2),
 }
 
+# Of a package that starts on the first series, whose result stands when the study closes.
+FIRST_SERIES_POINTS = {
+    "first series begun, not committed": Point(owner="storage.index:Index", name="begin_revision", when="after"),
+    "its job created, not committed": Point(owner="dicomnode.completion", name="_create_jobs", when="after"),
+    "its inputs chosen": Point(owner="dicomnode.pipeline", name="standing", when="before"),
+    "results stand, not committed": Point(owner="dicomnode.pipeline", name="detail_of", when="after"),
+    "carried over": Point(owner="dicomnode.pipeline:Analyser", name="_keep", when="after", call=2),
+}
+
 # Of an association that sends three images, counted from its request on. A response is sent by Wire.send, as the acceptance is.
 RECEPTION_POINTS = {
     "association accepted": Point(owner="dicomnode.dimse.wire:Wire", name="send", when="after"),

@@ -6,7 +6,8 @@ import hashlib
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import crash_points
 import numpy as np
 import pytest
 from pydicom import dcmread
+from stub_package import enable_stub_package
 
-from dicomnode.analysis.package import digest_of
 from dicomnode.config import ListenerSection, Settings
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.scp import ReceivedInstance
@@ -28,34 +29,6 @@ from pacs import LOOPBACK, free_port, wait_until
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Route
 
-MANIFEST = """
-schema = 1
-name = "stub"
-version = "1"
-title = "Bright things"
-manufacturer = "dicomnode"
-algorithm_name = "stub"
-licence = "Apache-2.0"
-intended_use = "RESEARCH USE ONLY"
-training_data = "none"
-kind = "segmentation"
-[input]
-modality = "CT"
-sop_classes = ["1.2.840.10008.5.1.4.1.1.2"]
-minimum_slices = 4
-slice_spacing_mm = [0.4, 5.5]
-pixel_spacing_mm = [0.3, 3.5]
-[preprocessing]
-spacing_mm = [2.0, 1.5, 1.5]
-window = [-1000.0, 400.0]
-[inference]
-window = [16, 32, 32]
-[[outputs]]
-channel = 0
-label = "Bright thing"
-category = { value = "49755003", scheme = "SCT", meaning = "Morphologically Abnormal Structure" }
-type = { value = "27925004", scheme = "SCT", meaning = "Nodule" }
-"""
 SLICES = 8
 
 
@@ -144,9 +117,9 @@ def node(settings: Settings, fork_server: ForkServerContext) -> Iterator[Node]:
     node.kill()
 
 
-def each_point() -> Iterator[Any]:
+def each_point(points: Iterable[str] = crash_points.POINTS) -> Iterator[Any]:
     """Each point on each database: on one, by turns, always, and on the other where time doesn't matter."""
-    for number, point in enumerate(crash_points.POINTS):
+    for number, point in enumerate(points):
         for turn, database in enumerate(("sqlite", "postgresql")):
             marks = [pytest.mark.system] * turn + [pytest.mark.long] * ((number + turn) % 2)
             yield pytest.param(point, database, marks=marks)
@@ -190,6 +163,45 @@ def test_killed_at_any_point_nothing_is_lost_or_doubled(
     storage.database.close()
 
 
+@pytest.mark.parametrize(("point", "database_url"), list(each_point(crash_points.FIRST_SERIES_POINTS)), indirect=["database_url"])
+def test_killed_while_a_package_starts_on_the_first_series_its_results_are_made_and_sent_once(
+    point: str, settings: Settings, node: Node, pacs: Pacs, study: list[Outgoing]
+) -> None:
+    storage = prepare(settings, pacs)
+    (route,) = storage.registry.routes()
+    storage.registry.add_route(replace(route, quiet_seconds=3600.0))
+    node.start(point)
+    assert len(push(settings, study)) == len(study)
+    storage.registry.add_route(replace(route, quiet_seconds=3600.0, first_series_seconds=0.5))  # now, that all images are here
+    uid = dcmread(study[0].path, stop_before_pixels=True).StudyInstanceUID
+    dies_later = point in {"results stand, not committed", "carried over"}
+    if not dies_later:
+        node.wait_for_death()
+        node.start(None)
+    wait_until(lambda: analysed(storage) == {1}, seconds=180, what="the analysis of the first series")
+    assert [revision.stays_open for revision in storage.index.revisions(uid)] == [True]
+    storage.registry.add_route(replace(route, quiet_seconds=0.5))
+    if dies_later:
+        node.wait_for_death()
+        node.start(None)
+    wait_until(lambda: analysed(storage) == {1, 2}, seconds=180, what=f"the rest; {[(j.key, j.state) for j in storage.jobs.jobs()]}")
+    wait_until(lambda: {row.state for row in storage.jobs.deliveries()} == {"sent"}, seconds=180, what="the deliveries")
+    first, second = sorted(storage.jobs.jobs(kind="analyse"), key=lambda job: job.revision)
+    assert second.carried_from == first.key
+    assert [revision.stays_open for revision in storage.index.revisions(uid)] == [True, False]
+    results = storage.jobs.results()
+    assert sorted((result.modality, result.job_key) for result in results) == [("SEG", first.key), ("SR", first.key)]
+    assert set(pacs.received) == {result.sop_instance_uid for result in results}
+    assert all(len(set(digests)) == 1 for digests in pacs.received.values()), "a re-send had other bytes"
+    node.kill()
+    storage.database.close()
+
+
+def analysed(storage: Storage) -> set[int]:
+    """The revisions whose analysis is done."""
+    return {job.revision for job in storage.jobs.jobs(kind="analyse", state="done")}
+
+
 def prepare(settings: Settings, pacs: Pacs) -> Storage:
     """An empty store whose registry knows scanner, PACS, stub package and route."""
     prepare_storage(settings.database_url, settings.data_folder)
@@ -198,16 +210,7 @@ def prepare(settings: Settings, pacs: Pacs) -> Storage:
     registry = storage.registry
     registry.add_peer(Peer(ae_title="SCANNER", host=LOOPBACK, port=104, sends=True, receives=False, tls=False, client_cert=None))
     registry.add_peer(Peer(ae_title="PACS", host=LOOPBACK, port=pacs.port, sends=False, receives=True, tls=False, client_cert=None))
-    folder = registry.package_folder("stub", "1")
-    (folder / "bundle" / "configs").mkdir(parents=True)
-    (folder / "bundle" / "configs" / "inference.json").write_text("{}", encoding="utf-8")
-    (folder / "bundle" / "models").mkdir()
-    (folder / "bundle" / "models" / "model.safetensors").write_bytes(b"never read: the model is a stub")
-    (folder / "manifest.toml").write_text(MANIFEST, encoding="utf-8")
-    digest = digest_of(folder)
-    registry.add_package("stub", "1", digest)
-    registry.set_check("stub", "1", digest, {}, passed=True)
-    registry.enable("stub", "1")
+    enable_stub_package(registry)
     registry.add_route(
         Route(
             name="r", from_ae_title="*", called_ae_title="*", package="stub", version=None, to_ae_titles=("PACS",),

@@ -34,7 +34,7 @@ class Site:
     def __init__(self, storage: Storage, client: EngineClient) -> None:
         self.storage, self.client = storage, client
         self.inquiry = Inquiry(storage, Inquirer(calling_ae_title=NODE_AET, limits=PATIENT, again_seconds=0.2, alone_seconds=0.0))
-        self.seen = Seen()
+        self.seen = Seen(self.storage)
 
     def look(self, seconds: float) -> list[Revision]:
         """Close what is complete so many seconds from now."""
