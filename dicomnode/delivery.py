@@ -102,9 +102,9 @@ class Sender:
         return outcomes
 
     def _sending(self, peer: Peer, objects: list[Outgoing], at_peer: Collection[str]) -> Generator[SendOutcome]:
-        """Send to a peer by the way that its record names. A DICOMweb is told no alternatives: it negotiates nothing."""
+        """Send to a peer by the way that its record names."""
         if peer.stow_url is not None:
-            return post_each(peer, objects, tls=self._settings.tls)
+            return post_each(peer, objects, tls=self._settings.tls, at_peer=at_peer)
         return send_each(peer, objects, calling_ae_title=self._settings.node.ae_title, tls=self._settings.tls, at_peer=at_peer)
 
     def _delivered(self, job: Job, peer: Peer, attempt: int) -> float | None:

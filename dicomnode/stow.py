@@ -1,8 +1,8 @@
 """The user agent of STOW-RS (PS3.18 10.5): sends stored objects over HTTP to a peer, exactly as they are stored.
 
 One request for each object, over one connection, so that each has its own outcome. The outcomes are those of C-STORE, and so are the
-classes of failure. Must never hold more of an object in memory than a chunk, follow a redirect (results would go where nobody said), or
-try again by itself.
+classes of failure. Nothing is negotiated: what a peer refuses by its form is sent in the next simpler one. Must never hold more of a
+stored object in memory than a chunk, follow a redirect (results would go where nobody said), or try again by itself.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import base64
 import json
 import os
 import ssl
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import httpx
 
 from dicomnode.config import TlsSection
-from dicomnode.dimse.scu import Outgoing, SendOutcome, classify
+from dicomnode.dimse.contexts import IMPLICIT_LITTLE_ENDIAN
+from dicomnode.dimse.recoding import recoded_file
+from dicomnode.dimse.scu import SOP_CLASS_NOT_SUPPORTED, Outgoing, SendOutcome, classify, named
 from dicomnode.dimse.tls import peer_context
 from dicomnode.errors import ConfigError, PeerUnavailable
 from storage.records import Peer
@@ -28,14 +32,23 @@ _ANSWER_BYTES: Final = 1 << 20  # most that is read of an answer
 # HTTP statuses that can be others later. Of the second kind are those with which the peer takes no other object now either.
 _TRANSIENT: Final = frozenset({408, 425, 500})
 _AWAY: Final = frozenset({401, 403, 407, 429, 502, 503, 504})
+# PS3.18 10.5.3, PS3.4 B.2.3: SOP class not supported, the data set doesn't match it, it can't be understood, nor its transfer syntax.
+_BY_ITS_FORM: Final = frozenset({SOP_CLASS_NOT_SUPPORTED, *range(0xA900, 0xAA00), *range(0xC000, 0xD000)})
 
 
 def post_each(
-    peer: Peer, objects: Sequence[Outgoing], *, tls: TlsSection | None = None, timeout_seconds: float = 60
+    peer: Peer,
+    objects: Sequence[Outgoing],
+    *,
+    tls: TlsSection | None = None,
+    timeout_seconds: float = 60,
+    at_peer: Collection[str] = (),
 ) -> Generator[SendOutcome]:
     """Send `objects` to the peer's DICOMweb and give the outcome of each before the next one is sent.
 
-    `tls` is the node's own certificate, which is shown to peers that are called over TLS of the site's own CA.
+    Of an object and its alternatives goes the first that the peer doesn't refuse by its SOP class or its form: those first which refer to
+    objects that the peer has, of those `at_peer` or of these. `tls` is the node's own certificate, which is shown to peers that are called
+    over TLS of the site's own CA.
     """
     try:
         client = _client(peer, tls, timeout_seconds)
@@ -44,8 +57,9 @@ def post_each(
         return
     with client:
         away: str | None = None
+        there = set(at_peer)
         for item in objects:
-            outcome = _outcome(item, "transient", away, is_away=True) if away is not None else _post(client, peer, item)
+            outcome = _outcome(item, "transient", away, is_away=True) if away is not None else _post_best(client, peer, item, there)
             away = outcome.error if outcome.is_away else None
             yield outcome
 
@@ -77,28 +91,53 @@ def _client(peer: Peer, tls: TlsSection | None, timeout_seconds: float) -> httpx
     return httpx.Client(verify=verify, timeout=timeout_seconds, follow_redirects=False, trust_env=False)
 
 
-def _post(client: httpx.Client, peer: Peer, item: Outgoing) -> SendOutcome:
+def _post_best(client: httpx.Client, peer: Peer, item: Outgoing, there: set[str]) -> SendOutcome:
+    """Send an object, or the first of its alternatives that the peer takes; note in `there` which one. If it takes none, why not itself."""
+    refused: list[SendOutcome] = []
+    classes = set[str]()
+    for way in sorted((item, *item.alternatives), key=lambda way: not there.issuperset(way.refers_to)):
+        if way.sop_class_uid in classes or (way.recoded and way.transfer_syntax_uid == IMPLICIT_LITTLE_ENDIAN):
+            continue  # PS3.18 8.7.3.5.2: Implicit VR is not for the web
+        outcome, by_its_form = _post(client, peer, way)
+        outcome = replace(outcome, sop_instance_uid=item.sop_instance_uid, sent=way)
+        if not by_its_form:
+            there.add(way.sop_instance_uid)
+            return outcome
+        refused.append(outcome)
+        if outcome.status == SOP_CLASS_NOT_SUPPORTED:
+            classes.add(way.sop_class_uid)
+    first = next((outcome for outcome in refused if outcome.sent is item), refused[0])
+    others = "" if len(refused) == 1 else f", and {len(refused) - 1} other form(s) of it neither"
+    return replace(first, error=f"{first.error}: the peer does not take {named(item)}{others}", sent=None)
+
+
+def _post(client: httpx.Client, peer: Peer, item: Outgoing) -> tuple[SendOutcome, bool]:
+    """Send one object; return its outcome, and whether it was refused by its form, so that another one may be taken."""
     boundary = f"dicomnode-{os.urandom(16).hex()}"
     begin = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode("ascii")  # Orthanc takes it without parameters alone
     end = f"\r\n--{boundary}--\r\n".encode("ascii")
+    names = (item.sop_class_uid, item.sop_instance_uid, item.transfer_syntax_uid)
     try:
-        headers = {
-            "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
-            "Content-Length": str(len(begin) + item.path.stat().st_size + len(end)),
-            "Accept": "application/dicom+json",
-            **_credentials(peer),
-        }
-        body = _body(begin, item.path, end)
-        with client.stream("POST", f"{peer.stow_url}/studies", content=body, headers=headers) as answer:
-            return _judged(item, answer.status_code, _read(answer))
+        with recoded_file(item.path, *names) if item.recoded else nullcontext(item.path) as path:
+            headers = {
+                "Content-Type": f'multipart/related; type="application/dicom"; boundary={boundary}',
+                "Content-Length": str(len(begin) + path.stat().st_size + len(end)),
+                "Accept": "application/dicom+json",
+                **_credentials(peer),
+            }
+            with client.stream("POST", f"{peer.stow_url}/studies", content=_body(begin, path, end), headers=headers) as answer:
+                outcome = _judged(item, answer.status_code, _read(answer))
+                return outcome, outcome.state == "permanent" and (outcome.status in _BY_ITS_FORM or answer.status_code in {409, 415})
     except ConfigError as error:  # the credentials: a person may mend them meanwhile
-        return _outcome(item, "transient", str(error), is_away=True)
+        return _outcome(item, "transient", str(error), is_away=True), False
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        return _outcome(item, "transient", _words(error), is_away=True)
+        return _outcome(item, "transient", _words(error), is_away=True), False
     except httpx.HTTPError as error:
-        return _outcome(item, "transient", _words(error))
+        return _outcome(item, "transient", _words(error)), False
     except OSError as error:
-        return _outcome(item, "permanent", f"the stored file cannot be sent: {error.strerror}")
+        return _outcome(item, "permanent", f"the stored file cannot be sent: {error.strerror}"), False
+    except (AttributeError, ValueError, RuntimeError) as error:  # what pydicom raises for what cannot be written in another form
+        return _outcome(item, "permanent", f"the stored file cannot be sent: {error}"), False
 
 
 def _body(begin: bytes, path: Path, end: bytes) -> Iterator[bytes]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pydicom.uid import UID
 
 from dicomnode.config import ListenerSection, NodeSection, Settings, TlsSection, WebSection
 from dicomnode.web.app import Web
+from pacs import free_port
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Result
 
@@ -96,6 +99,45 @@ def serving(folder: Path, url: str, *peers: Peer, certificates: TlsSection | Non
     finally:
         role.stop(PATIENCE_SECONDS)
         storage.database.close()
+
+
+@contextmanager
+def deciding(judge: Callable[[Dataset], int | None]) -> Iterator[tuple[str, list[Dataset]]]:
+    """A DICOMweb that stores each instance, unless `judge` names a status or a Failure Reason; yield its address and what it stored."""
+    stored: list[Dataset] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, the name is the base class's
+            """Say nothing."""
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            dataset = dcmread(BytesIO(body[body.index(b"\r\n\r\n") + 4 : body.rindex(b"\r\n--")]))
+            verdict, answer = judge(dataset), b""
+            item = {"00081155": {"vr": "UI", "Value": [str(dataset.SOPInstanceUID)]}}
+            if verdict is None:
+                stored.append(dataset)
+                answer = json.dumps({"00081199": {"vr": "SQ", "Value": [item]}}).encode()
+            elif verdict not in {400, 415}:
+                failed = {**item, "00081197": {"vr": "US", "Value": [verdict]}}
+                answer = json.dumps({"00081198": {"vr": "SQ", "Value": [failed]}}).encode()
+            self.send_response(200 if verdict is None else verdict if verdict in {400, 415} else 409)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    server = ThreadingHTTPServer((HOST, free_port()), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://{HOST}:{server.server_address[1]}/dicom-web", stored
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def keep_as_results(storage: Storage, study_instance_uid: str, *files: bytes) -> None:

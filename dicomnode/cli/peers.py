@@ -83,7 +83,7 @@ def peer_add(
     from dicomnode.dimse.tls import fingerprint, read_certificate
     from dicomnode.results.profile import chosen
 
-    stow, host, port = _address(stow, host, port, takes_results=receives and not commits)
+    stow, host, port = _address(stow, host, port, receives=receives, commits=commits)
     if stow_credentials is not None and stow is None:
         raise UsageError("--stow-credentials needs --stow")
     if not (sends or receives or queries):
@@ -356,11 +356,13 @@ def route_remove(name: str, config: ConfigOption = None) -> None:
         storage.registry.remove_route(name)
 
 
-def _address(stow: str | None, host: str | None, port: int | None, *, takes_results: bool) -> tuple[str | None, str, int]:
+def _address(stow: str | None, host: str | None, port: int | None, *, receives: bool, commits: bool) -> tuple[str | None, str, int]:
     """Return the address of a peer's DICOMweb, its host and its port. What --stow doesn't name HOST and PORT do."""
     if stow is not None:
-        if not takes_results:  # a peer of STOW-RS stores what it says it stores: there is nothing to commit to
-            raise UsageError("--stow needs --receives, and doesn't go with --commits")
+        if commits:
+            raise UsageError("--commits doesn't go with --stow: what such a peer says it stored is sent, and the node can't ask for more")
+        if not receives:
+            raise UsageError("--stow needs --receives")
         try:
             stow, its_host, its_port = check_dicomweb_address(stow)
         except ValueError as error:

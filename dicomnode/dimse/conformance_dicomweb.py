@@ -26,6 +26,7 @@ FAILURES = (
 OUTCOMES = (
     ("200 or 202, and the object stands in Referenced SOP Sequence", "sent"),
     ("a failure reason: A700 to A7FF, 0110", "sent again later"),
+    ("0122, A900 to A9FF, C000 to CFFF, 409, 415", "the next simpler form is sent; after the last: failed"),
     ("any other failure reason", "failed: a person must look"),
     ("408, 425, 500; no answer", "sent again later"),
     ("401, 403, 407, 429, 502, 503, 504; no connection", "sent again later, and no other object until then"),
@@ -49,5 +50,8 @@ def dicomweb_lines(web: WebSection, table: Callable[[tuple[str, ...], Iterable[t
     yield from table(("Failure Reason (0008,1197)", "When"), FAILURES)
     yield "Callers are registered peers by HTTP Basic authentication or by certificate; without either only who is on the same machine."
     yield "## DICOMweb: user agent"
-    yield "Results go by STOW-RS to peers that are registered with `--stow`: a request for each object, as it is stored."
+    yield "Results go by STOW-RS to peers that are registered with `--stow`: a request for each object, as it is stored. What is refused by"
+    yield "its form (Failure Reason 0122, A9xx or Cxxx; 409, 415) is sent as the next simpler one that says the same (native pixels,"
+    yield "Comprehensive SR, a BINARY segmentation), but never in Implicit VR. An object counts as sent when the answer names it as stored;"
+    yield "such a peer isn't asked to commit."
     yield from table(("Answer", "Outcome"), OUTCOMES)

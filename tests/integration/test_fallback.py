@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
@@ -19,6 +19,7 @@ from dicomnode.config import Settings
 from dicomnode.delivery import Sender
 from dicomnode.dimse.recoding import recoded, simpler_class
 from dicomnode.phantoms.studies import write_check_study
+from dicomweb_site import deciding
 from storage.records import Delivery, Quirks
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -69,6 +70,10 @@ def deliver(site: Site, pacs: LyingPacs, name: str = "PACS", sender: Sender | No
     known = site.storage.registry.peer(name)
     assert known is not None
     site.storage.registry.add_peer(replace(known, port=pacs.peer.port, commits=pacs.commits))
+    return sent_anew(site, name, sender)
+
+
+def sent_anew(site: Site, name: str, sender: Sender | None = None) -> list[Delivery]:
     (job,) = (job for job in site.storage.jobs.jobs(kind="deliver") if job.peer == name)
     for row in site.storage.jobs.deliveries(job_key=job.key):
         site.storage.jobs.record_delivery(row.sop_instance_uid, name, state="failed")
@@ -179,6 +184,65 @@ def test_the_peer_is_asked_to_commit_to_what_it_has(analysed: Site, pacs: LyingP
     assert sorted(uids(request)) == sorted(row.at_peer for row in rows)
     assert {sop_class for sop_class, _ in request.references} == {SEGMENTATION, PLAIN_REPORT}
     assert all(row.sent_as is not None for row in rows)
+
+
+def refusing(*refused: tuple[str, str | None, int]) -> Callable[[pydicom.Dataset], int | None]:
+    """A DICOMweb that gives these answers to these SOP classes in these transfer syntaxes, None being any."""
+
+    def judge(dataset: pydicom.Dataset) -> int | None:
+        syntax = dataset.file_meta.TransferSyntaxUID
+        return next((verdict for one, of, verdict in refused if one == dataset.SOPClassUID and of in {None, syntax}), None)
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("refused", "expected"),
+    [
+        ((), [(LABEL_MAP, RLE), (REPORT, EXPLICIT)]),
+        (((LABEL_MAP, RLE, 0xC122),), [(LABEL_MAP, EXPLICIT), (REPORT, EXPLICIT)]),
+        (((LABEL_MAP, None, 0x0122), (REPORT, None, 415)), [(SEGMENTATION, EXPLICIT), (PLAIN_REPORT, EXPLICIT)]),
+        (((LABEL_MAP, None, 0xA900), (REPORT, None, 0xC000)), [(SEGMENTATION, EXPLICIT), (PLAIN_REPORT, EXPLICIT)]),
+    ],
+)
+def test_a_dicomweb_gets_the_best_that_it_does_not_refuse(
+    analysed: Site, refused: tuple[tuple[str, str | None, int], ...], expected: list[tuple[str, str]]
+) -> None:
+    with deciding(refusing(*refused)) as (url, stored):
+        segmentation, report = deliver_by_stow(analysed, url)
+        assert [row.state for row in (segmentation, report)] == ["sent", "sent"]
+        assert [(one.SOPClassUID, one.file_meta.TransferSyntaxUID) for one in stored] == expected
+        assert [row.at_peer for row in (segmentation, report)] == [one.SOPInstanceUID for one in stored]
+        assert str(stored[0].SOPInstanceUID) in stored[1].to_json()  # the report refers to the segmentation that the peer has
+        for row, one in zip((segmentation, report), expected, strict=True):
+            assert (row.note is None) == (one in {(LABEL_MAP, RLE), (REPORT, EXPLICIT)})
+
+
+def test_a_dicomweb_that_takes_no_form_or_fails_for_another_reason_gets_no_second_object(analysed: Site) -> None:
+    tried: list[tuple[str, str]] = []
+
+    def judge(dataset: pydicom.Dataset) -> int | None:
+        tried.append((dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID))
+        return {LABEL_MAP: 0x0122, SEGMENTATION: 0xA900}.get(dataset.SOPClassUID, 400)
+
+    with deciding(judge) as (url, stored):
+        segmentation, report = deliver_by_stow(analysed, url)
+    assert stored == []
+    assert tried == [(LABEL_MAP, RLE), (SEGMENTATION, EXPLICIT), (REPORT, EXPLICIT)]  # 400 isn't of the form; Implicit VR isn't tried
+    assert (segmentation.state, report.state) == ("failed", "failed")
+    assert segmentation.error is not None
+    assert "failure reason 0x0122: the peer does not take Label Map Segmentation Storage in RLE Lossless" in segmentation.error
+    assert "1 other form(s)" in segmentation.error
+
+
+def deliver_by_stow(site: Site, url: str) -> list[Delivery]:
+    known = site.storage.registry.peer("PACS")
+    assert known is not None
+    site.storage.registry.add_peer(replace(known, stow_url=url, commits=False))
+    try:
+        return sent_anew(site, "PACS")
+    finally:
+        site.storage.registry.add_peer(replace(known, commits=False))
 
 
 def test_a_report_with_coordinates_in_space_has_no_simpler_class(analysed: Site, tmp_path: Path) -> None:
