@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, delete, func, insert, or_, select, update
 
 from storage.database import Database
 from storage.objects import ObjectStore
@@ -211,13 +211,19 @@ def _asked(connection: Connection) -> set[int]:
 
 def _ranks(connection: Connection, patient_ids: set[str]) -> dict[str, int]:
     """Of each of these patients, but of none without an ID, the studies that are held and have been analysed, the newest numbered 0."""
-    known = and_(PATIENT.c.patient_id.in_(patient_ids), PATIENT.c.patient_id != "")
-    analysed = exists().where(JOB.c.study_instance_uid == STUDY.c.study_instance_uid, JOB.c.kind == "analyse", JOB.c.state == "done")
-    statement = select(PATIENT.c.patient_id, STUDY.c.study_instance_uid).join_from(STUDY, PATIENT).where(known, STUDY.c.holds, analysed)
-    studies = defaultdict(list)
-    for patient_id, uid in connection.execute(statement.order_by(STUDY.c.study_date.desc(), STUDY.c.id.desc())):
-        studies[patient_id].append(uid)
-    return {uid: rank for uids in studies.values() for rank, uid in enumerate(uids)}
+    known = and_(PATIENT.c.patient_id.in_(patient_ids), PATIENT.c.patient_id != "", STUDY.c.holds)
+    of_patients = select(PATIENT.c.patient_id, STUDY.c.study_instance_uid).join_from(STUDY, PATIENT).where(known)
+    studies = connection.execute(of_patients.order_by(STUDY.c.study_date.desc(), STUDY.c.id.desc())).all()
+    # Their jobs by study alone: asked for those that are done, SQLite would go through all that ever were.
+    of_jobs = select(JOB.c.study_instance_uid, JOB.c.kind, JOB.c.state).where(JOB.c.study_instance_uid.in_([uid for _, uid in studies]))
+    analysed = {uid for uid, kind, state in connection.execute(of_jobs) if (kind, state) == ("analyse", "done")}
+    ranks: dict[str, int] = {}
+    counted: dict[str, int] = defaultdict(int)
+    for patient_id, uid in studies:
+        if uid in analysed:
+            ranks[uid] = counted[patient_id]
+            counted[patient_id] += 1
+    return ranks
 
 
 def _patients_at_work(connection: Connection, patient_ids: set[str]) -> dict[str, set[str]]:
