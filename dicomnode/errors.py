@@ -47,9 +47,15 @@ class CannotUnderstand(StoreRefused):
 
 
 class OtherStudy(CannotUnderstand):
-    """The instance belongs to another study than the one that it was sent to; only STOW-RS names one."""
+    """The instance belongs to another study than the one that it was sent to by STOW-RS, or that was asked for by C-GET."""
 
     dimse_status = 0xC005
+
+
+class OtherPatient(CannotUnderstand):
+    """The instance is of another patient than the one whose images were asked for by C-GET."""
+
+    dimse_status = 0xC006
 
 
 class PixelDataTooShort(StoreRefused):
@@ -201,3 +207,7 @@ class PeerUnavailable(NodeError):
 
 class PeerRefused(NodeError):
     """The peer answered with a permanent failure for an object: a person must look."""
+
+
+class RetrievalNotOffered(PeerRefused):
+    """The peer takes no retrieval of this kind, or doesn't know where to send what is retrieved: another kind can work."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dicomnode.analysis.volume import read_volume
 from dicomnode.analysis.warm import WarmModels
 from dicomnode.carry_over import AGAIN_SECONDS, CARRIED_OVER, INPUTS, FormerIsAtWork, detail_of, digest_of_inputs, standing
 from dicomnode.config import Settings
+from dicomnode.dimse.retrieving import Retriever
 from dicomnode.engine import EngineClient
 from dicomnode.errors import AnalysisFailed, PackageError, ProofFailed
 from dicomnode.findings import Finding, Findings, Reference, ResultObject, RunIdentity, Volume
@@ -34,6 +36,7 @@ from dicomnode.logs import get_logger
 from dicomnode.pace import Pace
 from dicomnode.prefetch import Prefetched, Prefetcher
 from dicomnode.priors import compared, identity_of, superseded
+from dicomnode.reception import Reception
 from dicomnode.results.capture import encode_captures, encode_reason
 from dicomnode.results.identity import tracking_of
 from dicomnode.results.presentation import encode_presentations
@@ -45,7 +48,7 @@ from dicomnode.results.proof_refusal import prove_refusal
 from dicomnode.results.report import encode_refusal, encode_report
 from dicomnode.results.segmentation import encode_segmentations
 from dicomnode.results.selection import encode_selection
-from dicomnode.retrieval import RETRIEVAL, Retrieval, rule_for
+from dicomnode.retrieval import RETRIEVAL, Retrieval, in_report, rule_for
 from storage import Storage
 from storage.errors import OutOfSpace
 from storage.records import Instance, Job, JobState, Result
@@ -84,6 +87,8 @@ class Analyser:
         self._storage = storage
         self._client = client
         self._warm: WarmModels[Model] = WarmModels(settings.analysis.warm_memory_mb * 2**20)
+        reception = Reception(settings.listener, storage)
+        self._retriever = Retriever(settings.node.ae_title, settings.tls, reception.begin, reception.ended)
         self._do_now: Callable[[str], object] | None = None
         self._passing = False  # an urgent job is done between two windows of another one; nobody passes that
 
@@ -158,23 +163,26 @@ class Analyser:
         """Let the package work on what was chosen."""
         clock = _Clock()
         folder = self._storage.registry.package_folder(job.package, job.version)
-        retrieval = self._retrieval(job)
-        try:
-            volumes = {series.input_name: self._volume(manifest, series, prefetched) for series in selection.series}
-            clock.lap("volume")
-            with self._model(folder, job) as model:
-                clock.lap("load")
-                findings = model(volumes, self._pace(job))
-        except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
-            raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
-        clock.lap("inference")
+        with self._retrieval(job) as retrieval:
+            try:
+                volumes = {series.input_name: self._volume(manifest, series, prefetched) for series in selection.series}
+                clock.lap("volume")
+                with self._model(folder, job) as model:
+                    clock.lap("load")
+                    findings = model(volumes, self._pace(job, retrieval))
+            except NotEligible as refusal:  # by its pixels: what the series was chosen from is known
+                raise NotEligible(refusal.code, refusal.reason, considered=selection.considered) from refusal
+            clock.lap("inference")
+            if retrieval is not None:
+                self._storage.jobs.remember(job.key, RETRIEVAL, retrieval.end(self._urgent_waits))
+                clock.lap("priors")
         findings = replace(findings, notes=(*self._not_the_whole_study(job), *findings.notes))
         identity = identity_of(job)
         headers_of_all = [header for series in selection.series for header in series.headers]
-        if retrieval is not None:
-            self._storage.jobs.remember(job.key, RETRIEVAL, retrieval.end(self._urgent_waits))
-            clock.lap("priors")
-        findings = compared(self._storage, job, findings, next(iter(volumes.values())), selection.series[0].headers, self._decoder)
+        findings = compared(
+            self._storage, job, findings, next(iter(volumes.values())), selection.series[0].headers, self._decoder,
+            not_fetched=in_report(self._fetched(job)),
+        )  # fmt: skip
         clock.lap("comparison")
         former = superseded(self._storage, job)
         objects = _encoded(findings, tuple(volumes.values()), headers_of_all, identity, wanted, former)
@@ -254,36 +262,40 @@ class Analyser:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return self._warm.using(job.digest, load, expected_bytes=size)
 
-    def _retrieval(self, job: Job) -> Retrieval | None:
-        """Begin to fetch earlier studies, if a route says so and the job hasn't done it before; for an urgent one nothing is fetched."""
+    def _retrieval(self, job: Job) -> AbstractContextManager[Retrieval | None]:
+        """Fetch earlier studies meanwhile, if a route says so and the job hasn't done it before; for an urgent one nothing is fetched."""
         rule = rule_for(self._storage, job) if RETRIEVAL not in job.detail else None
         if rule is None:
-            return None
+            return nullcontext()
         if job.priority == "stat":
-            self._storage.jobs.remember(
-                job.key, RETRIEVAL, {"peer": rule.ae_title, "found": 0, "studies": [], "ended": "the study is urgent"}
-            )
-            return None
-        retrieval = Retrieval(self._settings, self._storage, job, rule)
-        retrieval.begin()
-        return retrieval
+            urgent = "the study is urgent"
+            told = {"peer": rule.ae_title, "found": 0, "studies": [], "ended": urgent, "why": urgent}
+            self._storage.jobs.remember(job.key, RETRIEVAL, told)
+            return nullcontext()
+        return Retrieval(self._settings, self._storage, job, rule, self._retriever)
+
+    def _fetched(self, job: Job) -> dict[str, Any] | None:
+        """What is noted of the retrieval for a job, now or at an earlier try."""
+        known = self._storage.jobs.job(job.key)
+        return known.detail.get(RETRIEVAL) if known is not None else None
 
     def _urgent_waits(self) -> bool:
         return self._storage.jobs.urgent("analyse", 2 * self._settings.engine.poll_seconds) is not None
 
-    def _pace(self, job: Job) -> Pace:
-        let_pass = None if self._passing or job.priority == "stat" else self._let_urgent_pass
+    def _pace(self, job: Job, retrieval: Retrieval | None) -> Pace:
+        let_pass = None if self._passing or job.priority == "stat" else partial(self._let_urgent_pass, retrieval)
         return Pace(self._storage, job.key, deadline_seconds=self._settings.analysis.deadline_seconds, let_pass=let_pass)
 
-    def _let_urgent_pass(self) -> None:
-        """Do a STAT job that no free analyser has taken: it has waited for longer than two polls. One level deep."""
+    def _let_urgent_pass(self, retrieval: Retrieval | None) -> None:
+        """Do a STAT job that no free analyser has taken: it has waited for longer than two polls. One level deep; nothing is fetched."""
         urgent = self._storage.jobs.urgent("analyse", 2 * self._settings.engine.poll_seconds)
         if urgent is None or self._do_now is None:
             return
         log.info("an urgent job passes", job=urgent.key)
         self._passing = True
         try:
-            self._do_now(urgent.key)
+            with retrieval.giving_way() if retrieval is not None else nullcontext():
+                self._do_now(urgent.key)
         finally:
             self._passing = False
 

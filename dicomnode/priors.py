@@ -124,14 +124,26 @@ def reference_to(file: Path) -> Reference | None:
 
 
 def compared(
-    storage: Storage, job: Job, findings: Findings, volume: Volume, headers: Sequence[Dataset], decoder: Decoder | None
+    storage: Storage,
+    job: Job,
+    findings: Findings,
+    volume: Volume,
+    headers: Sequence[Dataset],
+    decoder: Decoder | None,
+    *,
+    not_fetched: str = "",
 ) -> Findings:
     """Return the findings compared with the patient's last earlier study that the job's package has analysed, or why they aren't.
 
     The same patient has the same Patient ID and issuer, and no other date of birth. Earlier is by Study Date and Time. `headers` are
-    those of the volume.
+    those of the volume. `not_fetched` says in a clause why none could be fetched, for a reader who misses one.
     """
-    noted = job.detail.get(PRIOR) or storage.jobs.remember(job.key, PRIOR, _noted(storage, job, findings, volume, headers[0], decoder))
+    noted = job.detail.get(PRIOR)
+    if noted is None:
+        noted = _noted(storage, job, findings, volume, headers[0], decoder)
+        if "reason" in noted and not_fetched:
+            noted["reason"] = f"{noted['reason']}; {not_fetched}"
+        noted = storage.jobs.remember(job.key, PRIOR, noted)
     if "reason" in noted:
         return replace(findings, not_compared=noted["reason"])
     return compare(findings, volume, _prior(noted))

@@ -13,7 +13,7 @@ from typing import Final
 from dicomnode.config import ListenerSection
 from dicomnode.dimse.encoding import Limits
 from dicomnode.dimse.scp import StoreRequest, is_uid, part10_prefix, read_header
-from dicomnode.errors import CannotUnderstand, ContentConflict, OtherStudy, OutOfResources, ProcessingFailure, StoreRefused
+from dicomnode.errors import CannotUnderstand, ContentConflict, OtherPatient, OtherStudy, OutOfResources, ProcessingFailure, StoreRefused
 from dicomnode.logs import get_logger
 from storage import Storage
 from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
@@ -49,6 +49,11 @@ class Reception:
         """Write down what is left."""
         self.notes.stop()
 
+    def ended(self, association: int) -> None:
+        """Write down at once that an association has ended, where no thread does so."""
+        self.notes.released(association)
+        self.notes.write()
+
     def _told(self, stopped: bool, free: int) -> None:
         """Log and count a change of intake, which one process of the node is told of."""
         if stopped:
@@ -57,14 +62,16 @@ class Reception:
             _log.info("intake goes on", bytes=free)
         self.notes.count("intake stopped" if stopped else "intake resumed")
 
-    def begin(self, request: StoreRequest, demanded_study: str | None = None) -> IncomingInstance:
-        """Open the file that the data set of a request goes to; with `demanded_study` an instance of another study is refused.
+    def begin(self, request: StoreRequest, demanded_study: str | None = None, demanded_patient: str | None = None) -> IncomingInstance:
+        """Open the file that the data set of a request goes to.
+
+        With `demanded_study` an instance of another study is refused, with `demanded_patient`, a Patient ID, one of another patient.
 
         Raises:
             StoreRefused: nothing can be stored, and the refusal was noted for the admin.
         """
         try:
-            return IncomingInstance(self, request, self.storage.objects.create(part10_prefix(request)), demanded_study)
+            return IncomingInstance(self, request, self.storage.objects.create(part10_prefix(request)), (demanded_study, demanded_patient))
         except UnicodeEncodeError:
             refusal: StoreRefused = CannotUnderstand("a UID of the command is malformed")
         except StorageError as error:
@@ -102,12 +109,12 @@ class Reception:
 class IncomingInstance:
     """One request: its data set goes to a file under a temporary name, and is made an instance when it is whole (a Sink)."""
 
-    def __init__(self, reception: Reception, request: StoreRequest, incoming: Incoming, demanded_study: str | None) -> None:
+    def __init__(self, reception: Reception, request: StoreRequest, incoming: Incoming, demanded: tuple[str | None, str | None]) -> None:
         self.header: InstanceHeader | None = None  # once it is whole and was understood
         self._reception = reception
         self._request = request
         self._incoming = incoming
-        self._demanded_study = demanded_study
+        self._demanded_study, self._demanded_patient = demanded
 
     def write(self, chunk: memoryview) -> None:
         """Append to the file. Raises StoreRefused if the disk takes no more."""
@@ -128,7 +135,9 @@ class IncomingInstance:
                 header = read_header(request, data, incoming.sha256, start=incoming.start, limits=reception.limits)
             self.header, study = header, header.study_instance_uid
             if self._demanded_study not in {None, study}:
-                raise OtherStudy("the instance is of another study than the one it was sent to")
+                raise OtherStudy("the instance is of another study than the one demanded")
+            if self._demanded_patient not in {None, header.patient_id.strip()}:
+                raise OtherPatient("the instance is of another patient than the one demanded")
             outcome, stored = reception.storage.intake.add(header, incoming)
             if outcome == "conflict":
                 raise ContentConflict("this SOP Instance UID is stored with other content")
@@ -195,13 +204,14 @@ class Notes:
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
-        self._write()
+        self.write()
 
     def _run(self) -> None:
         while not self._stopping.wait(NOTES_SECONDS):
-            self._write()
+            self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write down what there is; what can't be now stays for the next time."""
         with self._lock:
             released, self._released = self._released, set()
             counts, self._counts = self._counts, Counter()

@@ -16,7 +16,7 @@ from storage.database import Database
 from storage.errors import Conflict
 from storage.query import folded
 from storage.records import Arrival, Instance, InstanceHeader, Plane, Priority, Quarantined, Revision, Series, StoredObject, Study
-from storage.schema import INSTANCE, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
+from storage.schema import INSTANCE, MISSING, PATIENT, QUARANTINE, RESULT, REVISION, SERIES, STUDY
 from storage.statements import Statement
 
 KEPT_PER_UID = 10  # contract 2: copies in quarantine of one SOP Instance UID
@@ -295,12 +295,18 @@ class Index:
         return set(sop_instance_uids) - known
 
     def callers(self, study_instance_uid: str) -> list[tuple[str, str]]:
-        """Return the distinct (calling, called) AE titles that brought the images of the study: a revision holds all of them."""
+        """Return the distinct (calling, called) AE titles that brought the images of the study: a revision holds all of them.
+
+        A peer that brought none before it was asked for images that were missing doesn't count: no route holds for the study by that.
+        """
         statement = (
             select(INSTANCE.c.calling_ae_title, INSTANCE.c.called_ae_title).distinct().join(STUDY).where(_images_of(study_instance_uid))
         )
+        asked = select(MISSING.c.peer).where(MISSING.c.study_instance_uid == study_instance_uid, MISSING.c.sent_before.is_(False))
         with self._database.reading() as connection:
-            return sorted((calling, called) for calling, called in connection.execute(statement))
+            every = sorted((calling, called) for calling, called in connection.execute(statement))
+            helping = set(connection.execute(asked).scalars()) if len(every) > 1 else set()
+        return [caller for caller in every if caller[0] not in helping] or every
 
     def requested_priority(self, study_instance_uid: str) -> Priority:
         """Return "stat" if an image of the study asks for it, else "routine"."""

@@ -17,6 +17,7 @@ PackageState = Literal["added", "checked", "enabled"]
 DeliveryState = Literal["waiting", "sent", "committed", "failed"]  # sent: all that is awaited of a peer that doesn't commit
 CommitmentState = Literal["asking", "waiting", "answered", "unanswered", "refused"]
 SegmentationPer = Literal["model", "finding"]
+RetrieveBy = Literal["move", "get"]
 ObjectKind = Literal["image", "other"]  # only images make revisions
 STANDARD_OBJECTS = ("seg", "sr")  # what a peer is given of which nothing else is known
 
@@ -212,6 +213,7 @@ class Peer:
     stow_url: str | None = None  # its DICOMweb, where results go by STOW-RS instead of C-STORE
     stow_credentials: str | None = None  # path of a file with what it is shown there; its content is never kept
     quirks: Quirks | None = None  # None: it was never probed, or its address is another one since
+    retrieve_by: RetrieveBy | None = None  # how it is asked for what it holds; None: by C-MOVE where it offers that, else by C-GET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +225,18 @@ class PriorRule:
     days: int = 1095  # not older than this, by Study Date
     modalities: tuple[str, ...] = ()  # of theirs; empty: those of the new study
     body_parts: tuple[str, ...] = ()  # of their series, where these say one; empty: any
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingImages:
+    """What a peer was asked for of the images of a revision to be that did not come."""
+
+    peer: str
+    tries: int
+    instances: int  # that the last try asked for
+    arrived: int  # by all tries
+    reason: str | None  # why the last try didn't bring all
+    asked_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +259,7 @@ class Route:
     priors: PriorRule | None = None  # earlier studies that are fetched before a comparison
     # The package starts on series that are evidently complete and have been quiet for so long, while others come; None: on the study
     first_series_seconds: float | None = None
+    fetch_missing: bool = False  # images that the completeness peer holds and that did not come are fetched from it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,7 @@ class Registry:
             "stow_url": peer.stow_url,
             "stow_credentials": peer.stow_credentials,
             "quirks": None if peer.quirks is None else {**asdict(peer.quirks), "probed_at": peer.quirks.probed_at.isoformat()},
+            "retrieve_by": peer.retrieve_by,
         }
         with self._database.writing() as connection:
             if self._database.insert_new(connection, PEER, {"ae_title": peer.ae_title, **values}) is None:
@@ -111,6 +112,7 @@ class Registry:
             "longest_wait_seconds": route.longest_wait_seconds,
             "completeness_peer": route.completeness_peer,
             "first_series_seconds": route.first_series_seconds,
+            "fetch_missing": route.fetch_missing,
         }
         with self._database.writing() as connection:
             peers = set(connection.execute(select(PEER.c.ae_title)).scalars())
@@ -241,6 +243,7 @@ def _peer(row: Row[Any]) -> Peer:
         stow_url=row.stow_url,
         stow_credentials=row.stow_credentials,
         quirks=_quirks(row.quirks),
+        retrieve_by=row.retrieve_by,
     )
 
 
@@ -263,6 +266,7 @@ def _route(row: Row[Any], to_ae_titles: tuple[str, ...]) -> Route:
         quiet_seconds=row.quiet_seconds,
         report_refusals=row.report_refusals,
         priors=_prior_rule(row.priors),
+        fetch_missing=row.fetch_missing,
         objects=None if row.objects is None else tuple(row.objects),
         early=row.early,
         longest_wait_seconds=row.longest_wait_seconds,

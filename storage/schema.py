@@ -208,6 +208,7 @@ PEER = Table(
     Column("stow_url", Text),
     Column("stow_credentials", Text),
     Column("quirks", JSON(none_as_null=True)),  # what `peer echo --probe --save` found out
+    Column("retrieve_by", Text),
 )
 
 ROUTE = Table(
@@ -227,6 +228,7 @@ ROUTE = Table(
     Column("completeness_peer", Text),
     Column("priors", JSON(none_as_null=True)),
     Column("first_series_seconds", Float),
+    Column("fetch_missing", Boolean, nullable=False, server_default=false()),
 )
 
 ROUTE_DESTINATION = Table(
@@ -379,6 +381,20 @@ FETCHED = Table(
     Column("study_instance_uid", WireText, primary_key=True),
     Column("peer", Text, nullable=False),
     Column("for_study", Text, nullable=False),
+    Column("asked_at", UtcTime, nullable=False),
+)
+
+MISSING = Table(
+    "missing",
+    METADATA,
+    Column("study_instance_uid", WireText, primary_key=True),
+    Column("peer", Text, primary_key=True),
+    Column("revision", Integer, nullable=False),  # that the images are for
+    Column("sent_before", Boolean, nullable=False),  # whether images had come from the peer before it was asked
+    Column("tries", Integer, nullable=False),
+    Column("instances", Integer, nullable=False),  # that the last try asked for
+    Column("arrived", Integer, nullable=False),  # after all tries
+    Column("reason", WireText),  # why the last try didn't bring all
     Column("asked_at", UtcTime, nullable=False),
 )
 

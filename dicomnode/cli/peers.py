@@ -76,6 +76,10 @@ def peer_add(
         Path | None,
         typer.Option("--stow-credentials", metavar="FILE", help="file with USER:PASSCODE or Bearer TOKEN for it, read at each request"),
     ] = None,
+    retrieve_by: Annotated[
+        Literal["move", "get"] | None,
+        typer.Option("--retrieve-by", help="how it is asked for studies and images; else by C-MOVE where it offers that, or by C-GET"),
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
@@ -96,6 +100,8 @@ def peer_add(
         raise UsageError("--passcode-file needs --user")
     if commits and not receives:
         raise UsageError("--commits needs --receives")
+    if retrieve_by is not None and not sends:
+        raise UsageError("--retrieve-by needs --sends")
     if (profile is not None or objects) and not receives:
         raise UsageError("--profile and --object need --receives")
     if (seg_per != "model" or empty_frames) and not receives:
@@ -124,6 +130,7 @@ def peer_add(
         queries=queries is not False,
         stow_url=stow,
         stow_credentials=str(stow_credentials.absolute()) if stow_credentials is not None else None,
+        retrieve_by=retrieve_by,
     )
     with opened(config) as (_, storage):
         used = [known.name for known in storage.registry.routes() if added.ae_title in known.to_ae_titles]
@@ -156,6 +163,7 @@ def peer_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "user",
             "passcode",
             "probed_at",
+            "retrieve_by",
         ]
         show([_shown(known, whole=json) for known in storage.registry.peers()], columns, as_json=json)
 
@@ -263,7 +271,8 @@ def route_add(
         list[str] | None, typer.Option("--prior-modality", metavar="MODALITY", help="of theirs, several times; else those of the study")
     ] = None,
     prior_body_parts: Annotated[
-        list[str] | None, typer.Option("--prior-body-part", metavar="PART", help="of their series, several times; else any")
+        list[str] | None,
+        typer.Option("--prior-body-part", metavar="PART", help="of their series, several times; `same`: the study's own; else any"),
     ] = None,
     report_refusals: Annotated[
         bool, typer.Option("--report-refusals", help="send an SR 'not analysed: reason' for studies that don't fit")

@@ -20,7 +20,7 @@ from dicomnode.config import check_ae_title, check_dicomweb_address, toml_value
 from dicomnode.errors import UsageError
 from dicomnode.results.profile import check_objects
 from storage import Storage
-from storage.records import STANDARD_OBJECTS, Peer, PriorRule, Route, SegmentationPer
+from storage.records import STANDARD_OBJECTS, Peer, PriorRule, RetrieveBy, Route, SegmentationPer
 
 registry = typer.Typer(no_args_is_help=True, help="Peers and routes as a file.")
 
@@ -54,6 +54,7 @@ class PeerEntry(_Entry):
     queries: bool = True
     stow_url: str | None = None
     stow_credentials: str | None = None  # a path
+    retrieve_by: RetrieveBy | None = None
 
     @field_validator("stow_url")
     @classmethod

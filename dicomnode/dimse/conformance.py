@@ -12,6 +12,7 @@ from dicomnode.config import CommitmentSection, ListenerSection, RetentionSectio
 from dicomnode.dimse.commitment import CLASS_INSTANCE_CONFLICT, DUPLICATE_TRANSACTION, NO_SUCH_INSTANCE, PROCESSING_FAILURE
 from dicomnode.dimse.commitment_scu import COMMITMENT_TRANSIENT
 from dicomnode.dimse.conformance_dicomweb import dicomweb_lines
+from dicomnode.dimse.conformance_retrieve import retrieve_lines
 from dicomnode.dimse.contexts import (
     DEFLATED,
     EXCLUDED_TRANSFER_SYNTAXES,
@@ -69,10 +70,10 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
             ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "yes"),
             ("Patient Root Query/Retrieve - FIND", f"`{PATIENT_ROOT_FIND}`", "yes", "yes"),
             ("Patient Root Query/Retrieve - MOVE", f"`{PATIENT_ROOT_MOVE}`", "yes", "yes"),
-            ("Patient Root Query/Retrieve - GET", f"`{PATIENT_ROOT_GET}`", "no", "yes"),
+            ("Patient Root Query/Retrieve - GET", f"`{PATIENT_ROOT_GET}`", "yes", "yes"),
             ("Study Root Query/Retrieve - FIND", f"`{STUDY_ROOT_FIND}`", "yes", "yes"),
             ("Study Root Query/Retrieve - MOVE", f"`{STUDY_ROOT_MOVE}`", "yes", "yes"),
-            ("Study Root Query/Retrieve - GET", f"`{STUDY_ROOT_GET}`", "no", "yes"),
+            ("Study Root Query/Retrieve - GET", f"`{STUDY_ROOT_GET}`", "yes", "yes"),
         ],
     )
     yield from _associations(settings)
@@ -83,6 +84,7 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
     yield from _commitment(settings)
     yield from _queries(settings.listener)
     yield from _query_scu()
+    yield from retrieve_lines(settings, _table)
     yield from dicomweb_lines(settings.web, _table)
     yield from _tables(settings.listener)
     if private_codes:
@@ -109,7 +111,7 @@ def _associations(settings: Settings) -> Iterator[str]:
             ("TCP port of DICOM over TLS", _tls_port(settings.tls)),
             ("Asynchronous operations", "one at a time"),
             ("Extended negotiation", "not used"),
-            ("Role selection", "for storage commitment: who reports proposes itself as SCP of the class; for C-GET: of what it fetches"),
+            ("Role selection", "for storage commitment: who reports proposes itself as SCP of the class; for C-GET: of what is fetched"),
             ("User identity", "as acceptor: types 1 and 2, for peers that are registered with a user name; no positive response is sent"),
         ],
     )

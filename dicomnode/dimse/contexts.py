@@ -19,7 +19,7 @@ COMMITMENT_SYNTAXES: Final = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")  # Exp
 EXPLICIT_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2.1"
 IMPLICIT_LITTLE_ENDIAN: Final = "1.2.840.10008.1.2"
 
-# PS3.4 C.6: the Query/Retrieve information models. SCP; FIND and MOVE as SCU, too.
+# PS3.4 C.6: the Query/Retrieve information models. SCP and SCU.
 PATIENT_ROOT_FIND: Final = "1.2.840.10008.5.1.4.1.2.1.1"
 PATIENT_ROOT_MOVE: Final = "1.2.840.10008.5.1.4.1.2.1.2"
 PATIENT_ROOT_GET: Final = "1.2.840.10008.5.1.4.1.2.1.3"
@@ -340,6 +340,28 @@ EXCLUDED_TRANSFER_SYNTAXES: Final = (
     ("1.2.840.10008.1.2.7.3", "SMPTE ST 2110-30 PCM Digital Audio", "real-time video (PS3.22), not an object to store"),
     ("1.2.840.10008.1.20", "Papyrus 3 Implicit VR Little Endian", "a file format of another standard"),
 )
+
+
+# The classes of a modality's usual series (PS3.3 C.7.3.1.1.1), for a peer that doesn't say of which class its objects are.
+_CLASSES_OF_MODALITY: Final = {
+    "CT": ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2"),
+    "MR": (
+        "1.2.840.10008.5.1.4.1.1.4",
+        "1.2.840.10008.5.1.4.1.1.4.1",
+        "1.2.840.10008.5.1.4.1.1.4.3",
+        "1.2.840.10008.5.1.4.1.1.4.4",
+    ),
+    "PT": ("1.2.840.10008.5.1.4.1.1.128", "1.2.840.10008.5.1.4.1.1.128.1", "1.2.840.10008.5.1.4.1.1.130"),
+    "CR": ("1.2.840.10008.5.1.4.1.1.1",),
+    "DX": ("1.2.840.10008.5.1.4.1.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1.1"),
+    "SEG": ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7"),
+    "SR": ("1.2.840.10008.5.1.4.1.1.88.33", "1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.22"),
+}
+
+
+def classes_of_modality(modality: str) -> tuple[str, ...]:
+    """Return the SOP Class UIDs that a series of a modality may hold: of one that isn't known those of all images."""
+    return _CLASSES_OF_MODALITY.get(modality, tuple(uid for uid, _ in _IMAGES))
 
 
 def offered_syntaxes(*, accept_deflated: bool) -> tuple[TransferSyntax, ...]:

@@ -116,7 +116,7 @@ def study_content(
         if not uid or str(answer.get("StudyInstanceUID") or study_instance_uid) != study_instance_uid:
             continue  # some peers ignore a key that they don't know and answer with whatever they hold
         modalities[uid] = str(answer.get("Modality") or "").strip()
-        counts[uid] = _count(answer)
+        counts[uid] = number_of_instances(answer)
     for uid in [uid for uid, count in counts.items() if count < 0]:
         counts[uid] = len(_instances(ask, study_instance_uid, uid))
     return StudyContent(instances=counts, modalities=modalities) if counts else None
@@ -133,8 +133,35 @@ def series_content(
     limits: FindLimits = FindLimits(),
 ) -> frozenset[str]:
     """Return the SOP Instance UIDs that `peer` says that it holds of a series. Raises PeerUnavailable or PeerRefused as `find` does."""
+    asking: dict[str, Any] = {"calling_ae_title": calling_ae_title, "patient_id": patient_id, "tls": tls, "limits": limits}
+    return frozenset(series_instances(peer, study_instance_uid, series_instance_uid, **asking))
+
+
+def series_instances(
+    peer: Peer,
+    study_instance_uid: str,
+    series_instance_uid: str,
+    *,
+    calling_ae_title: str,
+    patient_id: str = "",
+    tls: TlsSection | None = None,
+    limits: FindLimits = FindLimits(),
+) -> dict[str, str]:
+    """Return what `peer` says that it holds of a series: by SOP Instance UID the SOP Class UID, an optional key, "" where it doesn't say.
+
+    Raises PeerUnavailable or PeerRefused as `find` does.
+    """
     ask = partial(find, peer, calling_ae_title=calling_ae_title, patient_id=patient_id, tls=tls, limits=limits)
     return _instances(ask, study_instance_uid, series_instance_uid)
+
+
+def number_of_instances(answer: Dataset) -> int:
+    """Return an answer's Number of Series Related Instances (0020,1209), or -1 if it isn't there or is no number."""
+    try:
+        count = int(answer.NumberOfSeriesRelatedInstances)
+    except (AttributeError, TypeError, ValueError):
+        return -1
+    return max(count, -1)
 
 
 def query(level: str, **keys: Any) -> Dataset:
@@ -192,10 +219,10 @@ def _answers(peer: Peer, association: Any, asked: tuple[str, Dataset], until: fl
             association.abort()
 
 
-def _instances(ask: Callable[[Dataset], Iterable[Dataset]], study: str, series: str) -> frozenset[str]:
-    answers = ask(query("IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=""))
+def _instances(ask: Callable[[Dataset], Iterable[Dataset]], study: str, series: str) -> dict[str, str]:
+    answers = ask(query("IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID="", SOPClassUID=""))
     same = (answer for answer in answers if str(answer.get("SeriesInstanceUID") or series) == series)
-    return frozenset(str(answer.SOPInstanceUID) for answer in same if answer.get("SOPInstanceUID"))
+    return {str(answer.SOPInstanceUID): str(answer.get("SOPClassUID") or "") for answer in same if answer.get("SOPInstanceUID")}
 
 
 def _identifier(query: Dataset, model: str, patient_id: str) -> tuple[str, Dataset]:
@@ -213,15 +240,6 @@ def _check(peer: Peer, status: Any) -> None:
         return
     words = _named(peer, f"it answered a query with {status_in_words(status)}")
     raise PeerUnavailable(words) if status.Status in TRANSIENT else PeerRefused(words)
-
-
-def _count(answer: Dataset) -> int:
-    """Number of Series Related Instances, or -1 if it isn't there or is no number."""
-    try:
-        count = int(answer.NumberOfSeriesRelatedInstances)
-    except (AttributeError, TypeError, ValueError):
-        return -1
-    return max(count, -1)
 
 
 def _named(peer: Peer, trouble: str) -> str:

@@ -104,6 +104,10 @@ class Probed:
             lines.append("it takes no Segmentation: `--profile plain` gives it images alone")
         if self.takes(_COMPREHENSIVE_SR) and not self.takes(_COMPREHENSIVE_3D_SR):
             lines.append("it takes no Comprehensive 3D SR, but Comprehensive SR: `--object sr-comprehensive`")
+        if not (self.takes(STUDY_ROOT_MOVE) or self.takes(PATIENT_ROOT_MOVE)) and (
+            self.takes(STUDY_ROOT_GET) or self.takes(PATIENT_ROOT_GET)
+        ):
+            lines.append("it offers C-GET and no C-MOVE: `--retrieve-by get` asks for nothing else")
         return lines
 
     def takes(self, sop_class_uid: str) -> bool:

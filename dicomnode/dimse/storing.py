@@ -85,7 +85,12 @@ class Store:
             self._refuse(self._failed())
 
     def finish(self) -> bytes:
-        """Make the instance safe, then return the response: the one place that turns an error into a status."""
+        """Make the instance safe, then return the response."""
+        failure = self.end()
+        return commands.store_response(self.command, failure.dimse_status if failure else SUCCESS, str(failure) if failure else "")
+
+    def end(self) -> StoreRefused | None:
+        """Make the instance safe, or return why it isn't: the one place that turns an error into a status."""
         sink, self.sink = self.sink, None
         if sink is not None:
             try:
@@ -94,8 +99,7 @@ class Store:
                 self.refusal = refusal
             except Exception:  # noqa: BLE001  the DIMSE boundary
                 self.refusal = self._failed()
-        failure = self.refusal
-        return commands.store_response(self.command, failure.dimse_status if failure else SUCCESS, str(failure) if failure else "")
+        return self.refusal
 
     def discard(self) -> None:
         """Forget the instance: its data set will not be whole."""

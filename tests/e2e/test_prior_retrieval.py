@@ -1,4 +1,5 @@
-"""Earlier studies fetched from PACS that nobody here wrote: Orthanc and dcmqrscp give them by C-FIND and C-MOVE, and a report compares."""
+"""Earlier studies fetched from PACS that nobody here wrote: Orthanc and dcmqrscp give them by C-FIND and
+C-MOVE or C-GET, and a report compares."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Literal
 
 import pydicom
 import pytest
@@ -61,9 +63,13 @@ def work(node: Node, files: list[Path], priority: str | None = None) -> Job:
     return ended
 
 
+@pytest.mark.parametrize("way", ["move", "get"])
 @pytest.mark.parametrize("pacs_for", [orthanc_for, dcmqrscp_for])
 def test_an_earlier_study_and_our_results_on_it_are_fetched_and_compared_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pacs_for: Callable[[Path, Peer], AbstractContextManager[Peer]]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pacs_for: Callable[[Path, Peer], AbstractContextManager[Peer]],
+    way: Literal["move", "get"],
 ) -> None:
     monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: true_findings)
     before, now = BEFORE.write(tmp_path), NOW.write(tmp_path)
@@ -81,7 +87,7 @@ def test_an_earlier_study_and_our_results_on_it_are_fetched_and_compared_with(
             items = [outgoing(file) for file in (*before, *results)]
             outcomes = send(pacs, items, calling_ae_title="SCANNER", timeout_seconds=PATIENCE_SECONDS)
             assert [outcome.state for outcome in outcomes] == ["sent"] * len(items)
-            second.storage.registry.add_peer(pacs)
+            second.storage.registry.add_peer(replace(pacs, retrieve_by=way))
             (route,) = second.storage.registry.routes()
             second.storage.registry.add_route(replace(route, from_ae_title="*", priors=PriorRule(ae_title=pacs.ae_title, days=365)))
             later = work(second, now)

@@ -2,72 +2,34 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dimse_cases import a_dataset, closing_connections, keep_connection
+from dimse_cases import a_dataset
 from held_objects import keep
+from hostile_archive import Archive, running
 from pydicom import Dataset
-from pynetdicom import AE, evt
-from pynetdicom.transport import ThreadedAssociationServer
 
 from dicomnode.config import Settings
-from dicomnode.dimse.contexts import STUDY_ROOT_FIND, STUDY_ROOT_MOVE
 from dicomnode.dimse.find import query
+from dicomnode.dimse.retrieving import Retriever
+from dicomnode.reception import Reception
 from dicomnode.retrieval import Retrieval, rule_for
 from storage import Storage, open_storage, prepare_storage
-from storage.records import Job, Peer, PriorRule, Route
+from storage.records import Job, PriorRule, Route
 
 NEW, EARLIER = "1.2.3.4", "1.2.3.1"
 PATIENCE = 120.0
 RULE = PriorRule(ae_title="PACS", count=2, days=100)
 
 
-class Archive:
-    """A PACS that answers queries with what a test gives it, and sends nothing when it is asked to."""
-
-    def __init__(self) -> None:
-        self.studies: list[Dataset] = []
-        self.series: list[Dataset] = []
-        self.moved: list[Dataset] = []
-        self.asked: list[Dataset] = []
-        self.goes_on = threading.Event()
-        self.goes_on.set()
-        self.status = 0x0000
-        self.entity: Any = AE("PACS")
-        self.entity.acse_timeout = self.entity.dimse_timeout = self.entity.network_timeout = PATIENCE
-        for model in (STUDY_ROOT_FIND, STUDY_ROOT_MOVE):
-            self.entity.add_supported_context(model)
-        handlers = [(evt.EVT_CONN_OPEN, keep_connection), (evt.EVT_C_FIND, self._find), (evt.EVT_C_MOVE, self._move)]
-        self.server: Any = self.entity.make_server(("127.0.0.1", 0), evt_handlers=handlers, server_class=ThreadedAssociationServer)
-        self.entity._servers.append(self.server)
-
-    def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
-        self.asked.append(event.identifier)
-        self.goes_on.wait(PATIENCE)
-        for answer in self.studies if event.identifier.QueryRetrieveLevel == "STUDY" else self.series:
-            yield 0xFF00, answer
-        if self.status:
-            yield self.status, None
-
-    def _move(self, event: Any) -> Iterator[Any]:
-        self.moved.append(event.identifier)
-        yield None, None  # a destination that it doesn't know
-
-
 @pytest.fixture
 def archive() -> Iterator[Archive]:
-    archive = Archive()
-    with closing_connections():
-        threading.Thread(target=archive.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    with running(Archive(gets=False)) as archive:
         yield archive
-        archive.goes_on.set()
-        archive.server.shutdown()
-        archive.entity.shutdown()
 
 
 @pytest.fixture
@@ -76,8 +38,7 @@ def storage(tmp_path: Path, archive: Archive) -> Iterator[Storage]:
     url = f"sqlite:///{tmp_path / 'node.sqlite'}"
     prepare_storage(url, tmp_path)
     storage = open_storage(url, tmp_path)
-    port = archive.server.server_address[1]
-    storage.registry.add_peer(Peer(ae_title="PACS", host="127.0.0.1", port=port, sends=True, receives=False, tls=False, client_cert=None))
+    storage.registry.add_peer(archive.peer())
     storage.registry.add_route(
         Route(name="r", from_ae_title="*", called_ae_title="*", package="p", version=None, to_ae_titles=(), priority=None, quiet_seconds=1,
               report_refusals=False, priors=RULE)
@@ -102,9 +63,11 @@ def job(storage: Storage) -> Job:
 def fetch(storage: Storage, *, urgent: bool = False, **limits: Any) -> dict[str, Any]:
     rule = rule_for(storage, job(storage))
     assert rule is not None
-    retrieval = Retrieval(Settings.model_validate({"priors": {"seconds": PATIENCE, **limits}}), storage, job(storage), rule)
-    retrieval.begin()
-    return retrieval.end(lambda: urgent)
+    settings = Settings.model_validate({"priors": {"seconds": PATIENCE, **limits}})
+    reception = Reception(settings.listener, storage)
+    retriever = Retriever(settings.node.ae_title, None, reception.begin, reception.ended)
+    with Retrieval(settings, storage, job(storage), rule, retriever) as retrieval:
+        return retrieval.end(lambda: urgent)
 
 
 def a_study(uid: str, study_date: str, **values: Any) -> Dataset:
@@ -130,7 +93,7 @@ def test_the_rule_says_what_is_asked_for_and_what_of_the_answers_counts(storage:
     assert (asked.PatientID, asked.StudyDate) == ("P1", "20250924-20260102")
     assert told["asked"] == {"from": "20250924", "to": "20260102", "modalities": ["CT"], "count": 2}
     assert told["found"] == 3
-    assert [study["study_instance_uid"] for study in told["studies"]] == [EARLIER, "1.2.3.2"]  # the newest two
+    assert [study["study_instance_uid"] for study in told["studies"]] == [EARLIER, "1.2.3.2", "1.2.3.0"]  # the newest first
     assert {study["state"] for study in told["studies"]} == {"nothing wanted"}
 
 
@@ -143,7 +106,7 @@ def test_series_are_chosen_by_modality_and_body_part_with_results_and_marked_bef
         a_series("1.4", "SEG", 1), a_series("1.5", "CT", 1, BodyPartExamined=""),
     ]  # fmt: skip
     told = fetch(storage)
-    assert [moved.SeriesInstanceUID for moved in archive.moved] == ["1.2"]
+    assert [one.SeriesInstanceUID for _, one in archive.retrieved] == ["1.2"]
     assert [(study["state"], study["instances"]) for study in told["studies"]] == [("asked", 0)]
     assert "0xA801" in told["ended"]  # the archive doesn't know this node
     assert storage.fetched.peer_of(EARLIER) == "PACS"
@@ -158,11 +121,11 @@ def test_what_is_held_is_not_asked_for_again_and_what_is_too_much_not_at_all(sto
     assert fetch(storage)["studies"][0]["state"] == "held"
     archive.series = [a_series("1.6", "CT", 11)]
     assert fetch(storage, maximum_instances=10)["studies"][0]["state"] == "not fetched: 11 instances, and the limit is 10"
-    assert archive.moved == []
+    assert archive.retrieved == []
 
 
 def test_nothing_waits_for_longer_than_the_deadline_nor_while_an_urgent_study_does(storage: Storage, archive: Archive) -> None:
-    archive.goes_on.clear()
+    archive.answers.clear()
     told = fetch(storage, seconds=0.5)
     assert told["ended"]  # whichever of the two noticed first that the time was over
     assert told["studies"] == []
