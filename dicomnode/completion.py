@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from dicomnode.announcements import announced
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient
-from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, Rules, SeriesEvidence, as_json, decide, series_evidence
+from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, NoticeEvidence, Rules, SeriesEvidence, as_json, decide, series_evidence
 from dicomnode.first_series import FirstSeries
 from dicomnode.inquiry import Inquiry
 from dicomnode.logs import get_logger
@@ -51,6 +52,7 @@ class Seen:
     def __init__(self, storage: Storage) -> None:
         self.first_series = FirstSeries(storage)
         self._studies: dict[str, tuple[datetime, list[tuple[str, str]], tuple[SeriesEvidence, ...]]] = {}
+        self._announced: dict[str, tuple[datetime, datetime, tuple[NoticeEvidence, ...]]] = {}
         self._callers: dict[str, list[tuple[str, str]]] = {}
 
     def of(self, storage: Storage, study: Study) -> tuple[list[tuple[str, str]], tuple[SeriesEvidence, ...]]:
@@ -60,6 +62,16 @@ class Seen:
             self._callers[uid] = storage.index.callers(uid)
             self._studies[uid] = study.last_received_at, self._callers[uid], series_evidence(storage.index.planes(uid))
         return self._studies[uid][1:]
+
+    def announced(self, storage: Storage, study: Study) -> tuple[NoticeEvidence, ...]:
+        """Return what modalities and archives have announced of the study."""
+        uid = study.study_instance_uid
+        changed = storage.notices.last_change(uid)
+        if changed is None:
+            return ()
+        if uid not in self._announced or self._announced[uid][:2] != (study.last_received_at, changed):
+            self._announced[uid] = study.last_received_at, changed, announced(storage, uid)
+        return self._announced[uid][2]
 
     def first_callers(self, storage: Storage, study: Study) -> list[tuple[str, str]]:
         """Return who had sent the study when that was read last: others may have joined since."""
@@ -72,6 +84,7 @@ class Seen:
         """Keep nothing of studies other than these."""
         self._studies = {uid: known for uid, known in self._studies.items() if uid in study_instance_uids}
         self._callers = {uid: known for uid, known in self._callers.items() if uid in study_instance_uids}
+        self._announced = {uid: known for uid, known in self._announced.items() if uid in study_instance_uids}
         self.first_series.forget_but(study_instance_uids)
 
 
@@ -148,6 +161,7 @@ def close_complete_studies(
             silent_seconds=silent,
             series=series,
             peers=inquiry.evidence(study, asked) if inquiry is not None and silent >= _earliest(rules) else (),
+            notices=seen.announced(storage, study),
         )
         decision = decide(evidence, rules)
         if not decision.closes:
@@ -178,7 +192,7 @@ def _begin(
         return []
     routes = _chosen(every, callers)
     begun = []
-    for start in seen.first_series.starts(study, routes, *times):
+    for start in seen.first_series.starts(study, routes, seen.announced(storage, study), times):
         with storage.database.writing() as transaction:
             revision = storage.index.begin_revision(
                 transaction, study.study_instance_uid, seen_images=start.images, evidence=start.evidence,

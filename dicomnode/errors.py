@@ -132,6 +132,73 @@ class ResourceLimitation(CommitmentRefused):
     dimse_status = 0x0213  # PS3.7 C.5.19 Resource limitation
 
 
+class NoticeRefused(NodeError):
+    """A message of MPPS (PS3.4 F.7) or of instance availability (PS3.4 R) is answered with a failure status (PS3.7 C)."""
+
+    dimse_status = 0x0110
+
+
+class AttributeValueInvalid(NoticeRefused):
+    """The data set is malformed, or an attribute has a value that it can't have, e.g. a step that is created COMPLETED."""
+
+    dimse_status = 0x0106  # PS3.7 C.5.12 Invalid attribute value
+
+
+class StepMayNotBeUpdated(NoticeRefused):
+    """Performed Procedure Step Object may no longer be updated: it is COMPLETED or DISCONTINUED (Error ID A710)."""
+
+    dimse_status = 0x0110  # PS3.4 F.7.2.2.2
+
+
+class NoticeFailure(NoticeRefused):
+    """The node itself failed, e.g. its database is away; nothing was noted and the cause is in the log."""
+
+    dimse_status = 0x0110  # PS3.7 C.5.14 Processing failure
+    transient = True
+
+
+class DuplicateNotice(NoticeRefused):
+    """The SOP Instance UID is in use."""
+
+    dimse_status = 0x0111  # PS3.7 C.5.2 Duplicate SOP Instance
+
+
+class NoSuchStep(NoticeRefused):
+    """There is no performed procedure step with this SOP Instance UID."""
+
+    dimse_status = 0x0112  # PS3.7 C.5.8 No such SOP Instance
+
+
+class NoSuchPerformedClass(NoticeRefused):
+    """The message is of another SOP class than these two."""
+
+    dimse_status = 0x0118  # PS3.7 C.5.7 No such SOP Class
+
+
+class AttributeMissing(NoticeRefused):
+    """An attribute that must be there is absent."""
+
+    dimse_status = 0x0120  # PS3.7 C.5.15 Missing attribute
+
+
+class AttributeValueMissing(NoticeRefused):
+    """An attribute that must have a value or an item has none, e.g. Performed Series Sequence of a step that is COMPLETED."""
+
+    dimse_status = 0x0121  # PS3.7 C.5.16 Missing attribute value
+
+
+class NoticeNotAuthorized(NoticeRefused):
+    """The caller may not send this message: it may not send, the step is another AE's, or it came outside a context of its class."""
+
+    dimse_status = 0x0124  # PS3.7 C.5.22 Refused: Not authorized
+
+
+class NoticeTooLarge(NoticeRefused):
+    """The message names more instances than a message may."""
+
+    dimse_status = 0x0213  # PS3.7 C.5.19 Resource limitation
+
+
 class QueryRefused(NodeError):
     """A query or retrieval (PS3.4 C.4) is answered with a failure status; the message becomes its Error Comment."""
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import gcd
 from typing import Any, Literal
 
-from storage.records import Plane
+from storage.records import Notice, NoticeKind, NoticeState, Plane
 
 # While the association that brings a study is still open, more images are likely: wait this many quiet periods.
 OPEN_ASSOCIATION_FACTOR = 5
@@ -96,6 +96,43 @@ class PeerEvidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedSeries:
+    """Images of a series that an announcement names."""
+
+    series_instance_uid: str
+    images: int
+    absent: int  # of them, not received here
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeEvidence:
+    """What a modality (MPPS) or an archive (instance availability) has announced of the study."""
+
+    kind: NoticeKind
+    ae_title: str
+    state: NoticeState
+    series: tuple[NamedSeries, ...]
+
+    @property
+    def images(self) -> int:
+        """How many it names."""
+        return sum(series.images for series in self.series)
+
+    @property
+    def contradiction(self) -> str | None:
+        """Why images must still come, in words, or None."""
+        if self.state == "in progress":
+            return f"{self.ae_title} has not ended its procedure step"
+        absent = sum(series.absent for series in self.series)
+        return f"{self.ae_title} names {absent} image(s) that aren't here" if absent else None
+
+    def has_all_of(self, series: SeriesEvidence) -> bool:
+        """Whether it names, of a step that has ended or of what is available, exactly the images of the series that came."""
+        named = next((one for one in self.series if one.series_instance_uid == series.series_instance_uid), None)
+        return self.state != "in progress" and named is not None and (named.images, named.absent) == (series.images, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything that is known of whether a study is complete."""
 
@@ -104,6 +141,7 @@ class Evidence:
     silent_seconds: float  # since the last image
     series: tuple[SeriesEvidence, ...]
     peers: tuple[PeerEvidence, ...] = ()
+    notices: tuple[NoticeEvidence, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +166,19 @@ def decide(evidence: Evidence, rules: Rules) -> Decision:
     """Say whether a study is closed now.
 
     It closes after its quiet period, of which an association that is still open makes five; earlier where the routes say so and it is
-    proven complete; later, and as incomplete, where images are evidently absent. A peer that gives no answer is no evidence.
+    proven complete; later, and as incomplete, where images are evidently absent or a procedure step goes on. A peer that gives no answer
+    is no evidence. After a discontinued step what is there is all: it isn't waited for more, and that is said.
     """
+    decision = _decide(evidence, rules)
+    remarks = tuple(f"{notice.ae_title} discontinued its procedure step" for notice in evidence.notices if notice.state == "discontinued")
+    if not remarks or not decision.closes:
+        return decision
+    words = "; ".join(remarks)
+    reason = f"{decision.reason}; {words}" if decision.incomplete else f"incomplete: {words}; {decision.reason}"
+    return replace(decision, reason=reason, incomplete=(*decision.incomplete, *remarks))
+
+
+def _decide(evidence: Evidence, rules: Rules) -> Decision:
     quiet = rules.quiet_seconds if evidence.released else rules.quiet_seconds * OPEN_ASSOCIATION_FACTOR
     silent = evidence.silent_seconds
     against = contradictions(evidence)
@@ -155,18 +204,25 @@ def decide(evidence: Evidence, rules: Rules) -> Decision:
 def contradictions(evidence: Evidence) -> tuple[str, ...]:
     """Return what speaks against the study's being complete, in words without patient data."""
     peers = [f"{peer.peer} holds {peer.absent} image(s) that aren't here" for peer in evidence.peers if peer.absent]
-    return tuple([reason for series in evidence.series if (reason := series.contradiction)] + peers)
+    found = [series.contradiction for series in evidence.series] + [notice.contradiction for notice in evidence.notices]
+    return tuple([reason for reason in found if reason is not None] + peers)
 
 
-def complete_by_itself(series: SeriesEvidence, silent_seconds: float, quiet_seconds: float) -> str | None:
+def complete_by_itself(
+    series: SeriesEvidence, silent_seconds: float, quiet_seconds: float, notices: Sequence[NoticeEvidence] = ()
+) -> str | None:
     """Return what shows that a series is complete while its study is still being received, in words, or None if nothing does.
 
-    It has all images that it states, or, of planes in space, neither its numbers nor its slices have a gap and it is quiet for so long.
+    It has all images that it states, or that were announced; or, of planes in space, neither its numbers nor its slices have a gap and
+    it is quiet for so long.
     """
     if series.contradiction is not None or silent_seconds < min(SETTLED_SECONDS, quiet_seconds):
         return None
     if series.whole:
         return f"{series.named} has as many images as it states"
+    announced = [notice.ae_title for notice in notices if notice.has_all_of(series)]
+    if announced:
+        return f"{series.named} has the {series.images} image(s) that {announced[0]} names"
     if series.numbers == series.slices == "contiguous" and silent_seconds >= quiet_seconds:
         return f"neither the numbers nor the slices of {series.named} have a gap, and it was quiet for {quiet_seconds:g} s"
     return None
@@ -178,6 +234,31 @@ def as_json(evidence: Evidence, decision: Decision) -> dict[str, Any]:
     record = {**asdict(evidence), "series": series, "silent_seconds": round(evidence.silent_seconds, 3), "incomplete": decision.incomplete}
     known: dict[str, Any] = json.loads(json.dumps(record))  # lists where there were tuples, as it will be when it is read again
     return known
+
+
+def notice_evidence(notices: Sequence[Notice], absent: Collection[str]) -> tuple[NoticeEvidence, ...]:
+    """Return what was announced of a study; `absent` are those of the named images that aren't here.
+
+    An archive may announce a study part by part: what one AE title says is available is put together.
+    """
+    absent = set(absent)
+    together: dict[tuple[str, ...], tuple[Notice, dict[str, set[str]]]] = {}
+    for notice in notices:
+        key = (notice.ae_title,) if notice.kind == "ian" else (notice.ae_title, notice.sop_instance_uid)
+        _, series = together.setdefault(key, (notice, {}))
+        for uid, images in notice.images.items():
+            series.setdefault(uid, set()).update(images)
+    return tuple(
+        NoticeEvidence(
+            kind=first.kind,
+            ae_title=first.ae_title,
+            state=first.state,
+            series=tuple(
+                NamedSeries(series_instance_uid=uid, images=len(images), absent=len(images & absent)) for uid, images in series.items()
+            ),
+        )
+        for first, series in together.values()
+    )
 
 
 def series_evidence(planes: Iterable[Plane]) -> tuple[SeriesEvidence, ...]:
@@ -275,7 +356,12 @@ def _acquisitions(by_series: dict[str, list[Plane]]) -> dict[str, tuple[Acquisit
 
 
 def _proof(evidence: Evidence) -> str | None:
-    """What proves a study that nothing speaks against complete, or None: each peer that is asked, else each series by itself."""
+    """What proves a study that nothing speaks against complete, or None.
+
+    What was announced, where each series that came is named, image by image; else each peer that is asked; else each series by itself.
+    """
+    if evidence.notices and evidence.series and all(any(n.has_all_of(s) for n in evidence.notices) for s in evidence.series):
+        return "; ".join(f"all {notice.images} image(s) that {notice.ae_title} names are here" for notice in evidence.notices)
     if evidence.peers:
         if all(peer.state == "answered" and peer.instances for peer in evidence.peers):
             return "; ".join(map(_words, evidence.peers))

@@ -17,7 +17,7 @@ from dicomnode.analysis.frames import read_headers
 from dicomnode.analysis.manifest import Manifest, parse_manifest
 from dicomnode.analysis.select import select
 from dicomnode.errors import AnalysisFailed, PackageError
-from dicomnode.evidence import SETTLED_SECONDS, SeriesEvidence, complete_by_itself, series_evidence
+from dicomnode.evidence import SETTLED_SECONDS, NoticeEvidence, SeriesEvidence, complete_by_itself, series_evidence
 from storage import Storage
 from storage.records import Arrival, PackageRecord, Route, Study
 
@@ -43,22 +43,34 @@ class FirstSeries:
         self._unfit: dict[str, set[tuple[str, _Content]]] = {}  # by study: the digest of a package, and what doesn't suit it
         self._manifests: dict[str, Manifest | None] = {}  # by digest
 
-    def starts(self, study: Study, routes: Sequence[Route], now: datetime, up_since: datetime) -> list[Start]:
-        """Return which packages can start now on what came of a study; none whose routes don't all say so, or that has started."""
+    def starts(
+        self, study: Study, routes: Sequence[Route], notices: Sequence[NoticeEvidence], times: tuple[datetime, datetime]
+    ) -> list[Start]:
+        """Return which packages can start on what came of a study; none whose routes don't all say so, or that has started.
+
+        `notices` are what was announced of it, `times` now and since when silence counts.
+        """
         waiting = self._waiting(study, routes)
         if not waiting:
             return []
         arrivals = self._storage.index.arrivals(study.study_instance_uid)
         found: dict[_Content, list[PackageRecord]] = defaultdict(list)
-        words: dict[_Content, list[str]] = {}
+        evident: dict[_Content, list[str]] = {}
         for package, seconds in waiting:
             manifest = self._manifest(package)
-            complete = self._complete(study, arrivals, manifest, seconds, (now, up_since)) if manifest is not None else {}
-            content = frozenset((one.series_instance_uid, one.images) for one in arrivals if one.series_instance_uid in complete)
-            if manifest is not None and content and self._suits(study, package, manifest, content):
+            if manifest is None:
+                continue  # its job says so
+            complete: dict[tuple[str, int], str] = {}
+            for arrival in arrivals:
+                silent = _silence(arrival, times)
+                if silent >= min(SETTLED_SECONDS, seconds) and _is_of(arrival, manifest):
+                    words = complete_by_itself(self._evidence(study, arrival), silent, seconds, notices)
+                    complete |= {(arrival.series_instance_uid, arrival.images): words} if words is not None else {}
+            content = frozenset(complete)
+            if content and self._suits(study, package, manifest, content):
                 found[content].append(package)
-                words[content] = list(complete.values())
-        return [self._start(study, routes, packages, content, words[content]) for content, packages in found.items()]
+                evident[content] = list(complete.values())
+        return [self._start(study, routes, packages, content, evident[content]) for content, packages in found.items()]
 
     def forget_but(self, study_instance_uids: Collection[str]) -> None:
         """Keep nothing of studies other than these."""
@@ -78,22 +90,6 @@ class FirstSeries:
         jobs = self._storage.jobs.jobs(study_instance_uid=study.study_instance_uid, kind="analyse") if early else []
         started = {job.package for job in jobs}
         return [(packages[key], max(all_of)) for key, all_of in early.items() if key[0] not in started]
-
-    def _complete(
-        self, study: Study, arrivals: Sequence[Arrival], manifest: Manifest, seconds: float, times: tuple[datetime, datetime]
-    ) -> dict[str, str]:
-        """The series, of a modality that the package reads, that are evidently complete, with what shows that."""
-        now, up_since = times
-        modalities = {modality.upper() for accepts in manifest.inputs for modality in accepts.modalities}
-        found = {}
-        for arrival in arrivals:
-            silent = (now - max(arrival.last_received_at, up_since)).total_seconds()
-            if arrival.modality.upper() not in modalities or silent < min(SETTLED_SECONDS, seconds):
-                continue
-            evident = complete_by_itself(self._evidence(study, arrival), silent, seconds)
-            if evident is not None:
-                found[arrival.series_instance_uid] = evident
-        return found
 
     def _evidence(self, study: Study, arrival: Arrival) -> SeriesEvidence:
         known = self._known.setdefault(study.study_instance_uid, {})
@@ -129,7 +125,7 @@ class FirstSeries:
             try:
                 self._manifests[package.digest] = parse_manifest((folder / "manifest.toml").read_bytes(), folder)
             except (PackageError, OSError):
-                self._manifests[package.digest] = None  # its job says so
+                self._manifests[package.digest] = None
         return self._manifests[package.digest]
 
     def _start(
@@ -144,3 +140,14 @@ class FirstSeries:
             evidence="; ".join(words),
             facts={"images": sum(images for _, images in content), "series": series, "stays_open": True, "incomplete": []},
         )
+
+
+def _silence(arrival: Arrival, times: tuple[datetime, datetime]) -> float:
+    """Seconds since the last image of a series."""
+    now, up_since = times
+    return (now - max(arrival.last_received_at, up_since)).total_seconds()
+
+
+def _is_of(arrival: Arrival, manifest: Manifest) -> bool:
+    """Whether the package reads series of this modality."""
+    return any(arrival.modality.upper() == modality.upper() for accepts in manifest.inputs for modality in accepts.modalities)

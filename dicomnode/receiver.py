@@ -6,6 +6,7 @@ Must never load torch, MONAI or highdicom.
 from __future__ import annotations
 
 from dicomnode.admission import Admission
+from dicomnode.announcements import Announcements
 from dicomnode.config import Settings
 from dicomnode.dimse.commitment import CommitmentService
 from dicomnode.dimse.listener import Listener
@@ -29,6 +30,7 @@ class Receiver:
             released=reception.notes.released,
             grants=admission.grants,
             commitment=commitment,
+            notices=Announcements(storage),
             holdings=StoredHoldings(settings, storage),
             is_peer=admission.is_peer,
             count=reception.notes.count,

@@ -19,6 +19,7 @@ from storage.index import Index
 from storage.intake import Intake
 from storage.jobs import Jobs
 from storage.leases import Leases
+from storage.notices import Notices
 from storage.objects import ObjectStore
 from storage.query import Query
 from storage.registry import Registry
@@ -45,6 +46,7 @@ class Storage:
     leases: Leases
     counters: Counters
     retention: Retention
+    notices: Notices
 
 
 def prepare_storage(database_url: str, folder: Path) -> None:
@@ -101,4 +103,5 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0, res
         leases=Leases(database),
         counters=Counters(database),
         retention=Retention(database, objects),
+        notices=Notices(database),
     )

@@ -366,7 +366,7 @@ class Index:
             .where(SERIES.c.study_row == study.id, SERIES.c.series_instance_uid.in_(seen_images), _counts())
             .group_by(SERIES.c.series_instance_uid)
         )
-        if dict(connection.execute(count).tuples()) != seen_images:
+        if dict(connection.execute(count).all()) != seen_images:
             return None
         return self._add_revision(connection, study, evidence=evidence, outcome=outcome, facts=facts, series=tuple(sorted(seen_images)))
 

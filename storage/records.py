@@ -18,6 +18,8 @@ DeliveryState = Literal["waiting", "sent", "committed", "failed"]  # sent: all t
 CommitmentState = Literal["asking", "waiting", "answered", "unanswered", "refused"]
 SegmentationPer = Literal["model", "finding"]
 RetrieveBy = Literal["move", "get"]
+NoticeKind = Literal["mpps", "ian"]  # Modality Performed Procedure Step, Instance Availability Notification
+NoticeState = Literal["in progress", "completed", "discontinued", "available"]
 ObjectKind = Literal["image", "other"]  # only images make revisions
 STANDARD_OBJECTS = ("seg", "sr")  # what a peer is given of which nothing else is known
 
@@ -380,6 +382,20 @@ class Commitment:
     due_at: datetime | None  # when it counts as unanswered
     answered_at: datetime | None
     error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """What a modality or an archive announced about a study: a performed procedure step, or available instances."""
+
+    sop_instance_uid: str
+    study_instance_uid: str
+    kind: NoticeKind
+    ae_title: str  # who said so
+    state: NoticeState
+    images: Mapping[str, tuple[str, ...]]  # SOP Instance UIDs of those that it names, by Series Instance UID
+    created_at: datetime
+    changed_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)

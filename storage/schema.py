@@ -375,6 +375,21 @@ COMMITMENT_REQUEST = Table(
     Index(None, "peer", "transaction_uid"),
 )
 
+NOTICE = Table(
+    "notice",
+    METADATA,
+    Column("sop_instance_uid", WireText, primary_key=True),
+    Column("study_instance_uid", WireText, primary_key=True),  # a step may be of several
+    Column("kind", Text, nullable=False),
+    Column("ae_title", WireText, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("images", JSON, nullable=False),  # {Series Instance UID: [SOP Instance UID, …]}
+    Column("created_at", UtcTime, nullable=False),
+    Column("changed_at", UtcTime, nullable=False),
+    Index(None, "study_instance_uid"),
+    Index(None, "changed_at"),
+)
+
 FETCHED = Table(
     "fetched",
     METADATA,

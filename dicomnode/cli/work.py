@@ -17,7 +17,7 @@ from dicomnode.config import Settings
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.errors import UsageError
 from storage import Storage
-from storage.records import Backlog, Commitment, CommitmentRequest, Delivery, Job, JobKind, JobState, Revision, Study
+from storage.records import Backlog, Commitment, CommitmentRequest, Delivery, Job, JobKind, JobState, Notice, Revision, Study
 
 study = typer.Typer(no_args_is_help=True, help="Studies: list, show all that is known of one, analyse one again.")
 commitment = typer.Typer(no_args_is_help=True, help="Storage commitment: what peers were asked, and what they ask this node.")
@@ -72,6 +72,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
             return
         analyses = storage.jobs.jobs(study_instance_uid=uid, kind="analyse")
         tables["evident of series"], tables["asked"] = _evidence(storage.index.revisions(uid))
+        tables["announced"] = _announced(storage.notices.of_study(uid))
         tables["why"], tables["considered"] = _selection(analyses)
         tables["findings"], tables["compared with"] = _findings(analyses)
         for name, (rows, columns) in tables.items():
@@ -93,6 +94,12 @@ def _evidence(revisions: Sequence[Revision]) -> tuple[tuple[Sequence[Any], list[
     peers = [{"revision": revision.number, **known} for revision in revisions for known in revision.facts.get("peers", ())]
     columns = ["revision", "series_number", "modality", "images", "numbers", "slices", "stated"]
     return (series, columns), (peers, ["revision", "peer", "state", "instances", "absent", "reason"])
+
+
+def _announced(notices: Sequence[Notice]) -> tuple[Sequence[Any], list[str]]:
+    """A table: what modalities and archives have announced of the study."""
+    rows = [{**dataclasses.asdict(notice), "images": sum(map(len, notice.images.values()))} for notice in notices]
+    return rows, ["kind", "ae_title", "state", "images", "sop_instance_uid", "created_at", "changed_at"]
 
 
 def _selection(jobs: Sequence[Job]) -> tuple[tuple[Sequence[Any], list[str]], tuple[Sequence[Any], list[str]]]:

@@ -21,7 +21,7 @@ from pynetdicom.transport import AddressInformation
 
 from dicomnode.dimse import command as commands
 from dicomnode.dimse.commitment import answered, read_report, read_request, refused
-from dicomnode.dimse.contexts import STORAGE_COMMITMENT
+from dicomnode.dimse.contexts import ANNOUNCEMENTS, STORAGE_COMMITMENT
 from dicomnode.dimse.conversation import RunningQuery
 from dicomnode.dimse.negotiation import USER_IDENTITY, Caller, Grants, UpperLayer, caller_of, loggable, user_identity
 from dicomnode.dimse.pdu import (
@@ -41,18 +41,19 @@ from dicomnode.dimse.pdu import (
     rejection,
     send_abort,
 )
+from dicomnode.dimse.performed import changed, created, refused as notice_refused
 from dicomnode.dimse.querying import is_query
 from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.storing import Store
 from dicomnode.dimse.wire import ConnectionLost, DeadlineMissed, Wire
-from dicomnode.errors import NotAuthorized
+from dicomnode.errors import NotAuthorized, NoticeNotAuthorized
 from dicomnode.logs import get_logger
 
 if TYPE_CHECKING:
     from dicomnode.dimse.listener import Connection, Listener
 
 _MAXIMUM_COMMAND = 16384  # bytes of a command set; the largest that the standard defines has some hundred
-_MAXIMUM_OTHER = 1048576  # bytes of the data set of a request that is neither a C-STORE nor of storage commitment
+_MAXIMUM_OTHER = 1048576  # bytes of the data set of a request that is no C-STORE and names no instances
 
 _log = get_logger(__name__)
 
@@ -89,6 +90,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         self._grants = Grants(stores=False, commits=False)
         self.bind(evt.EVT_N_ACTION, self._asked_to_commit)
         self.bind(evt.EVT_N_EVENT_REPORT, self._reported)
+        self.bind(evt.EVT_N_CREATE, self._announced)
+        self.bind(evt.EVT_N_SET, self._changed)
 
     def serve(self, request: bytes) -> None:
         """Answer the association request, and serve the association to its end."""
@@ -334,8 +337,8 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
             for chunk in self._wire.chunks(size, deadline):
                 store.write(chunk)
         elif self._other is not None and self._other[0] == context_id:
-            commits = self._accepted_cx[context_id].abstract_syntax == STORAGE_COMMITMENT
-            if len(self._other[2]) + size > (self._settings.maximum_commitment_bytes if commits else _MAXIMUM_OTHER):
+            names_instances = self._accepted_cx[context_id].abstract_syntax in {STORAGE_COMMITMENT, *ANNOUNCEMENTS}
+            if len(self._other[2]) + size > (self._settings.maximum_commitment_bytes if names_instances else _MAXIMUM_OTHER):
                 raise Aborted("data set too large", NOT_SPECIFIED)
             for chunk in self._wire.chunks(size, deadline):
                 self._other[2].extend(chunk)
@@ -410,6 +413,22 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         if service is None or not self._grants.commits:
             return refused(NotAuthorized("this AE is not asked to commit to anything")), None
         return answered(lambda: read_report(event, self._calling), service.report), None
+
+    # what modalities and archives announce: likewise
+
+    def _announced(self, event: Any) -> tuple[Dataset, Dataset | None]:
+        """Handle EVT_N_CREATE: a procedure step has begun, or instances are available."""
+        service = self._listener.notices
+        if service is None or not self._grants.stores:
+            return notice_refused(NoticeNotAuthorized("this AE may not announce anything")), None
+        return created(event, self._calling.strip(" "), service.announce)
+
+    def _changed(self, event: Any) -> tuple[Dataset, None]:
+        """Handle EVT_N_SET: a procedure step goes on or has ended."""
+        service = self._listener.notices
+        if service is None or not self._grants.stores:
+            return notice_refused(NoticeNotAuthorized("this AE may not announce anything")), None
+        return changed(event, self._calling.strip(" "), service.change)
 
     # everything else is pynetdicom's
 

@@ -18,10 +18,12 @@ from dicomnode.dimse.contexts import (
     EXCLUDED_TRANSFER_SYNTAXES,
     IMPLEMENTATION_CLASS_UID,
     IMPLEMENTATION_VERSION_NAME,
+    INSTANCE_AVAILABILITY,
     MAXIMUM_CONTEXTS,
     PATIENT_ROOT_FIND,
     PATIENT_ROOT_GET,
     PATIENT_ROOT_MOVE,
+    PERFORMED_PROCEDURE_STEP,
     STORAGE_CLASSES,
     STORAGE_COMMITMENT,
     STUDY_ROOT_FIND,
@@ -37,7 +39,7 @@ from dicomnode.dimse.querying import MAXIMUM_MATCHES, MAXIMUM_RETRIEVED
 from dicomnode.dimse.scp import CHARACTER_SETS
 from dicomnode.dimse.scu import SOP_CLASS_NOT_SUPPORTED, TRANSIENT, WARNINGS
 from dicomnode.dimse.tls import SUITES
-from dicomnode.errors import CommitmentRefused, NodeError, QueryRefused, StoreRefused
+from dicomnode.errors import CommitmentRefused, NodeError, NoticeRefused, QueryRefused, StoreRefused
 from dicomnode.findings import Code
 from dicomnode.version import VERSION
 
@@ -68,6 +70,8 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
             ("Verification", f"`{VERIFICATION}`", "yes", "yes"),
             ("Storage", f"the {len(STORAGE_CLASSES)} below", "yes, in the transfer syntax an object is stored in", "yes"),
             ("Storage Commitment Push Model", f"`{STORAGE_COMMITMENT}`", "yes, of peers registered with `--commits`", "yes"),
+            ("Modality Performed Procedure Step", f"`{PERFORMED_PROCEDURE_STEP}`", "no", "yes"),
+            ("Instance Availability Notification", f"`{INSTANCE_AVAILABILITY}`", "no", "yes"),
             ("Patient Root Query/Retrieve - FIND", f"`{PATIENT_ROOT_FIND}`", "yes", "yes"),
             ("Patient Root Query/Retrieve - MOVE", f"`{PATIENT_ROOT_MOVE}`", "yes", "yes"),
             ("Patient Root Query/Retrieve - GET", f"`{PATIENT_ROOT_GET}`", "yes", "yes"),
@@ -82,6 +86,7 @@ def _lines(settings: Settings, private_codes: Sequence[Code]) -> Iterator[str]:
     yield from _checks(settings.listener)
     yield from _statuses()
     yield from _commitment(settings)
+    yield from _announcements()
     yield from _queries(settings.listener)
     yield from _query_scu()
     yield from retrieve_lines(settings, _table)
@@ -233,6 +238,30 @@ def _commitment(settings: Settings) -> Iterator[str]:
     yield from _table(("Status", "Meaning"), _refusals(CommitmentRefused))
 
 
+def _announcements() -> Iterator[str]:
+    yield "## Modality Performed Procedure Step and Instance Availability Notification: SCP"
+    yield "Both are evidence of what belongs to a study, from peers that may send; they make no study and no analysis. What they name"
+    yield "and the node doesn't hold is waited for, as long as its routes say; then the study is analysed as incomplete, and its reports"
+    yield "say so. They say so, too, of a step that was discontinued, which nothing more is awaited of. While a step is IN PROGRESS its"
+    yield "study waits likewise. Images that are named count where their SOP class is one of kind *image*, and their Instance Availability"
+    yield "(0008,0056) isn't UNAVAILABLE. Success is answered when it is noted for good. Nothing is given back but a SOP Instance UID that"
+    yield "the request lacks. An announcement is forgotten a month after its last change, when others come."
+    yield "Attributes that are read; the others are not kept:"
+    yield from _table(
+        ("Message", "Attributes"),
+        [
+            ("N-CREATE of a step", "Performed Procedure Step Status (IN PROGRESS); Scheduled Step Attributes Sequence: Study Instance UID"),
+            ("N-SET of a step, by the AE that made it", "Performed Procedure Step Status"),
+            ("both", "Performed Series Sequence, with an item when it is COMPLETED: Series Instance UID, Referenced Image Sequence"),
+            (
+                "N-CREATE of a notification",
+                "Study Instance UID; Referenced Series Sequence: Series Instance UID, Referenced SOP Sequence",
+            ),
+        ],
+    )
+    yield from _table(("Status", "Meaning"), _refusals(NoticeRefused))
+
+
 def _queries(listener: ListenerSection) -> Iterator[str]:
     yield "## Query/Retrieve: SCP"
     yield "A peer may ask what the node holds, images and results, unless it is registered with `--no-queries`. Queries are hierarchical"
@@ -308,7 +337,7 @@ def _tables(listener: ListenerSection) -> Iterator[str]:
     yield from _table(("SOP class", "UID", "Kind"), ((row.name, f"`{row.uid}`", row.kind) for row in STORAGE_CLASSES))
     yield "## Transfer syntaxes"
     yield "Each of them for each Storage SOP class; Verification in any of pynetdicom's default ones (Implicit and Explicit VR);"
-    yield "Storage Commitment and Query/Retrieve in Explicit and Implicit VR Little Endian."
+    yield "all other classes that aren't Storage in Explicit and Implicit VR Little Endian."
     offered = offered_syntaxes(accept_deflated=listener.accept_deflated)
     yield from _table(("Transfer syntax", "UID"), ((row.name, f"`{row.uid}`") for row in offered))
     yield "Not accepted:"

@@ -27,6 +27,8 @@ from dicomnode.config import ListenerSection, TlsSection
 from dicomnode.dimse.association import AcceptedAssociation
 from dicomnode.dimse.commitment import CommitmentService
 from dicomnode.dimse.contexts import (
+    ANNOUNCEMENT_SYNTAXES,
+    ANNOUNCEMENTS,
     COMMITMENT_SYNTAXES,
     EXPLICIT_LITTLE_ENDIAN,
     FIND_SYNTAXES,
@@ -52,6 +54,7 @@ from dicomnode.dimse.pdu import (
     pdu_header,
     send_abort,
 )
+from dicomnode.dimse.performed import NoticeService
 from dicomnode.dimse.querying import Holdings, Queries
 from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.storing import Sink
@@ -87,6 +90,7 @@ class Listener:
         released: Callable[[int], None] = lambda _association: None,
         grants: Callable[[str], Grants] = lambda _ae_title: Grants(stores=True, commits=False),
         commitment: CommitmentService | None = None,
+        notices: NoticeService | None = None,
         holdings: Holdings | None = None,
         is_peer: Callable[[str], bool] = lambda _address: False,
         count: Callable[[str], None] = lambda _refusal: None,
@@ -99,13 +103,16 @@ class Listener:
         self.released = released
         self.grants = grants
         self.commitment = commitment
+        self.notices = notices
         self._queries = Queries(holdings) if holdings is not None else None
         self._queries_at_a_time = threading.BoundedSemaphore(settings.maximum_queries)
         self.count = count
         self.numbers = itertools.count(1)
         self.guard = Guard(settings, is_peer)
         self.contexts = _Contexts(
-            [syntax.uid for syntax in offered_syntaxes(accept_deflated=settings.accept_deflated)], queries=holdings is not None
+            [syntax.uid for syntax in offered_syntaxes(accept_deflated=settings.accept_deflated)],
+            queries=holdings is not None,
+            notices=notices is not None,
         )
         self.entity = AE(self.ae_titles[0])
         self.entity.implementation_class_uid = IMPLEMENTATION_CLASS_UID
@@ -202,12 +209,13 @@ class Listener:
 class _Contexts:
     """The presentation contexts that are accepted, each made once and shared by all associations: negotiation only reads them."""
 
-    def __init__(self, syntaxes: list[str], *, queries: bool) -> None:
+    def __init__(self, syntaxes: list[str], *, queries: bool, notices: bool) -> None:
         self._syntaxes = syntaxes
         # For a C-GET, in which the node sends: as the caller takes it, and what most objects can be sent in first.
         self._first_uncompressed = [EXPLICIT_LITTLE_ENDIAN, IMPLICIT_LITTLE_ENDIAN]
         self._first_uncompressed += [syntax for syntax in syntaxes if syntax not in self._first_uncompressed]
         self._queries = {uid: build_context(uid, list(FIND_SYNTAXES)) for uid in QUERY_MODELS} if queries else {}
+        self._notices = {uid: build_context(uid, list(ANNOUNCEMENT_SYNTAXES)) for uid in ANNOUNCEMENTS} if notices else {}
         self._made: dict[str, Any] = {}
         self._verification = build_context(VERIFICATION)
         self._commitment = build_context(STORAGE_COMMITMENT, list(COMMITMENT_SYNTAXES))
@@ -230,6 +238,7 @@ class _Contexts:
         contexts += [self._fetched(uid, grants) for uid in sorted(fetched)]
         if grants.stores:
             contexts += [self._made[uid] for uid in sorted(requested - fetched) if uid in self._made]
+            contexts += [self._notices[uid] for uid in sorted(requested) if uid in self._notices]
         if (grants.stores or grants.commits) and STORAGE_COMMITMENT in requested:
             contexts.append(self._commitment)
         return contexts
