@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,13 +20,15 @@ from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, NoticeEviden
 from dicomnode.first_series import FirstSeries
 from dicomnode.inquiry import Inquiry
 from dicomnode.logs import get_logger
+from dicomnode.results.identity import workitem_uid
 from storage import Storage
-from storage.records import Job, PackageRecord, Priority, Revision, Route, Study
+from storage.records import Job, PackageRecord, Priority, Revision, Route, Study, WorkItem
 from storage.registry import matching
 
 LEASE = "completion"
 SELF_TEST = "DICOMNODE-CHECK"  # AE title of the simulated scanner and PACS of `dicomnode check --send`
 QUIET_SECONDS_WITHOUT_ROUTE = 60.0
+WORKLIST_LABEL = "dicomnode"  # of work items that nobody gave another one
 
 log = get_logger(__name__)
 
@@ -226,7 +228,7 @@ def reanalyse(storage: Storage, client: EngineClient, study: Study) -> list[str]
     """Analyse the study's last revision again with a new run of each package its routes name; return the jobs' keys."""
     routes = _routes_of(storage, study.study_instance_uid)
     with storage.database.writing() as transaction:
-        return _create_jobs(storage, client, transaction, study.study_instance_uid, study.revision, routes)[0]
+        return _create_jobs(storage, client, transaction, study.study_instance_uid, study.revision, routes)
 
 
 def retry(storage: Storage, client: EngineClient, job: Job) -> str:
@@ -240,6 +242,10 @@ def retry(storage: Storage, client: EngineClient, job: Job) -> str:
             return _create(storage, client, transaction, run)
     client.withdraw(job.key)
     with storage.database.writing() as transaction:  # both or neither: a job that says queued and is on no queue would never end
+        if job.kind == "analyse" and job.ended_at is not None:
+            number = storage.workitems.part_from(transaction, job)
+            _add_item(storage, transaction, job, number + 1)
+        storage.workitems.keep_start(transaction, job)
         storage.jobs.requeue(job.key, connection=transaction)
         if job.kind == "deliver" and job.peer is not None:
             storage.backlogs.allow(transaction, job.peer, job.key)
@@ -247,10 +253,11 @@ def retry(storage: Storage, client: EngineClient, job: Job) -> str:
     return job.key
 
 
-def cancel(storage: Storage, client: EngineClient, job: Job) -> None:
-    """Cancel a job: it never starts, or what it makes is discarded."""
-    storage.jobs.finish(job.key, "cancelled", reason_code="cancelled", reason="cancelled by hand")
+def cancel(storage: Storage, client: EngineClient, job: Job, reason: str = "cancelled by hand") -> bool:
+    """Cancel a job: it never starts, or what it makes is discarded. False if it had ended, which stands."""
+    cancelled = storage.jobs.finish(job.key, "cancelled", reason_code="cancelled", reason=reason)
     client.withdraw(job.key)
+    return cancelled
 
 
 def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Priority) -> None:
@@ -278,14 +285,18 @@ def _close(
 ) -> Revision | None:
     packages, missing = _packages_of(storage, routes)
     problems = [f"package {name} is not enabled" for name in missing]
-    outcome = "; ".join([f"{len(packages)} job(s)"] * bool(packages) + problems) or _without_jobs(storage, study)
     with storage.database.writing() as transaction:
+        storage.workitems.lock(transaction, study.study_instance_uid)
+        waiting = storage.workitems.waiting(transaction, study.study_instance_uid)
+        asked = [f"{len(waiting)} work item(s)"] * bool(waiting)
+        outcome = "; ".join([f"{len(packages)} job(s)"] * bool(packages) + asked + problems) or _without_jobs(storage, study)
         revision = storage.index.close_revision(
             transaction, study.study_instance_uid, seen_last_received_at=study.last_received_at, evidence=decision.reason, outcome=outcome,
             facts=as_json(evidence, decision),
         )  # fmt: skip
         if revision is not None:
-            _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, routes)
+            able = [item for item in waiting if _can_begin(storage, transaction, item, study)]
+            _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, routes, able)
     return revision
 
 
@@ -308,35 +319,112 @@ def _packages_of(storage: Storage, routes: Sequence[Route]) -> tuple[list[Packag
 
 
 def _create_jobs(
-    storage: Storage, client: EngineClient, transaction: Any, study_instance_uid: str, revision: int, routes: Sequence[Route]
-) -> tuple[list[str], list[str]]:
-    """One job for each package; routes that name the same one share it, and its results go to the peers of all of them."""
-    packages, missing = _packages_of(storage, routes)
+    storage: Storage,
+    client: EngineClient,
+    transaction: Any,
+    study_instance_uid: str,
+    revision: int,
+    routes: Sequence[Route],
+    waiting: Sequence[WorkItem] = (),
+) -> list[str]:
+    """One job for each package; routes that name the same one share it, and its results go to the peers of all of them.
+
+    A work item that waits stands for the job of its package; where no route names that, or others wait too, it gets a job of its own.
+    """
+    packages, _ = _packages_of(storage, routes)
+    first = {package.name: item for package in packages for item in reversed(waiting) if _names(item, package)}
     keys = []
     for package in packages:
-        mine = [r for r in routes if r.package == package.name and r.version in {None, package.version}]
-        run = _Run(
-            study_instance_uid=study_instance_uid,
-            revision=revision,
-            package=package.name,
-            version=package.version,
-            digest=package.digest,
-            to_ae_titles=tuple(dict.fromkeys(title for route in mine for title in route.to_ae_titles)),
-            report_refusals=any(route.report_refusals for route in mine),
-            objects=_objects(mine),
-            priority=_priority(mine, storage.index.requested_priority(study_instance_uid)),
-        )
-        keys.append(_create(storage, client, transaction, run))
-    return keys, missing
+        run, item = _run(storage, study_instance_uid, revision, package, routes), first.get(package.name)
+        keys.append(_create(storage, client, transaction, run if item is None else _as_asked(run, item, run.priority), item))
+    rest = [item for item in waiting if item not in first.values()]
+    return keys + [_begin(storage, client, transaction, item, revision, routes) for item in rest]
 
 
-def _create(storage: Storage, client: EngineClient, transaction: Any, run: _Run) -> str:
-    """Create and enqueue the next analysis of a revision by a package; return its key."""
-    number = storage.jobs.next_run(run.study_instance_uid, run.revision, run.package)
+def begin(storage: Storage, client: EngineClient, transaction: Any, item: WorkItem, study: Study) -> None:
+    """Create the analysis of a study's last revision that a work item asks for, or end the item with the reason why not.
+
+    In the caller's write transaction, which has locked the work items of the study.
+    """
+    if _can_begin(storage, transaction, item, study):
+        _begin(storage, client, transaction, item, study.revision, _routes_of(storage, study.study_instance_uid))
+
+
+def _begin(storage: Storage, client: EngineClient, transaction: Any, item: WorkItem, revision: int, routes: Sequence[Route]) -> str:
+    package = storage.registry.package(item.package, item.version)
+    assert package is not None  # noqa: S101  _can_begin has looked
+    run = _run(storage, item.study_instance_uid, revision, package, routes)
+    return _create(storage, client, transaction, _as_asked(run, item, "routine"), item)
+
+
+def _can_begin(storage: Storage, transaction: Any, item: WorkItem, study: Study) -> bool:
+    """Whether a work item can have its analysis; else it has ended, with why."""
+    package = storage.registry.package(item.package, item.version)
+    patient_id = item.requested.get("00100020", {}).get("Value", [""])[0]
+    if package is None or package.state != "enabled":
+        reason = f"package {item.package} is not enabled"
+    elif patient_id and study.patient_id and patient_id != study.patient_id:
+        reason = "the study is another patient's than the one that was named"
+    else:
+        return True
+    storage.workitems.end(transaction, item.uid, reason)
+    log.warning("work item ended", sop_instance_uid=item.uid, study_instance_uid=item.study_instance_uid, reason=reason)
+    return False
+
+
+def _names(item: WorkItem, package: PackageRecord) -> bool:
+    return item.package == package.name and item.version in {None, package.version}
+
+
+def _run(storage: Storage, study_instance_uid: str, revision: int, package: PackageRecord, routes: Sequence[Route]) -> _Run:
+    """What the routes that name a package make of its analysis."""
+    mine = [r for r in routes if r.package == package.name and r.version in {None, package.version}]
+    return _Run(
+        study_instance_uid=study_instance_uid,
+        revision=revision,
+        package=package.name,
+        version=package.version,
+        digest=package.digest,
+        to_ae_titles=tuple(dict.fromkeys(title for route in mine for title in route.to_ae_titles)),
+        report_refusals=any(route.report_refusals for route in mine),
+        objects=_objects(mine),
+        priority=_priority(mine, storage.index.requested_priority(study_instance_uid)),
+    )
+
+
+def _as_asked(run: _Run, item: WorkItem, least: Priority) -> _Run:
+    """The run with the work item's priority, or `least` where that is more urgent, and its destinations, where it names any."""
+    return replace(
+        run, priority="stat" if "stat" in {item.priority, least} else "routine", to_ae_titles=item.to_ae_titles or run.to_ae_titles
+    )
+
+
+def _create(storage: Storage, client: EngineClient, transaction: Any, run: _Run, item: WorkItem | None = None) -> str:
+    """Create and enqueue the next analysis of a revision by a package, for a work item or with one of its own; return its key."""
+    storage.workitems.lock(transaction, run.study_instance_uid)
+    number = storage.jobs.next_run(transaction, run.study_instance_uid, run.revision, run.package)
     key = f"analyse/{run.study_instance_uid}/{run.revision}/{run.package}/{number}"
     storage.jobs.create(transaction, key=key, kind="analyse", run=number, **asdict(run))
     client.enqueue(transaction, key, "analyse", run.priority)
+    if item is not None:
+        storage.workitems.begin(transaction, item.uid, key)
+    elif (job := storage.jobs.job(key, connection=transaction)) is not None:
+        _add_item(storage, transaction, job)
     return key
+
+
+def _add_item(storage: Storage, transaction: Any, job: Job, number: int = 1) -> None:
+    """Let the worklist show a job that nobody but a route, or a person here, asked for."""
+    uid = workitem_uid(job.key, job.created_at, number)
+    storage.workitems.add_for(transaction, uid, job, label=f"{job.package} {job.version}", worklist_label=WORKLIST_LABEL)
+
+
+def list_old_jobs(storage: Storage) -> None:
+    """Let the worklist show the analyses that were created before there was one."""
+    while keys := storage.workitems.unlisted_jobs(limit=500):
+        with storage.database.writing() as transaction:
+            for job in filter(None, (storage.jobs.job(key, connection=transaction) for key in keys)):
+                _add_item(storage, transaction, job)
 
 
 def _objects(routes: Sequence[Route]) -> dict[str, tuple[str, ...]]:

@@ -26,6 +26,7 @@ from storage.registry import Registry
 from storage.requests import CommitmentRequests
 from storage.retention import Retention
 from storage.upgrade import is_current, upgrade
+from storage.workitems import WorkItems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Storage:
     fetched: Fetched
     registry: Registry
     jobs: Jobs
+    workitems: WorkItems
     backlogs: Backlogs
     commitments: Commitments
     requests: CommitmentRequests
@@ -97,6 +99,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0, res
         fetched=Fetched(database),
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
+        workitems=WorkItems(database),
         backlogs=Backlogs(database),
         commitments=Commitments(database),
         requests=CommitmentRequests(database),

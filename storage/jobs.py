@@ -72,10 +72,10 @@ class Jobs:
         }
         return self._database.insert_new(connection, JOB, values) is not None
 
-    def job(self, key: str) -> Job | None:
-        """Return the job with this key."""
-        with self._database.reading() as connection:
-            row = connection.execute(select(JOB).where(JOB.c.key == key)).one_or_none()
+    def job(self, key: str, *, connection: Connection | None = None) -> Job | None:
+        """Return the job with this key; with `connection` as the caller's write transaction sees it."""
+        with nullcontext(connection) if connection is not None else self._database.reading() as reading:
+            row = reading.execute(select(JOB).where(JOB.c.key == key)).one_or_none()
         return _job(row) if row else None
 
     def jobs(self, *, study_instance_uid: str | None = None, state: JobState | None = None, kind: JobKind | None = None) -> list[Job]:
@@ -230,13 +230,15 @@ class Jobs:
             failed = update(DELIVERY).where(DELIVERY.c.job_key == key, DELIVERY.c.state == "failed")
             transaction.execute(failed.values(state="waiting", next_at=None, refusals=0))
 
-    def next_run(self, study_instance_uid: str, revision: int, package: str) -> int:
-        """Return the run after the last of this revision and package, whatever its version; 1 if there was none."""
+    def next_run(self, connection: Connection, study_instance_uid: str, revision: int, package: str) -> int:
+        """Return the run after the last of this revision and package, whatever its version; 1 if there was none.
+
+        In the caller's write transaction, which may have created some.
+        """
         statement = select(func.max(JOB.c.run)).where(
             JOB.c.study_instance_uid == study_instance_uid, JOB.c.revision == revision, JOB.c.package == package
         )
-        with self._database.reading() as connection:
-            return (connection.execute(statement).scalar_one() or 0) + 1
+        return (connection.execute(statement).scalar_one() or 0) + 1
 
     def add_results(self, connection: Connection, results: Sequence[Result]) -> None:
         """Add result objects in the caller's write transaction; those whose SOP Instance UID is there stay as they were."""

@@ -38,6 +38,7 @@ from sqlalchemy import (
 from storage.database import Database
 from storage.errors import StorageError
 from storage.schema import INSTANCE, PATIENT, RESULT, SERIES, STUDY, WireText
+from storage.times import moments
 
 Level = Literal["PATIENT", "STUDY", "SERIES", "IMAGE"]
 Attributes = dict[str, str | int | tuple[str, ...] | None]
@@ -101,7 +102,7 @@ class Query:
         Raises:
             BadQuery: a key's value can't be matched.
         """
-        statement = _SELECT[level](_Conditions(self._database, level, keys)).limit(limit).offset(offset)
+        statement = _SELECT[level](self._conditions(level, keys)).limit(limit).offset(offset)
         counted = COUNTED[level] if include is None else COUNTED[level] & set(include)
         with self._database.reading() as connection:
             rows = [dict(row) for row in connection.execute(statement).mappings()]
@@ -115,7 +116,7 @@ class Query:
         Raises:
             BadQuery: a key's value can't be matched.
         """
-        statement = _select_images(_Conditions(self._database, "IMAGE", keys)).limit(limit)
+        statement = _select_images(self._conditions("IMAGE", keys)).limit(limit)
         with self._database.reading() as connection:
             return [
                 Held(
@@ -130,14 +131,22 @@ class Query:
                 for row in connection.execute(statement).mappings()
             ]
 
+    def _conditions(self, level: Level, keys: Mapping[str, str]) -> Conditions:
+        kinds = {keyword: _KIND[keyword] for keyword in MATCHED[level]}
+        return Conditions(self._database, keys, kinds=kinds, compared=_COMPARED)
 
-class _Conditions:
+
+class Conditions:
     """What the keys of a query demand of columns: the same keys are asked of images and of results."""
 
-    def __init__(self, database: Database, level: Level, keys: Mapping[str, str]) -> None:
+    def __init__(
+        self, database: Database, keys: Mapping[str, str], *, kinds: Mapping[str, str], compared: Mapping[str, Any] | None = None
+    ) -> None:
+        """`kinds` says of each key that is matched how, the others are ignored; `compared` where another column is looked at than shown."""
         self._database = database
-        self._keys = {keyword: keys[keyword] for keyword in keys if keyword in MATCHED[level]}
-        self._number = 0
+        self._compared = compared or {}
+        self._kinds = kinds
+        self._keys = {keyword: keys[keyword] for keyword in keys if keyword in kinds}
 
     def on(self, columns: Mapping[str, Any]) -> Iterator[Condition]:
         """Give the conditions on those of the keys that `columns` has."""
@@ -145,10 +154,10 @@ class _Conditions:
             if keyword in self._keys:
                 text = self._keys[keyword].strip(" \0")
                 if text.strip("*"):
-                    yield from self._one(keyword, _COMPARED.get(keyword, column), text)
+                    yield from self._one(keyword, self._compared.get(keyword, column), text)
 
     def _one(self, keyword: str, column: Any, text: str) -> Iterator[Condition]:
-        kind = _KIND[keyword]
+        kind = self._kinds[keyword]
         if kind == "uid":
             yield self._uids(keyword, column, text)
             return
@@ -200,6 +209,15 @@ class _Conditions:
         whole, _, fraction = last.partition(".")
         return self._between(column, first, f"{whole:9<6}.{fraction:9<6}" if last else "")
 
+    def datetime(self, keyword: str, column: Any, value: str) -> Condition:
+        """Single value and range matching of a DT (PS3.4 C.2.2.2.5) against times that are kept as such."""
+        try:
+            first, last = moments(value)
+        except ValueError as error:
+            raise BadQuery(keyword, "is neither a date and time nor a range of them") from error
+        bounds = [column >= first] * (first is not None) + [column <= last] * (last is not None)
+        return and_(*bounds)
+
     def number(self, keyword: str, column: Any, value: str) -> Condition:
         """Single value matching of an IS."""
         if not _NUMBER.fullmatch(value):
@@ -223,12 +241,13 @@ def _condition(condition: Any) -> Condition:
     return condition  # type: ignore[no-any-return]  # it is one
 
 
-_MATCH: Final[Mapping[str, Callable[[_Conditions, str, Any, str], Condition]]] = {
-    "text": _Conditions.text,
-    "name": _Conditions.name,
-    "date": _Conditions.date,
-    "time": _Conditions.time,
-    "number": _Conditions.number,
+_MATCH: Final[Mapping[str, Callable[[Conditions, str, Any, str], Condition]]] = {
+    "text": Conditions.text,
+    "name": Conditions.name,
+    "date": Conditions.date,
+    "time": Conditions.time,
+    "datetime": Conditions.datetime,
+    "number": Conditions.number,
 }
 
 # What can be matched at each level, and how; all of it is returned, too.
@@ -322,7 +341,7 @@ def _labelled(columns: Mapping[str, Any]) -> list[Any]:
     return [column.label(keyword) for keyword, column in columns.items()]
 
 
-def _select_patients(conditions: _Conditions) -> Any:
+def _select_patients(conditions: Conditions) -> Any:
     studies = STUDY.c.patient_row == PATIENT.c.id
     of_study = {keyword: _OF_STUDY[keyword] for keyword in ("PatientBirthDate", "PatientSex")}
     known = [
@@ -333,7 +352,7 @@ def _select_patients(conditions: _Conditions) -> Any:
     return statement.where(has_study, *conditions.on(_OF_PATIENT)).order_by(PATIENT.c.id)
 
 
-def _select_studies(conditions: _Conditions) -> Any:
+def _select_studies(conditions: Conditions) -> Any:
     statement = (
         select(STUDY.c.id.label("_study"), *_labelled(_OF_STUDY)).join_from(STUDY, PATIENT).where(STUDY.c.holds, *conditions.on(_OF_STUDY))
     )
@@ -345,7 +364,7 @@ def _select_studies(conditions: _Conditions) -> Any:
     return statement.order_by(STUDY.c.id)
 
 
-def _select_series(conditions: _Conditions) -> Any:
+def _select_series(conditions: Conditions) -> Any:
     of_study = list(conditions.on(_OF_STUDY))
     study = [STUDY.c.id.label("_study"), *_labelled(_OF_STUDY)]
     received = select(*study, *_labelled(_OF_SERIES)).join_from(STUDY, PATIENT).join(SERIES, SERIES.c.study_row == STUDY.c.id)
@@ -357,7 +376,7 @@ def _select_series(conditions: _Conditions) -> Any:
     return both.order_by("_study", "SeriesNumber", "SeriesInstanceUID")
 
 
-def _select_images(conditions: _Conditions) -> Any:
+def _select_images(conditions: Conditions) -> Any:
     of_study = list(conditions.on(_OF_STUDY))
     images, results = {**_OF_SERIES, **_OF_INSTANCE}, {**_SERIES_OF_RESULT, **_INSTANCE_OF_RESULT}
     study = [STUDY.c.id.label("_study"), *_labelled(_OF_STUDY)]
@@ -372,7 +391,7 @@ def _select_images(conditions: _Conditions) -> Any:
     return both.order_by("_study", "_arrival", "SOPInstanceUID")
 
 
-_SELECT: Final[Mapping[Level, Callable[[_Conditions], Any]]] = {
+_SELECT: Final[Mapping[Level, Callable[[Conditions], Any]]] = {
     "PATIENT": _select_patients,
     "STUDY": _select_studies,
     "SERIES": _select_series,

@@ -20,6 +20,7 @@ SegmentationPer = Literal["model", "finding"]
 RetrieveBy = Literal["move", "get"]
 NoticeKind = Literal["mpps", "ian"]  # Modality Performed Procedure Step, Instance Availability Notification
 NoticeState = Literal["in progress", "completed", "discontinued", "available"]
+ProcedureState = Literal["SCHEDULED", "IN PROGRESS", "COMPLETED", "CANCELED"]  # PS3.4 CC.1.1
 ObjectKind = Literal["image", "other"]  # only images make revisions
 STANDARD_OBJECTS = ("seg", "sr")  # what a peer is given of which nothing else is known
 
@@ -310,6 +311,37 @@ class Job:
         """The key of the job whose results stand for this one, which computed nothing; analyse only."""
         origin: str | None = self.detail.get("carried_over", {}).get("job")
         return origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkItem:
+    """A Unified Procedure Step (PS3.4 annex CC): an analysis that a route or a peer asked for."""
+
+    uid: str
+    study_instance_uid: str
+    requester: str | None  # AE title of the peer that asked for it; None: a route
+    package: str
+    version: str | None  # None: the one that is enabled when it begins
+    priority: Priority
+    to_ae_titles: tuple[str, ...]  # who gets the results by its requester's word; empty: by the routes' word
+    label: str
+    worklist_label: str
+    scheduled_at: datetime
+    created_at: datetime
+    requested: Mapping[str, Any]  # in the DICOM JSON Model, what its requester said of it
+    patient: Mapping[str, str]  # PatientName, PatientID, PatientBirthDate, PatientSex, AccessionNumber
+    requested_procedure_id: str = ""
+    state: ProcedureState = "SCHEDULED"
+    job_key: str | None = None  # None: it waits for the next revision of its study
+    revision: int | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    reason_code: str | None = None
+    reason: str | None = None
+    progress: float | None = None  # 0..1 while it runs
+    cancel: Mapping[str, Any] | None = None  # the last request to cancel it
+    changed_at: datetime | None = None
+    held: bool = False  # whether the node holds objects of its study
 
 
 @dataclass(frozen=True, kw_only=True)

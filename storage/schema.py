@@ -285,6 +285,41 @@ JOB = Table(
     Index(None, "peer", "in_backlog"),
 )
 
+WORKITEM = Table(
+    "workitem",
+    METADATA,
+    Column("uid", Text, primary_key=True),
+    Column("job_key", ForeignKey("job.key")),  # null: it waits for its study
+    Column("study_instance_uid", WireText, nullable=False),
+    Column("requester", Text),
+    Column("package", Text, nullable=False),
+    Column("version", Text),
+    Column("priority", Text, nullable=False),  # that was asked for; a job has its own
+    Column("to_ae_titles", JSON, nullable=False, server_default="[]"),
+    Column("label", WireText, nullable=False),
+    Column("worklist_label", WireText, nullable=False),
+    Column("scheduled_at", UtcTime, nullable=False),
+    Column("created_at", UtcTime, nullable=False),
+    Column("requested", JSON, nullable=False, server_default="{}"),  # what its requester said, in the DICOM JSON Model
+    Column("patient_name", WireText, nullable=False, server_default=""),  # this and what follows: the same, for searches
+    Column("folded_name", WireText, nullable=False, server_default=""),
+    Column("patient_id", WireText, nullable=False, server_default=""),
+    Column("birth_date", WireText, nullable=False, server_default=""),
+    Column("sex", WireText, nullable=False, server_default=""),
+    Column("accession_number", WireText, nullable=False, server_default=""),
+    Column("requested_procedure_id", WireText, nullable=False, server_default=""),
+    Column("cancel", JSON(none_as_null=True)),  # the last request to cancel it
+    Column("cancel_at", UtcTime),
+    Column("started_at", UtcTime),  # where its job doesn't say so any more
+    Column("state", Text),  # this and what follows: how it ended without its job; null: as its job did
+    Column("ended_at", UtcTime),
+    Column("reason_code", Text),
+    Column("reason", Text),
+    Index(None, "job_key"),
+    Index(None, "study_instance_uid"),
+    Index(None, "created_at"),
+)
+
 BACKLOG = Table(
     "backlog",
     METADATA,

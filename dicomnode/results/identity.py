@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from datetime import datetime
 
 from dicomnode.findings import Finding, RunIdentity
 
@@ -80,6 +81,16 @@ def class_tracking_id(identity: RunIdentity, number: int) -> str:
 def device_uid(identity: RunIdentity) -> str:
     """Return the UID of the device that speaks in a report: this version and digest of the package, whatever the study."""
     return _uid(["device", identity.package, identity.version, identity.digest])
+
+
+def workitem_uid(job_key: str, created_at: datetime, number: int = 1) -> str:
+    """Return the UID of the `number`-th work item that stands for a job. The time tells apart nodes that analyse the same study."""
+    return _uid(["workitem", job_key, created_at.isoformat(), str(number)])
+
+
+def requested_workitem_uid(requester: str, request: str) -> str:
+    """Return the UID of a work item whose requester gave it none: the same request again is the same work item."""
+    return _uid(["workitem", requester, request])
 
 
 def _uid(name: list[str]) -> str:

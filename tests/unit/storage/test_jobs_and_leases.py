@@ -183,12 +183,16 @@ def test_an_unknown_job_is_named(storage: Storage) -> None:
 
 
 def test_runs_count_up_per_revision_and_package(storage: Storage, create: Callable[..., bool]) -> None:
-    assert storage.jobs.next_run(STUDY_UID, 1, "lung") == 1
+    def next_run(revision: int) -> int:
+        with storage.database.writing() as connection:
+            return storage.jobs.next_run(connection, STUDY_UID, revision, "lung")
+
+    assert next_run(1) == 1
     create("a")
     create("b", run=2, version="1.1")
     create("c", run=9, package="heart")
-    assert storage.jobs.next_run(STUDY_UID, 1, "lung") == 3
-    assert storage.jobs.next_run(STUDY_UID, 2, "lung") == 1
+    assert next_run(1) == 3
+    assert next_run(2) == 1
 
 
 def test_results_are_kept_once_and_the_first_bytes_stay(storage: Storage, create: Callable[..., bool], stored: Stored) -> None:
