@@ -31,6 +31,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    true,
     union,
     union_all,
 )
@@ -215,8 +216,7 @@ class Conditions:
             first, last = moments(value)
         except ValueError as error:
             raise BadQuery(keyword, "is neither a date and time nor a range of them") from error
-        bounds = [column >= first] * (first is not None) + [column <= last] * (last is not None)
-        return and_(*bounds)
+        return and_(true() if first is None else column >= first, true() if last is None else column <= last)
 
     def number(self, keyword: str, column: Any, value: str) -> Condition:
         """Single value matching of an IS."""

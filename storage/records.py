@@ -323,7 +323,7 @@ class WorkItem:
     package: str
     version: str | None  # None: the one that is enabled when it begins
     priority: Priority
-    to_ae_titles: tuple[str, ...]  # who gets the results by its requester's word; empty: by the routes' word
+    to_ae_titles: tuple[str, ...]  # who gets the results; while it waits by its requester's word, empty: by the routes' word
     label: str
     worklist_label: str
     scheduled_at: datetime
@@ -336,6 +336,7 @@ class WorkItem:
     revision: int | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    outcome: JobState | None = None  # of its job, or its own end without one
     reason_code: str | None = None
     reason: str | None = None
     progress: float | None = None  # 0..1 while it runs

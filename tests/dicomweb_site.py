@@ -21,6 +21,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID
 
 from dicomnode.config import ListenerSection, NodeSection, Settings, TlsSection, WebSection
+from dicomnode.engine import EngineClient
 from dicomnode.web.app import Web
 from pacs import free_port
 from storage import Storage, open_storage, prepare_storage
@@ -33,10 +34,11 @@ RELATED = 'multipart/related; type="application/dicom"; boundary=cut'
 
 @dataclass(frozen=True)
 class Site:
-    """A web role on loopback, what it stores, and a client of it."""
+    """A web role on loopback, what it stores, and clients of it and of the engine, whose tables only `prepare_engine` makes."""
 
     web: Web
     storage: Storage
+    engine: EngineClient
 
     @property
     def url(self) -> str:
@@ -92,12 +94,14 @@ def serving(folder: Path, url: str, *peers: Peer, certificates: TlsSection | Non
         storage.registry.add_peer(peer)
     web_section = WebSection(**({"port": 0} | web))
     tls = certificates if certificates is not None else TlsSection()
-    role = Web(Settings(node=NodeSection(data=folder), listener=ListenerSection(port=0), web=web_section, tls=tls), storage)
+    client = EngineClient(url)
+    role = Web(Settings(node=NodeSection(data=folder), listener=ListenerSection(port=0), web=web_section, tls=tls), storage, client)
     role.start()
     try:
-        yield Site(role, storage)
+        yield Site(role, storage, client)
     finally:
         role.stop(PATIENCE_SECONDS)
+        client.close()
         storage.database.close()
 
 

@@ -241,10 +241,10 @@ def _start_sender(settings: Settings, storage: Storage, client: EngineClient) ->
     return lambda: worker.stop(DRAIN_SECONDS)
 
 
-def _start_web(settings: Settings, storage: Storage, _client: EngineClient) -> Callable[[], bool]:
+def _start_web(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], bool]:
     from dicomnode.web.app import Web
 
-    web = Web(settings, storage)
+    web = Web(settings, storage, client)
     try:
         web.start()
     except OSError as error:

@@ -16,15 +16,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
+from dicomnode.completion import list_old_jobs
 from dicomnode.config import Settings
+from dicomnode.engine import EngineClient
 from dicomnode.errors import ConfigError
 from dicomnode.logs import get_logger
 from dicomnode.reception import Reception
-from dicomnode.web.access import Access
+from dicomnode.web.access import Access, Visitor
 from dicomnode.web.retrieve import Retrieve
 from dicomnode.web.search import Search
 from dicomnode.web.server import WebServer, is_loopback
 from dicomnode.web.store import Store
+from dicomnode.web.workitems import Workitems
 from storage import Storage
 from storage.errors import OutOfSpace, StorageError, Unavailable
 
@@ -36,12 +39,13 @@ _log = get_logger(__name__)
 class Web:
     """The web role from start() to stop()."""
 
-    def __init__(self, settings: Settings, storage: Storage) -> None:
+    def __init__(self, settings: Settings, storage: Storage, client: EngineClient) -> None:
         """Raises ConfigError if it can't be served as it is configured."""
         if settings.web.tls != "off" and settings.tls.certificate is None:
             raise ConfigError("web.tls needs the certificate, key and ca of [tls]")
+        self._storage = storage
         self._reception = Reception(settings.listener, storage)
-        self._server = WebServer(settings.web, settings.tls, application(settings, storage, self._reception))
+        self._server = WebServer(settings.web, settings.tls, application(settings, storage, client, self._reception))
         if settings.web.tls == "off" and not is_loopback(settings.web.host):
             _log.warning("DICOMweb is offered without TLS: passcodes and images can be read on their way", host=settings.web.host)
 
@@ -58,6 +62,7 @@ class Web:
             ConfigError: the TLS files can't be used.
         """
         self._reception.sweep()
+        list_old_jobs(self._storage)
         self._server.start()
         self._reception.start()
 
@@ -67,7 +72,7 @@ class Web:
         self._reception.stop()
 
 
-def application(settings: Settings, storage: Storage, reception: Reception) -> Starlette:
+def application(settings: Settings, storage: Storage, client: EngineClient, reception: Reception) -> Starlette:
     """Return the ASGI application."""
     access = Access(settings, storage.registry)
 
@@ -85,18 +90,22 @@ def application(settings: Settings, storage: Storage, reception: Reception) -> S
     search = Search(settings.web, storage, address_of)
     retrieve = Retrieve(storage, address_of)
     store = Store(settings, reception, address_of)
+    workitems = Workitems(settings, storage, client, address_of)
 
-    async def storing(request: Request) -> Response:
-        visitor = await run_in_threadpool(access.visitor, request)
-        if not visitor.sends:
-            raise HTTPException(403, "This peer may not send to the node.")
-        return await store.store(request, visitor)
+    def sending(handler: Callable[[Request, Visitor], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            visitor = await run_in_threadpool(access.visitor, request)
+            if not visitor.sends:
+                raise HTTPException(403, "This peer may not send to the node.")
+            return await handler(request, visitor)
+
+        return _telling_async(endpoint, reception)
 
     def health(_request: Request) -> Response:
         storage.registry.peers()
         return JSONResponse({"status": "ok"})
 
-    post = _telling_async(storing, reception)
+    post = sending(store.store)
     series = "/studies/{study}/series/{series}"
     instance = f"{series}/instances/{{instance}}"
     routes = [
@@ -118,9 +127,18 @@ def application(settings: Settings, storage: Storage, reception: Reception) -> S
         ),
         Route(f"{instance}/frames/{{frames}}", reading(retrieve.frames), methods=["GET"]),
         Route(f"{instance}/bulkdata/{{value}}", reading(retrieve.bulk_data), methods=["GET"]),
+        Route("/workitems", reading(workitems.search), methods=["GET"]),
+        Route("/workitems", sending(workitems.create), methods=["POST"]),
+        Route("/workitems/{workitem}", reading(workitems.retrieve), methods=["GET"]),
+        Route("/workitems/{workitem}/state", sending(workitems.change_state), methods=["PUT"]),
+        Route("/workitems/{workitem}/cancelrequest", sending(workitems.cancel), methods=["POST"]),
     ]
     cross_origin = Middleware(
-        CORSMiddleware, allow_origins=settings.web.origins, allow_methods=["GET", "POST"], allow_headers=["*"], allow_credentials=True
+        CORSMiddleware,
+        allow_origins=settings.web.origins,
+        allow_methods=["GET", "POST", "PUT"],
+        allow_headers=["*"],
+        allow_credentials=True,
     )
     return Starlette(
         routes=[Route("/health", _telling(health, reception), methods=["GET"]), Mount(ROOT, routes=routes)],

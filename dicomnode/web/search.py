@@ -23,12 +23,10 @@ from dicomnode.web.retrieve import uids_of
 from storage import Storage
 from storage.query import COUNTED, MATCHED, Attributes, BadQuery, Level
 
-_PARAMETERS: Final = frozenset(
-    {"limit", "offset", "fuzzymatching", "includefield", "accept", "emptyvaluematching", "multiplevaluematching"}
-)
+PARAMETERS: Final = frozenset({"limit", "offset", "fuzzymatching", "includefield", "accept", "emptyvaluematching", "multiplevaluematching"})
 # PS3.18 table 10.6.3-5: what is told of an image beside what the index knows, from its header.
 _OF_HEADERS: Final = ("Rows", "Columns", "BitsAllocated", "NumberOfFrames")
-_MAXIMUM_PARAMETERS: Final = 256
+MAXIMUM_PARAMETERS: Final = 256
 _UIDS: Final = {"STUDY": 1, "SERIES": 2, "IMAGE": 3}
 
 
@@ -56,14 +54,14 @@ class Search:
     def _search(self, request: Request, level: Level) -> Response:
         demand_json(request)
         pairs = request.query_params.multi_items()
-        if len(pairs) > _MAXIMUM_PARAMETERS:
-            raise HTTPException(400, f"A search has at most {_MAXIMUM_PARAMETERS} parameters.")
+        if len(pairs) > MAXIMUM_PARAMETERS:
+            raise HTTPException(400, f"A search has at most {MAXIMUM_PARAMETERS} parameters.")
         parameters = dict(pairs)
-        keys, ignored = _keys([pair for pair in pairs if pair[0] not in _PARAMETERS], level)
-        wanted, all_fields = _included(request.query_params.getlist("includefield"))
+        keys, ignored = keys_of([pair for pair in pairs if pair[0] not in PARAMETERS], MATCHED[level])
+        wanted, all_fields = included(request.query_params.getlist("includefield"))
         keys |= uids_of(request)
-        limit = min(_count(parameters, "limit", self._maximum), self._maximum)
-        offset = _count(parameters, "offset", 0)
+        limit = min(count_of(parameters, "limit", self._maximum), self._maximum)
+        offset = count_of(parameters, "offset", 0)
         try:
             found = self._storage.query.find(level, keys, limit=limit + 1, offset=offset)
         except BadQuery as error:
@@ -132,8 +130,8 @@ def _keyword(name: str) -> str:
     return name
 
 
-def _keys(pairs: Iterable[tuple[str, str]], level: Level) -> tuple[dict[str, str], list[str]]:
-    """Return the keys that are matched at this level, and the keywords of those that are not; 400 for what is no key."""
+def keys_of(pairs: Iterable[tuple[str, str]], matched: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the keys that are matched, and the keywords of those that are not; 400 for what is no key."""
     keys: dict[str, str] = {}
     ignored = []
     for name, value in pairs:
@@ -141,20 +139,21 @@ def _keys(pairs: Iterable[tuple[str, str]], level: Level) -> tuple[dict[str, str
         keyword = ".".join(path)
         if keyword in keys or keyword in ignored:
             raise HTTPException(400, f"The search names {keyword} twice.")
-        if keyword in MATCHED[level]:
-            keys[keyword] = value.replace(",", "\\") if dictionary_VR(keyword) == "UI" else value
+        if keyword in matched:
+            keys[keyword] = value.replace(",", "\\") if dictionary_VR(path[-1]) == "UI" else value
         else:
             ignored.append(keyword)
     return keys, ignored
 
 
-def _included(values: Iterable[str]) -> tuple[set[str], bool]:
+def included(values: Iterable[str]) -> tuple[set[str], bool]:
     """Return the keywords of `includefield`, and whether it says all."""
     words = [word.strip() for value in values for word in value.split(",") if word.strip()]
     return {_keyword(word.rpartition(".")[2]) for word in words if word != "all"}, "all" in words
 
 
-def _count(parameters: dict[str, str], name: str, default: int) -> int:
+def count_of(parameters: dict[str, str], name: str, default: int) -> int:
+    """Return the number that a parameter is, or `default` where it is absent; 400 for what is none."""
     text = parameters.get(name)
     if text is None:
         return default
