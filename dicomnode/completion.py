@@ -1,4 +1,4 @@
-"""When is a study complete, which revision is it, which packages apply: closes revisions and enqueues their jobs.
+"""When is a study complete, which revision is it: closes revisions, with the analyses that apply to them.
 
 Runs in every receiver and analyser; a lease in the database lets one of them work at a time. Closing a revision and
 creating its jobs is one transaction (contract 7). Must never read pixels or import torch.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any
 
+from dicomnode.analyses import Run, begin_anew, can_begin, chosen, create, create_analyses, packages_of, routes_of
 from dicomnode.announcements import announced
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient
@@ -20,32 +20,13 @@ from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, NoticeEviden
 from dicomnode.first_series import FirstSeries
 from dicomnode.inquiry import Inquiry
 from dicomnode.logs import get_logger
-from dicomnode.results.identity import workitem_uid
 from storage import Storage
-from storage.records import Job, PackageRecord, Priority, Revision, Route, Study, WorkItem
-from storage.registry import matching
+from storage.records import Job, Priority, Revision, Route, Study
 
 LEASE = "completion"
-SELF_TEST = "DICOMNODE-CHECK"  # AE title of the simulated scanner and PACS of `dicomnode check --send`
 QUIET_SECONDS_WITHOUT_ROUTE = 60.0
-WORKLIST_LABEL = "dicomnode"  # of work items that nobody gave another one
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What an analyse job is created with, but for its number."""
-
-    study_instance_uid: str
-    revision: int
-    package: str
-    version: str
-    digest: str
-    to_ae_titles: tuple[str, ...]
-    report_refusals: bool
-    objects: Mapping[str, tuple[str, ...]]
-    priority: Priority
 
 
 class Seen:
@@ -150,11 +131,11 @@ def close_complete_studies(
     receiving = storage.index.receiving()
     for study in receiving:
         silent = (now - max(study.last_received_at, up_since)).total_seconds()
-        if silent < least or silent < _earliest(rules_of(_chosen(every, seen.first_callers(storage, study)))):
+        if silent < least or silent < _earliest(rules_of(chosen(every, seen.first_callers(storage, study)))):
             closed += _begin(storage, client, study, every, seen, (now, up_since))
             continue  # nothing is read of a study that images still come of, but for series that are complete
         callers, series = seen.of(storage, study)
-        routes = [] if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else _chosen(every, callers)
+        routes = [] if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else chosen(every, callers)
         rules = rules_of(routes)
         asked = {route.completeness_peer for route in routes if route.completeness_peer is not None}
         evidence = Evidence(
@@ -187,12 +168,12 @@ def _begin(
     storage: Storage, client: EngineClient, study: Study, every: Sequence[Route], seen: Seen, times: tuple[datetime, datetime]
 ) -> list[Revision]:
     """Begin revisions of the series of a study that packages can start on while others come, each with its jobs."""
-    if all(route.first_series_seconds is None for route in _chosen(every, seen.first_callers(storage, study))):
+    if all(route.first_series_seconds is None for route in chosen(every, seen.first_callers(storage, study))):
         return []
     callers = storage.index.callers(study.study_instance_uid)
     if storage.fetched.is_mere_prior(study.study_instance_uid, callers):
         return []
-    routes = _chosen(every, callers)
+    routes = chosen(every, callers)
     begun = []
     for start in seen.first_series.starts(study, routes, seen.announced(storage, study), times):
         with storage.database.writing() as transaction:
@@ -201,7 +182,7 @@ def _begin(
                 outcome=f"{len({route.package for route in start.routes})} job(s) while others come", facts=start.facts,
             )  # fmt: skip
             if revision is not None:
-                _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, start.routes)
+                create_analyses(storage, client, transaction, study.study_instance_uid, revision.number, start.routes)
                 begun.append(revision)
         if revision is not None:
             log.info("begun", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=start.evidence)
@@ -226,9 +207,9 @@ def rules_of(routes: Sequence[Route]) -> Rules:
 
 def reanalyse(storage: Storage, client: EngineClient, study: Study) -> list[str]:
     """Analyse the study's last revision again with a new run of each package its routes name; return the jobs' keys."""
-    routes = _routes_of(storage, study.study_instance_uid)
+    routes = routes_of(storage, study.study_instance_uid)
     with storage.database.writing() as transaction:
-        return _create_jobs(storage, client, transaction, study.study_instance_uid, study.revision, routes)
+        return create_analyses(storage, client, transaction, study.study_instance_uid, study.revision, routes)
 
 
 def retry(storage: Storage, client: EngineClient, job: Job) -> str:
@@ -238,14 +219,12 @@ def retry(storage: Storage, client: EngineClient, job: Job) -> str:
     """
     if job.kind == "analyse" and storage.jobs.results(job_key=job.key):
         with storage.database.writing() as transaction:
-            run = _Run(**{field.name: getattr(job, field.name) for field in fields(_Run)})
-            return _create(storage, client, transaction, run)
+            run = Run(**{field.name: getattr(job, field.name) for field in fields(Run)})
+            return create(storage, client, transaction, run)
     client.withdraw(job.key)
     with storage.database.writing() as transaction:  # both or neither: a job that says queued and is on no queue would never end
-        if job.kind == "analyse" and job.ended_at is not None:
-            number = storage.workitems.part_from(transaction, job)
-            _add_item(storage, transaction, job, number + 1)
-        storage.workitems.keep_start(transaction, job)
+        if job.kind == "analyse":
+            begin_anew(storage, transaction, job)
         storage.jobs.requeue(job.key, connection=transaction)
         if job.kind == "deliver" and job.peer is not None:
             storage.backlogs.allow(transaction, job.peer, job.key)
@@ -268,22 +247,10 @@ def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Prior
         retry(storage, client, changed)
 
 
-def _routes_of(storage: Storage, study_instance_uid: str) -> list[Route]:
-    return _chosen(storage.registry.routes(), storage.index.callers(study_instance_uid))
-
-
-def _chosen(routes: Sequence[Route], callers: Collection[tuple[str, str]]) -> list[Route]:
-    """The routes that match who sent a study; for a self-test only its own, so that a phantom never reaches a PACS."""
-    mine = matching(routes, callers)
-    if any(calling == SELF_TEST for calling, _ in callers):
-        return [route for route in mine if route.from_ae_title == SELF_TEST]
-    return mine
-
-
 def _close(
     storage: Storage, client: EngineClient, study: Study, routes: Sequence[Route], evidence: Evidence, decision: Decision
 ) -> Revision | None:
-    packages, missing = _packages_of(storage, routes)
+    packages, missing = packages_of(storage, routes)
     problems = [f"package {name} is not enabled" for name in missing]
     with storage.database.writing() as transaction:
         storage.workitems.lock(transaction, study.study_instance_uid)
@@ -295,8 +262,8 @@ def _close(
             facts=as_json(evidence, decision),
         )  # fmt: skip
         if revision is not None:
-            able = [item for item in waiting if _can_begin(storage, transaction, item, study)]
-            _create_jobs(storage, client, transaction, study.study_instance_uid, revision.number, routes, able)
+            able = [item for item in waiting if can_begin(storage, transaction, item, study)]
+            create_analyses(storage, client, transaction, study.study_instance_uid, revision.number, routes, able)
     return revision
 
 
@@ -304,139 +271,3 @@ def _without_jobs(storage: Storage, study: Study) -> str:
     """Why a study has no jobs that no package or route stands in the way of."""
     callers = storage.index.callers(study.study_instance_uid)
     return "fetched to compare another one with" if storage.fetched.is_mere_prior(study.study_instance_uid, callers) else "no route"
-
-
-def _packages_of(storage: Storage, routes: Sequence[Route]) -> tuple[list[PackageRecord], list[str]]:
-    found: dict[tuple[str, str], PackageRecord] = {}
-    missing = []
-    for route in routes:
-        package = storage.registry.package(route.package, route.version)
-        if package is None or package.state != "enabled":
-            missing.append(route.package)
-        else:
-            found[package.name, package.version] = package
-    return list(found.values()), missing
-
-
-def _create_jobs(
-    storage: Storage,
-    client: EngineClient,
-    transaction: Any,
-    study_instance_uid: str,
-    revision: int,
-    routes: Sequence[Route],
-    waiting: Sequence[WorkItem] = (),
-) -> list[str]:
-    """One job for each package; routes that name the same one share it, and its results go to the peers of all of them.
-
-    A work item that waits stands for the job of its package; where no route names that, or others wait too, it gets a job of its own.
-    """
-    packages, _ = _packages_of(storage, routes)
-    first = {package.name: item for package in packages for item in reversed(waiting) if _names(item, package)}
-    keys = []
-    for package in packages:
-        run, item = _run(storage, study_instance_uid, revision, package, routes), first.get(package.name)
-        keys.append(_create(storage, client, transaction, run if item is None else _as_asked(run, item, run.priority), item))
-    rest = [item for item in waiting if item not in first.values()]
-    return keys + [_begin(storage, client, transaction, item, revision, routes) for item in rest]
-
-
-def begin(storage: Storage, client: EngineClient, transaction: Any, item: WorkItem, study: Study) -> None:
-    """Create the analysis of a study's last revision that a work item asks for, or end the item with the reason why not.
-
-    In the caller's write transaction, which has locked the work items of the study.
-    """
-    if _can_begin(storage, transaction, item, study):
-        _begin(storage, client, transaction, item, study.revision, _routes_of(storage, study.study_instance_uid))
-
-
-def _begin(storage: Storage, client: EngineClient, transaction: Any, item: WorkItem, revision: int, routes: Sequence[Route]) -> str:
-    package = storage.registry.package(item.package, item.version)
-    assert package is not None  # noqa: S101  _can_begin has looked
-    run = _run(storage, item.study_instance_uid, revision, package, routes)
-    return _create(storage, client, transaction, _as_asked(run, item, "routine"), item)
-
-
-def _can_begin(storage: Storage, transaction: Any, item: WorkItem, study: Study) -> bool:
-    """Whether a work item can have its analysis; else it has ended, with why."""
-    package = storage.registry.package(item.package, item.version)
-    patient_id = item.requested.get("00100020", {}).get("Value", [""])[0]
-    if package is None or package.state != "enabled":
-        reason = f"package {item.package} is not enabled"
-    elif patient_id and study.patient_id and patient_id != study.patient_id:
-        reason = "the study is another patient's than the one that was named"
-    else:
-        return True
-    storage.workitems.end(transaction, item.uid, reason)
-    log.warning("work item ended", sop_instance_uid=item.uid, study_instance_uid=item.study_instance_uid, reason=reason)
-    return False
-
-
-def _names(item: WorkItem, package: PackageRecord) -> bool:
-    return item.package == package.name and item.version in {None, package.version}
-
-
-def _run(storage: Storage, study_instance_uid: str, revision: int, package: PackageRecord, routes: Sequence[Route]) -> _Run:
-    """What the routes that name a package make of its analysis."""
-    mine = [r for r in routes if r.package == package.name and r.version in {None, package.version}]
-    return _Run(
-        study_instance_uid=study_instance_uid,
-        revision=revision,
-        package=package.name,
-        version=package.version,
-        digest=package.digest,
-        to_ae_titles=tuple(dict.fromkeys(title for route in mine for title in route.to_ae_titles)),
-        report_refusals=any(route.report_refusals for route in mine),
-        objects=_objects(mine),
-        priority=_priority(mine, storage.index.requested_priority(study_instance_uid)),
-    )
-
-
-def _as_asked(run: _Run, item: WorkItem, least: Priority) -> _Run:
-    """The run with the work item's priority, or `least` where that is more urgent, and its destinations, where it names any."""
-    return replace(
-        run, priority="stat" if "stat" in {item.priority, least} else "routine", to_ae_titles=item.to_ae_titles or run.to_ae_titles
-    )
-
-
-def _create(storage: Storage, client: EngineClient, transaction: Any, run: _Run, item: WorkItem | None = None) -> str:
-    """Create and enqueue the next analysis of a revision by a package, for a work item or with one of its own; return its key."""
-    storage.workitems.lock(transaction, run.study_instance_uid)
-    number = storage.jobs.next_run(transaction, run.study_instance_uid, run.revision, run.package)
-    key = f"analyse/{run.study_instance_uid}/{run.revision}/{run.package}/{number}"
-    storage.jobs.create(transaction, key=key, kind="analyse", run=number, **asdict(run))
-    client.enqueue(transaction, key, "analyse", run.priority)
-    if item is not None:
-        storage.workitems.begin(transaction, item.uid, key)
-    elif (job := storage.jobs.job(key, connection=transaction)) is not None:
-        _add_item(storage, transaction, job)
-    return key
-
-
-def _add_item(storage: Storage, transaction: Any, job: Job, number: int = 1) -> None:
-    """Let the worklist show a job that nobody but a route, or a person here, asked for."""
-    uid = workitem_uid(job.key, job.created_at, number)
-    storage.workitems.add_for(transaction, uid, job, label=f"{job.package} {job.version}", worklist_label=WORKLIST_LABEL)
-
-
-def list_old_jobs(storage: Storage) -> None:
-    """Let the worklist show the analyses that were created before there was one."""
-    while keys := storage.workitems.unlisted_jobs(limit=500):
-        with storage.database.writing() as transaction:
-            for job in filter(None, (storage.jobs.job(key, connection=transaction) for key in keys)):
-                _add_item(storage, transaction, job)
-
-
-def _objects(routes: Sequence[Route]) -> dict[str, tuple[str, ...]]:
-    """What routes give to peers in place of their display profiles: of several the first by its name counts."""
-    given: dict[str, tuple[str, ...]] = {}
-    for route in sorted(routes, key=lambda route: route.name):
-        for peer in route.to_ae_titles if route.objects is not None else ():
-            given.setdefault(peer, route.objects or ())
-    return given
-
-
-def _priority(routes: Sequence[Route], requested: Priority) -> Priority:
-    """A route's own priority counts before the one that the images ask for; of several the more urgent."""
-    asked = {route.priority for route in routes if route.priority is not None} or {requested}
-    return "stat" if "stat" in asked else "routine"

@@ -1,6 +1,6 @@
 """What a peer may ask of the worklist: an analysis of a study that is here or will come, and that one be cancelled.
 
-A work item is begun by `completion`, on the same path as what routes ask for. Must never begin one twice.
+A work item is begun on the same path as what routes ask for (`analyses`). Must never begin one twice.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dicomnode.completion import begin, cancel
+from dicomnode.analyses import begin_item
+from dicomnode.completion import cancel
 from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
 from storage import Storage
@@ -28,7 +29,7 @@ def schedule(storage: Storage, client: EngineClient, item: WorkItem) -> bool:
             return False
         study = storage.index.study(item.study_instance_uid)
         if study is not None and study.state == "closed" and study.revision > 0 and study.holds:
-            begin(storage, client, transaction, item, study)
+            begin_item(storage, client, transaction, item, study)
     log.info(
         "work item created", sop_instance_uid=item.uid, study_instance_uid=item.study_instance_uid, peer=item.requester,
         package=item.package,

@@ -333,6 +333,7 @@ class WorkItem:
     requested_procedure_id: str = ""
     state: ProcedureState = "SCHEDULED"
     job_key: str | None = None  # None: it waits for the next revision of its study
+    parted: bool = False  # it ended otherwise than its job, which goes on as another work item
     revision: int | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None

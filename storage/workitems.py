@@ -233,6 +233,7 @@ def _item(row: Row[Any]) -> WorkItem:
         requested_procedure_id=row.requested_procedure_id,
         state=state,
         job_key=row.job_key,
+        parted=own,
         revision=row.revision,
         started_at=row.begun_at,
         outcome=row.outcome,

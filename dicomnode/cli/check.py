@@ -17,8 +17,8 @@ from typing import Annotated
 
 import typer
 
+from dicomnode.analyses import SELF_TEST
 from dicomnode.cli.terminal import ConfigOption, JsonOption, opened, show
-from dicomnode.completion import SELF_TEST
 from dicomnode.config import ListenerSection, Settings
 from dicomnode.errors import NodeError
 from storage import Storage

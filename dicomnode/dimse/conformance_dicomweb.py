@@ -17,6 +17,36 @@ SERVICES = (
     ("Retrieve bulk data", "`…/bulkdata/…`, as metadata name it", "application/octet-stream, alone or in parts"),
     ("Store", "POST to `/studies` and `/studies/{study}`", "multipart/related of application/dicom; the answer is application/dicom+json"),
 )
+WORKLIST = (
+    ("Search", "GET `/workitems`", "200, 204 without matches, 206 with the first of more, 400"),
+    ("Retrieve", "GET `/workitems/{workitem}`", "200, 400, 404"),
+    ("Create", "POST `/workitems?{workitem}`", "201, 400, 409 where the UID is in use, 413, 415"),
+    ("Request Cancellation", "POST `/workitems/{workitem}/cancelrequest`", "202, 400, 404, 409 where it is COMPLETED"),
+    (
+        "Change State",
+        "PUT `/workitems/{workitem}/state`",
+        "refused: 403 while it is SCHEDULED, else 409; 200 where it has ended so already; 400, 404",
+    ),
+)
+STATES = (
+    ("SCHEDULED", "the job waits for an analyser, or the work item for its study: Input Readiness State is READY or UNREADY"),
+    ("IN PROGRESS", "the job runs, or waits for its next try"),
+    ("COMPLETED", "the job is done and its results can be retrieved; whether they were sent is no part of it"),
+    (
+        "CANCELED",
+        "the job was refused (110522, DCM), failed (110501, DCM), each with a second code (99DICOMNODE), or cancelled (110513, DCM)",
+    ),
+)
+ASKED = (
+    ("Study Instance UID, else that of the Input Information, else of the Referenced Request", "one study, all of whose series count"),
+    ("Scheduled Workitem Code of scheme 99DICOMNODE, or the processing parameter (111001, DCM) as TEXT", "the name of an enabled package"),
+    ("the processing parameter (111003, DCM) as TEXT", "its version; without it the one that is enabled when the work begins"),
+    ("Scheduled Station Name Code", "if it is there, one of the node's AE titles, in any scheme"),
+    ("Scheduled Procedure Step Priority", "HIGH is urgent, MEDIUM and LOW are routine and shown as MEDIUM"),
+    ("Output Destination, DICOM Storage", "AE titles of peers that receive results; without it those that routes name for the package"),
+    ("Patient ID", "compared with the study's: the work item ends CANCELED if both are there and differ"),
+    ("Start Date Time, Expiration Date Time, Input Readiness State", "shown again and not waited for"),
+)
 FAILURES = (
     ("0122", "the SOP class is none of those below"),
     ("C122", "the transfer syntax is none of those below"),
@@ -48,6 +78,7 @@ def dicomweb_lines(web: WebSection, table: Callable[[tuple[str, ...], Iterable[t
     yield f"Warning header. One answer has up to {web.maximum_matches} matches."
     yield "An instance that is stored takes the way of C-STORE, with the same checks. Its calling AE title is that of the peer."
     yield from table(("Failure Reason (0008,1197)", "When"), FAILURES)
+    yield from _worklist_lines(table)
     yield "Callers are registered peers by HTTP Basic authentication or by certificate; without either only who is on the same machine."
     yield "## DICOMweb: user agent"
     yield "Results go by STOW-RS to peers that are registered with `--stow`: a request for each object, as it is stored. What is refused by"
@@ -55,3 +86,21 @@ def dicomweb_lines(web: WebSection, table: Callable[[tuple[str, ...], Iterable[t
     yield "Comprehensive SR, a BINARY segmentation), but never in Implicit VR. An object counts as sent when the answer names it as stored;"
     yield "such a peer isn't asked to commit."
     yield from table(("Answer", "Outcome"), OUTCOMES)
+
+
+def _worklist_lines(table: Callable[[tuple[str, ...], Iterable[tuple[str, ...]]], Iterator[str]]) -> Iterator[str]:
+    yield "### Worklist service (UPS-RS, PS3.18 chapter 11)"
+    yield "Each analysis is a Unified Procedure Step, whether a route or a peer asked for it; the node performs all of them itself. Work"
+    yield "items are given and taken as application/dicom+json. Update Workitem and subscriptions are not offered (404, 405): who watches a"
+    yield "work item asks for it again. Work items are never deleted, so there is no 410. What is refused says why in a Warning header."
+    yield from table(("Transaction", "Resource", "Status codes"), WORKLIST)
+    yield from table(("Procedure Step State", "When"), STATES)
+    yield "A state that is final stays: an analysis that is done again is another work item. A work item that waits is begun when the next"
+    yield "revision of its study is closed, and then stands for the job of a route that names its package; of a study that is held and"
+    yield "closed it is begun at once. Without a UID in the address or the data set its UID derives from the request, so the same request"
+    yield "again is 409."
+    yield "Search matches UID, state, priority, labels, Start Date Time, Input Readiness State, package (Scheduled Workitem Code"
+    yield "Sequence.Code Value), station, patient, study, accession number and Requested Procedure ID. Input Information and the performed"
+    yield "procedure are searched for with `includefield` and always retrieved. Who may query the node may search and retrieve; who may"
+    yield "send to it may create and cancel."
+    yield from table(("Of what is created", "Meaning"), ASKED)

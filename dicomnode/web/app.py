@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
-from dicomnode.completion import list_old_jobs
+from dicomnode.analyses import list_old_jobs
 from dicomnode.config import Settings
 from dicomnode.engine import EngineClient
 from dicomnode.errors import ConfigError

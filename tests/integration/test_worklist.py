@@ -15,8 +15,9 @@ import pytest
 from dimse_cases import a_dataset
 from test_dicomweb_access import a_peer, basic
 
+from dicomnode.analyses import list_old_jobs
 from dicomnode.analysis.package import digest_of
-from dicomnode.completion import cancel, close_complete_studies, list_old_jobs, retry
+from dicomnode.completion import cancel, close_complete_studies, retry
 from dicomnode.config import Settings
 from dicomnode.engine import prepare_engine
 from dicomnode.phantoms.studies import write_check_study
