@@ -177,6 +177,7 @@ def _begin(
     begun = []
     for start in seen.first_series.starts(study, routes, seen.announced(storage, study), times):
         with storage.database.writing() as transaction:
+            storage.workitems.lock(transaction, study.study_instance_uid)
             revision = storage.index.begin_revision(
                 transaction, study.study_instance_uid, seen_images=start.images, evidence=start.evidence,
                 outcome=f"{len({route.package for route in start.routes})} job(s) while others come", facts=start.facts,
