@@ -164,7 +164,7 @@ def _stored_files(storage: Storage, studies: Sequence[str], results_of: str | No
         package, version = name_and_version(results_of)
         for job in sorted(storage.jobs.jobs(kind="analyse", state="done"), key=lambda job: job.created_at):
             uid = job.study_instance_uid
-            if job.package == package and version in (None, job.version) and (not studies or uid in studies):
+            if job.carried_from is None and job.package == package and version in (None, job.version) and (not studies or uid in studies):
                 made = [each for each in storage.jobs.results(job_key=job.key) if each.sop_class_uid == SEGMENTATION_STORAGE]
                 results[uid] = [storage.objects.path(each.stored.object_id) for each in made]
         results = {uid: files for uid, files in results.items() if files or missing == "absent"}

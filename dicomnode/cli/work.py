@@ -136,6 +136,8 @@ def study_reanalyse(uid: str, config: ConfigOption = None) -> None:
         found = _known_study(storage, uid)
         if found.revision == 0:
             raise UsageError("the study has no closed revision yet: it is analysed when it is complete")
+        if storage.index.revisions(uid)[-1].stays_open:
+            raise UsageError("the study is still being received: it is analysed as a whole when it is complete")
         if not found.holds:
             raise UsageError(f"its objects were removed: {found.removed_why}; send the study again to have it analysed")
         keys = reanalyse(storage, client, found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
+from pynetdicom.dimse_primitives import N_CREATE
 from raw_dicom import Image, association, association_request
+from sqlalchemy import text
 from stub_package import enable_stub_package
 
 from dicomnode.cli import run
@@ -290,3 +294,46 @@ def test_more_instances_than_a_message_may_name_are_refused_before_they_are_read
     monkeypatch.setattr("dicomnode.dimse.performed.MOST_REFERENCES", 3)
     assert ward.create(begun(PerformedSeriesSequence=performed({"1.2": ["1.1", "1.2", "1.3"]})), generate_uid()).Status == 0x0213
     assert ward.storage.notices.of_study(STUDY) == []
+
+
+def raw_create(ward: Ward, context: str, information: bytes, sop_class: str = MPPS) -> int:
+    """Send an N-CREATE request with these bytes on a context; return the status of the answer."""
+    peer = associate(ward.receiver.port, [(context, EXPLICIT)])
+    request = N_CREATE()
+    request.MessageID = 1
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = sop_class, generate_uid()
+    request.AttributeList = BytesIO(information)
+    peer._reactor_checkpoint.clear()
+    while not peer._is_paused:
+        threading.Event().wait(0.001)
+    peer.dimse.send_msg(request, peer.accepted_contexts[0].context_id)
+    _, response = peer.dimse.get_msg(block=True)
+    peer._reactor_checkpoint.set()
+    peer.release()
+    return int(response.Status)
+
+
+def test_a_malformed_data_set_and_a_message_outside_its_context_are_refused(ward: Ward) -> None:
+    data = encoded(begun(PerformedSeriesSequence=performed({"1.2": ["1.1"]})))
+    assert raw_create(ward, MPPS, data[: len(data) // 2]) in {0x0106, 0x0120}
+    assert raw_create(ward, MPPS, b"\xff" * 40) in {0x0106, 0x0120}
+    assert raw_create(ward, CT, data) == 0x0124
+    assert raw_create(ward, IAN, data) == 0x0124
+    assert ward.storage.notices.of_study(STUDY) == []
+    assert raw_create(ward, MPPS, data) == 0
+
+
+def test_a_failure_of_the_node_is_told_so_that_the_peer_sends_again(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> bool:
+        raise OSError("no space")
+
+    monkeypatch.setattr(ward.storage.notices, "create", broken)
+    assert ward.create(begun(), generate_uid()).Status == 0x0110
+
+
+def test_what_has_not_changed_for_a_month_is_forgotten(ward: Ward) -> None:
+    assert ward.create(begun(), "1.2.3").Status == 0
+    with ward.storage.database.writing() as connection:
+        connection.execute(text("UPDATE notice SET changed_at = :then"), {"then": "2020-01-01 00:00:00+00:00"})
+    assert ward.create(begun(), "1.2.4").Status == 0
+    assert [notice.sop_instance_uid for notice in ward.storage.notices.of_study(STUDY)] == ["1.2.4"]

@@ -24,6 +24,7 @@ from dicomnode.results.decoding import comments_of
 from storage.records import Job, Revision
 
 sys.path.insert(0, str(Path(__file__).parent))
+import test_prefetch
 from test_priors import BEFORE, Node, named, predecessors, true_findings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "dicomnode"))
@@ -137,11 +138,11 @@ def test_a_result_stands_only_for_the_same_package_peers_and_earlier_study_and_o
 ) -> None:
     late = iter(thick)
 
-    def next_revision() -> Job:
-        """The job of a revision with one more image, of a series that has too few."""
+    def next_revision(stated: int | None = None) -> Job:
+        """The job of a revision with one more image, of a series whose slices are too thick."""
         ward.study = "2.25.4711"
-        ward.receive([next(late)])
-        ward.look(600)
+        ward.receive([next(late)], stated=stated)
+        ward.look(6000)
         return ward.end()
 
     first = ward.work(thin)
@@ -158,6 +159,17 @@ def test_a_result_stands_only_for_the_same_package_peers_and_earlier_study_and_o
     third = next_revision()
     assert (third.carried_from, third.detail["comparison"]["date"]) == (None, "20260101")
     assert next_revision().carried_from == third.key
+
+    assert next_revision(stated=500).carried_from == third.key  # of the other series nearly all is absent, and that revision says so
+    assert ward.storage.index.revisions(ward.study)[-1].incomplete
+    named = {str(pydicom.dcmread(thin[0]).SeriesInstanceUID): ["2.25.99"]}
+    assert ward.storage.notices.create(
+        "2.25.1", kind="ian", ae_title="PACS", state="available", studies=[ward.study], images=named
+    )  # fmt: skip
+    told = next_revision()  # of this one too, as is known now: that has to be said
+    assert (told.state, told.carried_from) == ("done", None)
+    assert any("PACS names 1 image(s) that aren't here" in comment for comment in comments_of(ward.reports(told)[0]))
+    assert next_revision().carried_from == told.key
 
     reanalyse(ward.storage, ward.client, ward.known())
     fourth = ward.end()
@@ -215,3 +227,37 @@ def test_a_job_waits_for_the_one_that_may_be_at_the_same_and_an_urgent_one_for_n
     urgent = ward.storage.jobs.job(sixth.key)
     assert urgent is not None
     assert (urgent.state, urgent.carried_from) == ("done", None)
+
+
+TWO_INPUTS = """
+[[inputs]]
+name = "thin"
+modality = "CT"
+sop_classes = ["1.2.840.10008.5.1.4.1.1.2"]
+slice_spacing_mm = [0.4, 2.5]
+[[inputs]]
+name = "thick"
+modality = "CT"
+sop_classes = ["1.2.840.10008.5.1.4.1.1.2"]
+slice_spacing_mm = [3.0, 5.5]
+optional = {optional}
+"""
+
+
+@pytest.mark.parametrize("optional", ["false", "true"])
+def test_a_package_of_several_series_starts_when_all_of_them_are_complete(
+    tmp_path: Path, thin: list[Path], thick: list[Path], monkeypatch: pytest.MonkeyPatch, optional: str
+) -> None:
+    head, rest = MANIFEST.split("[input]")
+    two = head + TWO_INPUTS.format(optional=optional) + rest[rest.index("[preprocessing]") :]
+    monkeypatch.setattr(test_prefetch, "MANIFEST", two)
+    ward = Ward(tmp_path)
+    ward.receive(thin, stated=len(thin))
+    assert ward.look(FIRST_SERIES) == []
+    ward.receive(thick[:-1], stated=len(thick))
+    assert ward.look(FIRST_SERIES) == []
+    ward.receive(thick[-1:], stated=len(thick))
+    (begun,) = ward.look(FIRST_SERIES)
+    assert len(begun.series or ()) == 2
+    ward.client.close()
+    ward.storage.database.close()

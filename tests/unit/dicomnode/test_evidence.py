@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -16,15 +17,19 @@ from dicomnode.evidence import (
     Acquisition,
     Decision,
     Evidence,
+    NamedSeries,
+    NoticeEvidence,
     PeerEvidence,
     Rules,
     SeriesEvidence,
     as_json,
+    complete_by_itself,
     decide,
+    notice_evidence,
     order_of_numbers,
     series_evidence,
 )
-from storage.records import Plane
+from storage.records import Notice, Plane
 
 AXIAL, SAGITTAL, CORONAL = "1 0 0 0 1 0", "0 1 0 0 0 -1", "1 0 0 0 0 -1"
 
@@ -157,9 +162,17 @@ def test_several_acquisitions_in_a_series_are_counted_apart():
     assert only(planes).contradiction == "series 2: 20 of 30 images of acquisition 2"
 
 
-def study(planes: list[Plane] | None = None, *, silent: float, released: bool = True, peers: tuple[PeerEvidence, ...] = ()) -> Evidence:
+def study(
+    planes: list[Plane] | None = None,
+    *,
+    silent: float,
+    released: bool = True,
+    peers: tuple[PeerEvidence, ...] = (),
+    notices: tuple[NoticeEvidence, ...] = (),
+) -> Evidence:
     planes = counted(10, None) if planes is None else planes
-    return Evidence(images=len(planes), released=released, silent_seconds=silent, series=series_evidence(planes), peers=peers)
+    series = series_evidence(planes)
+    return Evidence(images=len(planes), released=released, silent_seconds=silent, series=series, peers=peers, notices=notices)
 
 
 GAP = stack([1, 2, 3, 5, 6])
@@ -168,6 +181,12 @@ HOLDS_MORE = PeerEvidence(peer="PACS", state="answered", instances=12, absent=2)
 ASKED = PeerEvidence(peer="PACS", state="asked")
 UNKNOWN = PeerEvidence(peer="PACS", state="unknown")
 SILENT = PeerEvidence(peer="PACS", state="silent", reason="it cannot be reached")
+PROGRESS = NoticeEvidence(kind="mpps", ae_title="CT1", state="in progress", series=())
+WHOLE_STEP = NoticeEvidence(
+    kind="mpps", ae_title="CT1", state="completed", series=(NamedSeries(series_instance_uid="1.2", images=10, absent=0),)
+)
+SHORT_STEP = replace(WHOLE_STEP, series=(NamedSeries(series_instance_uid="1.2", images=12, absent=2),))
+CUT_OFF = replace(WHOLE_STEP, state="discontinued")
 RULES = Rules(quiet_seconds=30)
 EARLY = Rules(quiet_seconds=30, early=True)
 
@@ -213,6 +232,19 @@ EARLY = Rules(quiet_seconds=30, early=True)
         (study(counted(9, 9), silent=2, peers=(SILENT,)), EARLY, False, "not quiet for 30 s yet"),
         (study(counted(9, 9) + counted(4, None, series="1.3"), silent=20), EARLY, False, "not quiet for 30 s yet"),
         (study(silent=20), EARLY, False, "not quiet for 30 s yet"),  # that nothing is absent from the middle proves nothing
+        # what was announced
+        (study(silent=149, notices=(PROGRESS,)), RULES, False, "incomplete: CT1 has not ended its procedure step"),
+        (study(silent=150, notices=(PROGRESS,)), RULES, True, "incomplete: CT1 has not ended its procedure step; quiet for 150 s"),
+        (study(silent=149, notices=(SHORT_STEP,)), EARLY, False, "incomplete: CT1 names 2 image(s) that aren't here"),
+        (study(silent=30, notices=(WHOLE_STEP,)), RULES, True, "association released and quiet for 30 s"),
+        (study(silent=2, notices=(WHOLE_STEP,)), EARLY, True, "association released and all 10 image(s) that CT1 names are here"),
+        (study(silent=2, notices=(WHOLE_STEP, PROGRESS)), EARLY, False, "incomplete: CT1 has not ended its procedure step"),
+        (study(counted(11, None), silent=20, notices=(WHOLE_STEP,)), EARLY, False, "not quiet for 30 s yet"),  # more came than it names
+        (study(counted(10, None) + counted(4, None, series="1.3"), silent=20, notices=(WHOLE_STEP,)), EARLY, False,
+         "not quiet for 30 s yet"),
+        (study(silent=29, notices=(CUT_OFF,)), RULES, False, "not quiet for 30 s yet"),
+        (study(silent=30, notices=(CUT_OFF,)), RULES, True,
+         "incomplete: CT1 discontinued its procedure step; association released and quiet for 30 s"),
         (study(silent=1, peers=(HOLDS_ALL,)), Rules(quiet_seconds=1, early=True), True,
          "association released and PACS holds no image that isn't here"),
     ],
@@ -221,6 +253,32 @@ def test_when_a_study_closes_and_why(evidence, rules, closes, reason):
     decision = decide(evidence, rules)
     assert (decision.closes, decision.reason) == (closes, reason)
     assert bool(decision.incomplete) == reason.startswith("incomplete")
+
+
+def test_a_series_is_complete_by_itself_by_what_it_states_what_was_announced_or_its_order_and_quiet():
+    even, counted_, films = only(stack(range(1, 11))), only(counted(9, 9)), only([plane(n) for n in (1, 2, 3, 4)])
+    for series in (even, counted_, films):
+        assert complete_by_itself(series, 1.9, 5) is None
+    assert complete_by_itself(counted_, 2, 5) == "series 2 has as many images as it states"
+    assert complete_by_itself(even, 4.9, 5) is None
+    assert complete_by_itself(even, 5, 5) == "neither the numbers nor the slices of series 2 have a gap, and it was quiet for 5 s"
+    assert complete_by_itself(even, 2, 5, [PROGRESS, WHOLE_STEP]) == "series 2 has the 10 image(s) that CT1 names"
+    assert complete_by_itself(even, 2, 5, [SHORT_STEP]) is None
+    for series in (films, only(GAP), only(counted(5, 9))):
+        assert complete_by_itself(series, 1e6, 5) is None
+
+
+def test_what_an_archive_announces_is_put_together_and_steps_are_kept_apart():
+    def a_notice(uid: str, kind: Any, images: dict[str, tuple[str, ...]]) -> Notice:
+        now = datetime(2026, 1, 1, tzinfo=UTC)
+        return Notice(sop_instance_uid=uid, study_instance_uid="1", kind=kind, ae_title="A", state="available", images=images,
+                      created_at=now, changed_at=now)  # fmt: skip
+
+    parts = [a_notice("1", "ian", {"1.2": ("a", "b")}), a_notice("2", "ian", {"1.2": ("b", "c"), "1.3": ("d",)})]
+    (together,) = notice_evidence(parts, {"c"})
+    assert [(s.series_instance_uid, s.images, s.absent) for s in together.series] == [("1.2", 3, 1), ("1.3", 1, 0)]
+    assert together.contradiction == "A names 1 image(s) that aren't here"
+    assert len(notice_evidence([a_notice("1", "mpps", {}), a_notice("2", "mpps", {})], ())) == 2
 
 
 def every_case() -> list[tuple[Evidence, Rules]]:
