@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import sqlalchemy
+from dimse_cases import closing_connections
 
 from pacs import Node, Orthanc, logs_kept, orthanc as run_orthanc
 from postgres import postgres_cluster, postgres_programs
@@ -35,6 +37,17 @@ def logs_restored() -> Iterator[None]:
     """Undo what a command that ran in this process did to the logs: it sends them to a standard error that is only the test's."""
     with logs_kept():
         yield
+
+
+@pytest.fixture
+def calm_network_library() -> Iterator[None]:
+    """For tests that want refusals and broken connections: pynetdicom logs them as errors and leaves sockets open after them."""
+    logger = logging.getLogger("pynetdicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    with closing_connections():
+        yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dimse_cases import closing_connections
 from lying_pacs import lying_pacs
 from waiting_results import AET, Waiting, held
 
@@ -22,19 +20,10 @@ from dicomnode.delivery import Sender
 from pacs import wait_until
 from storage.records import Backlog, Job
 
+pytestmark = pytest.mark.usefixtures("calm_network_library")
+
 DAY = (30, 60, 300, 900, 1800, *[3600] * 25)
 DIVIDED = tuple(seconds / 3600 for seconds in (*DAY, *[3600] * 600))  # a slow machine needs more of its last wait
-
-
-@pytest.fixture(autouse=True)
-def _calm_network_library() -> Iterator[None]:
-    """pynetdicom logs broken connections as errors and leaves sockets open after them; here they are wanted."""
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
 
 
 class Desk(Waiting):

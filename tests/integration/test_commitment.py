@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dimse_cases import CT, EXPLICIT, a_dataset, closing_connections, encoded, received
+from dimse_cases import CT, EXPLICIT, a_dataset, encoded, received
 from lying_pacs import (
     COMMITMENT,
     LyingPacs,
@@ -42,19 +41,10 @@ from storage.records import Delivery, Job, Peer, Result
 sys.path.insert(0, str(Path(__file__).parent))
 from test_engine import STUDY, Bench
 
+pytestmark = pytest.mark.usefixtures("calm_network_library")
+
 KEY = f"deliver/{STUDY}/1/stub/1/PACS"
 GENEROUS = 120.0
-
-
-@pytest.fixture(autouse=True)
-def _calm_network_library() -> Iterator[None]:
-    """pynetdicom logs broken connections as errors and leaves sockets open after them; here they are wanted."""
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
 
 
 class Tickets(EngineClient):

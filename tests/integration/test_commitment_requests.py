@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dimse_cases import CT, EXPLICIT, a_dataset, associate, closing_connections, encoded, keep_connection, store
+from dimse_cases import CT, EXPLICIT, a_dataset, associate, encoded, keep_connection, store
 from lying_pacs import COMMITMENT, PATIENCE, WELL_KNOWN
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
@@ -29,18 +28,9 @@ from dicomnode.retention import forget_commitments
 from storage import Storage, open_storage, prepare_storage
 from storage.records import CommitmentRequest, Peer
 
+pytestmark = pytest.mark.usefixtures("calm_network_library")
+
 MR = "1.2.840.10008.5.1.4.1.1.4"
-
-
-@pytest.fixture(autouse=True)
-def _calm_network_library() -> Iterator[None]:
-    """pynetdicom logs broken connections as errors and leaves sockets open after them; here they are wanted."""
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
 
 
 @dataclass(frozen=True, kw_only=True)

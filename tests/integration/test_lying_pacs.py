@@ -5,7 +5,6 @@ Tickets are worked off as the engine does, by the default schedule of a day divi
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dimse_cases import closing_connections
 from lying_pacs import LyingPacs, Request, lying_pacs, uids
 
 from dicomnode.completion import retry
@@ -22,6 +20,8 @@ from pacs import wait_until
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_commitment import GENEROUS, Site, prepared  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("calm_network_library")
 
 DAY = EngineSection().retry_schedule_seconds
 HOUR_TRIES = next(number for number in range(len(DAY)) if sum(DAY[:number]) >= 3600)  # how often a delivery is tried within an hour
@@ -222,17 +222,6 @@ FAILED: dict[str, tuple[Lie, str, str, int | None]] = {  # reason code, what the
 
 
 UNANSWERED = {"never commits", "answers late on a new association"}  # and is asked again soon; who answers is given time
-
-
-@pytest.fixture(autouse=True)
-def _calm_network_library() -> Iterator[None]:
-    """pynetdicom logs broken connections as errors and leaves sockets open after them; here they are wanted."""
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

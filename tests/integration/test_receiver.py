@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -31,7 +30,6 @@ from dimse_cases import (
     a_dataset,
     answer_to_request,
     associate,
-    closing_connections,
     encapsulated,
     encoded,
     split_part10,
@@ -52,21 +50,17 @@ from storage.errors import Conflict, OutOfSpace, StorageError, Unavailable
 from storage.objects import ObjectStore
 from storage.records import InstanceHeader, Peer, StoredObject
 
+pytestmark = pytest.mark.usefixtures("calm_network_library")
+
 SCANNER = Peer(ae_title="SCANNER", host="127.0.0.1", port=104, sends=True, receives=False, tls=False, client_cert=None)
 REJECTED = bytes.fromhex("0300 00000004 00 01 01 01")  # PS3.8 9.3.4: permanent, by the service user, no reason given
 PAIRS = [(CT, EXPLICIT), (CT, IMPLICIT), (CT, JPEG_2000)]
 
 
 @pytest.fixture(autouse=True)
-def _calm_network_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Malformed UIDs and broken connections are wanted here: pydicom warns of those, pynetdicom logs these and leaves sockets open."""
+def _malformed_uids_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pydicom warns of those."""
     monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.IGNORE)
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
 
 
 @pytest.fixture

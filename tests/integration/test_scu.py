@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import socket
 import subprocess
@@ -25,7 +24,6 @@ from dimse_cases import (
     SEG,
     SHARED_DATA,
     a_dataset,
-    closing_connections,
     encoded,
     keep_connection,
     received,
@@ -46,16 +44,7 @@ from dicomnode.dimse.storing import in_memory
 from dicomnode.errors import PeerUnavailable
 from storage.records import Peer
 
-
-@pytest.fixture(autouse=True)
-def _calm_network_library() -> Iterator[None]:
-    """pynetdicom logs refusals and broken connections as errors and leaves sockets open after them; here they are wanted."""
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
+pytestmark = pytest.mark.usefixtures("calm_network_library")
 
 
 class Pacs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import socket
 import ssl
 import threading
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from dimse_cases import CT, EXPLICIT, IMPLICIT, a_dataset, closing_connections, encoded, keep_connection, received
+from dimse_cases import CT, EXPLICIT, IMPLICIT, a_dataset, encoded, keep_connection, received
 from pynetdicom import AE, evt
 from pynetdicom.transport import ThreadedAssociationServer
 
@@ -27,6 +26,8 @@ from dicomnode.dimse.scu import Outgoing, echo, send
 from dicomnode.dimse.tls import server_context
 from dicomnode.errors import PeerRefused, PeerUnavailable
 from storage.records import Peer
+
+pytestmark = pytest.mark.usefixtures("calm_network_library")
 
 VERIFICATION = "1.2.840.10008.1.1"
 
@@ -44,17 +45,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("site")
     authority = Authority(folder / "ca")
     return Site(authority=authority, node=authority.issue("node"), pacs=authority.issue("pacs"), other=Authority(folder / "other"))
-
-
-@pytest.fixture(autouse=True)
-def _calm_network_library() -> Iterator[None]:
-    """pynetdicom logs refused connections as errors and leaves sockets open after them; here they are wanted."""
-    logger = logging.getLogger("pynetdicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    with closing_connections():
-        yield
-    logger.setLevel(level)
 
 
 @contextmanager
