@@ -27,7 +27,7 @@ POINTS = {
     "last row committed, no response": Point(owner="storage.intake:Intake", name="add", when="after", call=8),
     # closing
     "revision closed, not committed": Point(owner="storage.index:Index", name="close_revision", when="after"),
-    "jobs created, not committed": Point(owner="dicomnode.completion", name="_create_jobs", when="after"),
+    "jobs created, not committed": Point(owner="dicomnode.completion", name="create_analyses", when="after"),
     "revision committed": Point(owner="dicomnode.completion", name="_close", when="after"),
     # analysis
     "analysis begun": Point(owner="storage.jobs:Jobs", name="start", when="after"),
@@ -47,7 +47,7 @@ POINTS = {
 # Of a package that starts on the first series, whose result stands when the study closes.
 FIRST_SERIES_POINTS = {
     "first series begun, not committed": Point(owner="storage.index:Index", name="begin_revision", when="after"),
-    "its job created, not committed": Point(owner="dicomnode.completion", name="_create_jobs", when="after"),
+    "its job created, not committed": Point(owner="dicomnode.completion", name="create_analyses", when="after"),
     "its inputs chosen": Point(owner="dicomnode.pipeline", name="standing", when="before"),
     "results stand, not committed": Point(owner="dicomnode.pipeline", name="detail_of", when="after"),
     "carried over": Point(owner="dicomnode.pipeline:Analyser", name="_keep", when="after", call=2),
