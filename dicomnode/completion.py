@@ -36,6 +36,7 @@ class Seen:
         self.first_series = FirstSeries(storage)
         self._studies: dict[str, tuple[datetime, list[tuple[str, str]], tuple[SeriesEvidence, ...]]] = {}
         self._announced: dict[str, tuple[datetime, datetime, tuple[NoticeEvidence, ...]]] = {}
+        self._last_changes: dict[str, datetime] = {}
         self._callers: dict[str, list[tuple[str, str]]] = {}
 
     def of(self, storage: Storage, study: Study) -> tuple[list[tuple[str, str]], tuple[SeriesEvidence, ...]]:
@@ -49,12 +50,16 @@ class Seen:
     def announced(self, storage: Storage, study: Study) -> tuple[NoticeEvidence, ...]:
         """Return what modalities and archives have announced of the study."""
         uid = study.study_instance_uid
-        changed = storage.notices.last_change(uid)
+        changed = self._last_changes.get(uid)
         if changed is None:
             return ()
         if uid not in self._announced or self._announced[uid][:2] != (study.last_received_at, changed):
             self._announced[uid] = study.last_received_at, changed, announced(storage, uid)
         return self._announced[uid][2]
+
+    def look_at_notices(self, storage: Storage) -> None:
+        """See which studies something was announced of since the last look."""
+        self._last_changes = storage.notices.last_changes()
 
     def first_callers(self, storage: Storage, study: Study) -> list[tuple[str, str]]:
         """Return who had sent the study when that was read last: others may have joined since."""
@@ -128,6 +133,7 @@ def close_complete_studies(
     every = storage.registry.routes()
     least = min([SETTLED_SECONDS, *(route.quiet_seconds for route in every)])
     closed = []
+    seen.look_at_notices(storage)
     receiving = storage.index.receiving()
     for study in receiving:
         silent = (now - max(study.last_received_at, up_since)).total_seconds()

@@ -39,6 +39,7 @@ class FirstSeries:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        self._arrivals: dict[str, tuple[datetime, list[Arrival]]] = {}  # by study, as of its last image
         self._known: dict[str, dict[tuple[str, int], SeriesEvidence]] = {}  # by study, and by series and its number of images
         self._unfit: dict[str, set[tuple[str, _Content]]] = {}  # by study: the digest of a package, and what doesn't suit it
         self._manifests: dict[str, Manifest | None] = {}  # by digest
@@ -53,7 +54,7 @@ class FirstSeries:
         waiting = self._waiting(study, routes)
         if not waiting:
             return []
-        arrivals = self._storage.index.arrivals(study.study_instance_uid)
+        arrivals = self._arrivals_of(study)
         found: dict[_Content, list[PackageRecord]] = defaultdict(list)
         evident: dict[_Content, list[str]] = {}
         for package, seconds in waiting:
@@ -74,6 +75,7 @@ class FirstSeries:
 
     def forget_but(self, study_instance_uids: Collection[str]) -> None:
         """Keep nothing of studies other than these."""
+        self._arrivals = {uid: known for uid, known in self._arrivals.items() if uid in study_instance_uids}
         self._known = {uid: known for uid, known in self._known.items() if uid in study_instance_uids}
         self._unfit = {uid: unfit for uid, unfit in self._unfit.items() if uid in study_instance_uids}
 
@@ -90,6 +92,12 @@ class FirstSeries:
         jobs = self._storage.jobs.jobs(study_instance_uid=study.study_instance_uid, kind="analyse") if early else []
         started = {job.package for job in jobs}
         return [(packages[key], max(all_of)) for key, all_of in early.items() if key[0] not in started]
+
+    def _arrivals_of(self, study: Study) -> list[Arrival]:
+        uid = study.study_instance_uid
+        if uid not in self._arrivals or self._arrivals[uid][0] != study.last_received_at:
+            self._arrivals[uid] = study.last_received_at, self._storage.index.arrivals(uid)
+        return self._arrivals[uid][1]
 
     def _evidence(self, study: Study, arrival: Arrival) -> SeriesEvidence:
         known = self._known.setdefault(study.study_instance_uid, {})

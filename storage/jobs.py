@@ -274,6 +274,11 @@ class Jobs:
         with self._database.reading() as connection:
             return [_result(row) for row in connection.execute(statement)]
 
+    def standing_results(self, job_key: str) -> list[Result]:
+        """Return the results that stand for a job: its own, or those of the job that it was carried over from."""
+        job = self.job(job_key)
+        return self.results(job_key=job_key if job is None or job.carried_from is None else job.carried_from)
+
     def unnamed_results(self) -> list[Result]:
         """Return the results whose series wasn't kept yet when they were made."""
         with self._database.reading() as connection:

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Row, delete, select, update
+from sqlalchemy import Row, delete, func, select, update
 
 from storage.database import Database
 from storage.records import Notice, NoticeKind, NoticeState
-from storage.schema import NOTICE
+from storage.schema import NOTICE, STUDY
 
 KEPT = timedelta(days=30)  # after its last change: no study is waited for that long
 
@@ -87,11 +87,16 @@ class Notices:
         with self._database.reading() as connection:
             return [_notice(row) for row in connection.execute(statement.order_by(NOTICE.c.created_at, NOTICE.c.sop_instance_uid))]
 
-    def last_change(self, study_instance_uid: str) -> datetime | None:
-        """Return when anything that was announced of a study changed last."""
-        statement = select(NOTICE.c.changed_at).where(NOTICE.c.study_instance_uid == study_instance_uid)
+    def last_changes(self) -> dict[str, datetime]:
+        """Return when what was announced of each study that is being received changed last; of most nothing is announced."""
+        statement = (
+            select(NOTICE.c.study_instance_uid, func.max(NOTICE.c.changed_at))
+            .join_from(NOTICE, STUDY, NOTICE.c.study_instance_uid == STUDY.c.study_instance_uid)
+            .where(STUDY.c.last_image > STUDY.c.closed_image)
+            .group_by(NOTICE.c.study_instance_uid)
+        )
         with self._database.reading() as connection:
-            return max(connection.execute(statement).scalars(), default=None)
+            return dict(connection.execute(statement).all())
 
 
 def _plain(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -143,7 +143,7 @@ class Workitems:
     def _as_json(self, request: Request, item: WorkItem, *, whole: bool) -> Json:
         index, jobs = self._storage.index, self._storage.jobs
         inputs = index.instances(item.study_instance_uid, item.revision) if whole and item.job_key is not None else []
-        outputs = jobs.results(job_key=item.job_key) if whole and item.job_key is not None and not item.parted else []
+        outputs = jobs.standing_results(item.job_key) if whole and item.job_key is not None and not item.parted else []
         return workitem_as_json(item, self._node.ae_title, self._address_of(request), inputs, outputs)
 
 

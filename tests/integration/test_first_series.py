@@ -123,6 +123,7 @@ def test_a_package_starts_on_a_complete_series_says_so_and_its_result_stands(
     assert (second.state, second.reason_code, second.carried_from) == ("done", "carried-over", first.key)
     assert second.detail["findings"] == first.detail["findings"]
     assert (ward.storage.jobs.results(study_instance_uid=ward.study), ward.sent()) == (made, sent)
+    assert ward.storage.jobs.standing_results(second.key) == made
     assert run(["study", "show", ward.study, "--config", str(ward.configuration())]) == 0
     assert "carried over from revision 1" in " ".join(capsys.readouterr().out.split())
 
