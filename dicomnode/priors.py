@@ -229,9 +229,10 @@ def _last_before(storage: Storage, job: Job, header: Dataset, algorithm_name: st
 
 
 def _by_job(storage: Storage, job: Job, study_instance_uid: str) -> _Former | None:
-    """Return the last analysis that this node made of a study with the job's package."""
-    same = storage.jobs.jobs(study_instance_uid=study_instance_uid, kind="analyse", state="done")
-    last = max((other for other in same if other.package == job.package), key=lambda other: (other.revision, other.run), default=None)
+    """Return the last analysis that this node made of a study with the job's package; one that was carried over made nothing."""
+    done = storage.jobs.jobs(study_instance_uid=study_instance_uid, kind="analyse", state="done")
+    same = [other for other in done if other.package == job.package and other.carried_from is None]
+    last = max(same, key=lambda other: (other.revision, other.run), default=None)
     if last is None:
         return None
     series = last.detail.get("series_instance_uid")

@@ -156,7 +156,12 @@ def test_a_result_stands_only_for_the_same_package_peers_and_earlier_study_and_o
     second = next_revision()
     assert (second.state, second.carried_from) == ("done", None)
 
-    ward.work(BEFORE.write(tmp_path))
+    before = ward.work(BEFORE.write(tmp_path))
+    other = pydicom.dcmread(thick[0])
+    other.StudyInstanceUID, other.SeriesInstanceUID = before.study_instance_uid, "2.25.4712"
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = "2.25.4713"
+    other.save_as(tmp_path / "other.dcm")
+    assert ward.work([tmp_path / "other.dcm"]).carried_from == before.key
     third = next_revision()
     assert (third.carried_from, third.detail["comparison"]["date"]) == (None, "20260101")
     assert next_revision().carried_from == third.key
