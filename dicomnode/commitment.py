@@ -1,8 +1,8 @@
 """Storage commitment (PS3.4 J), both ways: whether a peer holds what it was sent, and whether we hold what a peer sent.
 
 SENT is not COMMITTED: a delivery to a peer that commits is done when the peer says so. What was asked and answered are rows; nothing
-waits in a thread or on an association. Must never take a peer's word for a transaction that wasn't asked of that peer, nor give ours
-for bytes that weren't read again.
+waits in a thread or on an association. For a DICOMweb stands in what its QIDO-RS shows. Must never take a peer's word for a transaction
+that wasn't asked of that peer, nor give ours for bytes that weren't read again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from dicomnode.dimse.commitment import (
     Reference,
     failure_in_words,
 )
-from dicomnode.dimse.commitment_scu import ask_commitment, report_commitment
+from dicomnode.dimse.commitment_scu import CommitmentOutcome, ask_commitment, report_commitment
 from dicomnode.engine import EngineClient
-from dicomnode.errors import InvalidArgument, ResourceLimitation
+from dicomnode.errors import ConfigError, InvalidArgument, PeerUnavailable, ResourceLimitation
 from dicomnode.logs import get_logger
+from dicomnode.stow import shown
 from storage import Storage
 from storage.errors import StorageError
 from storage.records import CommitmentRequest, Delivery, Instance, Job, Peer
@@ -84,18 +85,24 @@ class StorageCommitment:
         transaction_uid = f"2.25.{uuid.uuid4().int}"
         classes = {result.sop_instance_uid: result.sop_class_uid for result in jobs.results(study_instance_uid=job.study_instance_uid)}
         asked = commitments.ask(transaction_uid, job.key, peer.ae_title, [delivery.sop_instance_uid for delivery in sent])
-        outcome = ask_commitment(
-            peer,
-            transaction_uid,
-            [Reference(sop_class_uid=one.sent_class or classes[one.sop_instance_uid], sop_instance_uid=one.at_peer) for one in sent],
-            calling_ae_title=self._settings.node.ae_title,
-            tls=self._settings.tls,
-            report=self.report,
-            has_report=lambda: commitments.is_answered(transaction_uid),
-            response_seconds=self._settings.commitment.response_seconds,
-            report_seconds=self._settings.commitment.report_seconds,
-        )
-        if not outcome.is_away:
+        references = [
+            Reference(sop_class_uid=one.sent_class or classes[one.sop_instance_uid], sop_instance_uid=one.at_peer) for one in sent
+        ]
+        if peer.stow_url is not None:
+            outcome = self._look(job, peer, transaction_uid, references)
+        else:
+            outcome = ask_commitment(
+                peer,
+                transaction_uid,
+                references,
+                calling_ae_title=self._settings.node.ae_title,
+                tls=self._settings.tls,
+                report=self.report,
+                has_report=lambda: commitments.is_answered(transaction_uid),
+                response_seconds=self._settings.commitment.response_seconds,
+                report_seconds=self._settings.commitment.report_seconds,
+            )
+        if not outcome.is_away and (peer.stow_url is None or outcome.state == "accepted"):
             self._backlogs.reached(peer)
         answer_seconds = self._settings.commitment.answer_seconds
         with self._storage.database.writing() as transaction:
@@ -120,6 +127,15 @@ class StorageCommitment:
                 return None
         self._backlogs.put(job, peer, outcome.error or "")
         return None
+
+    def _look(self, job: Job, peer: Peer, transaction_uid: str, references: Sequence[Reference]) -> CommitmentOutcome:
+        """Take what the QIDO-RS of a peer shows for its report: by STOW-RS there is no other."""
+        try:
+            found = shown(peer, job.study_instance_uid, references, tls=self._settings.tls)
+        except (PeerUnavailable, ConfigError) as error:
+            return CommitmentOutcome(state="transient", error=str(error))
+        self.report(CommitmentReport(ae_title=peer.ae_title, transaction_uid=transaction_uid, references=found))
+        return CommitmentOutcome(state="accepted", error=None)
 
     def report(self, report: CommitmentReport) -> None:
         """Take a peer's answer, whenever and however often it comes. Raises InvalidArgument if nothing was asked of it by this UID."""

@@ -1,4 +1,4 @@
-"""The user agent of STOW-RS (PS3.18 10.5): sends stored objects over HTTP to a peer, exactly as they are stored.
+"""The user agent of STOW-RS (PS3.18 10.5): sends stored objects over HTTP to a peer, exactly as they are stored; and asks for them again.
 
 One request for each object, over one connection, so that each has its own outcome. The outcomes are those of C-STORE, and so are the
 classes of failure. Nothing is negotiated: what a peer refuses by its form is sent in the next simpler one. Must never hold more of a
@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 import httpx
 
 from dicomnode.config import TlsSection
+from dicomnode.dimse.commitment import NO_SUCH_INSTANCE, Reference
 from dicomnode.dimse.contexts import IMPLICIT_LITTLE_ENDIAN
 from dicomnode.dimse.recoding import recoded_file
 from dicomnode.dimse.scu import SOP_CLASS_NOT_SUPPORTED, Outgoing, SendOutcome, classify, named
@@ -78,6 +79,42 @@ def reach(peer: Peer, *, tls: TlsSection | None = None, timeout_seconds: float =
             raise PeerUnavailable(f"{peer.ae_title} at {peer.stow_url}: {_words(error)}") from error
     if answer.status_code not in {200, 204, 406}:
         raise PeerUnavailable(f"{peer.ae_title} at {peer.stow_url}: HTTP {answer.status_code}")
+
+
+def shown(
+    peer: Peer, study_instance_uid: str, references: Sequence[Reference], *, tls: TlsSection | None = None, timeout_seconds: float = 30
+) -> tuple[Reference, ...]:
+    """Ask the peer's QIDO-RS for each of these instances; those that it doesn't show come back with a failure.
+
+    That is proof of receipt: the peer says that it has them, and promises nothing (PS3.18 10.6).
+
+    Raises:
+        PeerUnavailable: it gives no answer to that; one sentence says why.
+        ConfigError: its credentials or this node's certificate can't be used.
+    """
+    found = []
+    with _client(peer, tls, timeout_seconds) as client:
+        for reference in references:
+            headers = {"Accept": "application/dicom+json", **_credentials(peer)}
+            address = f"{peer.stow_url}/studies/{study_instance_uid}/instances"
+            try:
+                with client.stream("GET", address, params={"SOPInstanceUID": reference.sop_instance_uid}, headers=headers) as answer:
+                    status, content = answer.status_code, _read(answer)
+            except httpx.HTTPError as error:
+                raise PeerUnavailable(f"its QIDO-RS: {_words(error)}") from error
+            if status not in {200, 204, 404}:
+                raise PeerUnavailable(f"its QIDO-RS answers with HTTP {status}")
+            is_there = status == 200 and reference.sop_instance_uid in _matches(content)
+            found.append(reference if is_there else replace(reference, failure=NO_SUCH_INSTANCE))
+    return tuple(found)
+
+
+def _matches(content: bytes) -> set[str]:
+    """The SOP Instance UIDs of a QIDO-RS answer in JSON; nothing for anything else."""
+    try:
+        return {str(match["00080018"]["Value"][0]) for match in json.loads(content)}
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return set()
 
 
 def _client(peer: Peer, tls: TlsSection | None, timeout_seconds: float) -> httpx.Client:

@@ -106,8 +106,13 @@ def serving(folder: Path, url: str, *peers: Peer, certificates: TlsSection | Non
 
 
 @contextmanager
-def deciding(judge: Callable[[Dataset], int | None]) -> Iterator[tuple[str, list[Dataset]]]:
-    """A DICOMweb that stores each instance, unless `judge` names a status or a Failure Reason; yield its address and what it stored."""
+def deciding(
+    judge: Callable[[Dataset], int | None], shows: Callable[[str], int | bool] = lambda _uid: True
+) -> Iterator[tuple[str, list[Dataset]]]:
+    """A DICOMweb that stores each instance, unless `judge` names a status or a Failure Reason; yield its address and what it stored.
+
+    It shows what it stored if `shows` says so of a SOP Instance UID, or answers with the status that this names.
+    """
     stored: list[Dataset] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -115,6 +120,17 @@ def deciding(judge: Callable[[Dataset], int | None]) -> Iterator[tuple[str, list
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, the name is the base class's
             """Say nothing."""
+
+        def do_GET(self) -> None:
+            uid = self.path.partition("SOPInstanceUID=")[2]
+            answered = shows(uid)
+            status = answered if not isinstance(answered, bool) else 200
+            there = answered is True and uid in {str(dataset.SOPInstanceUID) for dataset in stored}
+            answer = json.dumps([{"00080018": {"vr": "UI", "Value": [uid]}}] if there else []).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -56,7 +56,8 @@ def peer_add(
         typer.Option("--object", metavar="KIND", help="a kind of result object that it is given, several times; instead of --profile"),
     ] = None,
     commits: Annotated[
-        bool, typer.Option("--commits", help="offers storage commitment: a result is done when it says that it holds it")
+        bool,
+        typer.Option("--commits", help="a result is done when it says that it has it: by storage commitment, with --stow by QIDO-RS"),
     ] = False,
     seg_per: Annotated[
         Literal["model", "finding"],
@@ -87,7 +88,7 @@ def peer_add(
     from dicomnode.dimse.tls import fingerprint, read_certificate
     from dicomnode.results.profile import chosen
 
-    stow, host, port = _address(stow, host, port, receives=receives, commits=commits)
+    stow, host, port = _address(stow, host, port, receives=receives)
     if stow_credentials is not None and stow is None:
         raise UsageError("--stow-credentials needs --stow")
     if not (sends or receives or queries):
@@ -365,11 +366,9 @@ def route_remove(name: str, config: ConfigOption = None) -> None:
         storage.registry.remove_route(name)
 
 
-def _address(stow: str | None, host: str | None, port: int | None, *, receives: bool, commits: bool) -> tuple[str | None, str, int]:
+def _address(stow: str | None, host: str | None, port: int | None, *, receives: bool) -> tuple[str | None, str, int]:
     """Return the address of a peer's DICOMweb, its host and its port. What --stow doesn't name HOST and PORT do."""
     if stow is not None:
-        if commits:
-            raise UsageError("--commits doesn't go with --stow: what such a peer says it stored is sent, and the node can't ask for more")
         if not receives:
             raise UsageError("--stow needs --receives")
         try:

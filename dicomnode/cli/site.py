@@ -94,8 +94,8 @@ class PeerEntry(_Entry):
             raise ValueError("passcode_hash needs user")
         if self.commits and not self.receives:
             raise ValueError("commits needs receives")
-        if self.stow_url is not None and (self.commits or not self.receives):
-            raise ValueError("stow_url needs receives, and no commits")
+        if self.stow_url is not None and not self.receives:
+            raise ValueError("stow_url needs receives")
         if self.stow_credentials is not None and self.stow_url is None:
             raise ValueError("stow_credentials needs stow_url")
         return self

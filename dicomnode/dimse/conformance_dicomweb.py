@@ -84,7 +84,7 @@ def dicomweb_lines(web: WebSection, table: Callable[[tuple[str, ...], Iterable[t
     yield "Results go by STOW-RS to peers that are registered with `--stow`: a request for each object, as it is stored. What is refused by"
     yield "its form (Failure Reason 0122, A9xx or Cxxx; 409, 415) is sent as the next simpler one that says the same (native pixels,"
     yield "Comprehensive SR, a BINARY segmentation), but never in Implicit VR. An object counts as sent when the answer names it as stored;"
-    yield "such a peer isn't asked to commit."
+    yield "with `--commits` it is looked for by QIDO-RS then, and is done when that shows it: proof of receipt, which promises nothing."
     yield from table(("Answer", "Outcome"), OUTCOMES)
 
 

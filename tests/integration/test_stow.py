@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from waiting_results import AET, Waiting
 from certificates import Authority
 from dicomnode.admission import hash_passcode
 from dicomnode.cli import run
+from dicomnode.completion import retry
 from dicomnode.config import load_settings
 from dicomnode.delivery import Sender
 from dicomnode.dimse.scu import Outgoing
 from dicomnode.errors import PeerUnavailable
 from dicomnode.stow import post_each, reach
-from dicomweb_site import HOST, PATIENCE_SECONDS, Site, file_of, serving
+from dicomweb_site import HOST, PATIENCE_SECONDS, Site, deciding, file_of, serving
 from pacs import free_port
 from storage.records import Peer
 
@@ -217,11 +218,73 @@ def test_a_delivery_by_stow_ends_waits_and_fails_as_one_by_c_store_does(tmp_path
         assert "cannot be reached: no answer" in str(reason)
 
 
+@dataclass
+class Delivering:
+    """A node whose sender works off one delivery to a DICOMweb that says what it has."""
+
+    waiting: Waiting
+    sender: Sender
+    key: str
+
+    def until_it_ends(self, url: str) -> tuple[str, str, str | None]:
+        """Deliver to this address as often as the job asks for; return the states of job and delivery, and what the job says."""
+        self.waiting.storage.registry.add_peer(replace(at(url), ae_title=AET, commits=True))
+        attempt = 0
+        for _ in range(20):
+            wait = self.sender.deliver(self.key, attempt)
+            attempt = 0 if wait is None else attempt + 1  # a report that misses something draws a new ticket
+            job, (delivery,) = self.waiting.storage.jobs.job(self.key), self.waiting.storage.jobs.deliveries(job_key=self.key)
+            assert job is not None
+            if job.state != "queued":
+                break
+        return job.state, delivery.state, job.reason
+
+
+@pytest.fixture
+def delivering(tmp_path: Path) -> Iterator[Delivering]:
+    with closing(Waiting(tmp_path / "node", schedule=(0.0, 0.0, 0.0))) as waiting:
+        key = waiting.add(5)[4]  # which is of the study that the object says it is of, 1.2.3.4
+        yield Delivering(waiting, Sender(load_settings(waiting.config, {}), waiting.storage, waiting.client), key)
+
+
+def test_a_dicomweb_that_is_to_prove_receipt_is_asked_for_what_it_was_sent(delivering: Delivering, tmp_path: Path) -> None:
+    with serving(tmp_path / "pacs", f"sqlite:///{tmp_path / 'pacs' / 'node.sqlite'}") as site:
+        assert delivering.until_it_ends(site.url) == ("done", "committed", None)
+    (asked,) = delivering.waiting.storage.commitments.commitments(job_key=delivering.key)
+    assert asked.state == "answered"
+
+
+def test_what_a_dicomweb_does_not_show_is_sent_again_and_shown_or_has_failed(delivering: Delivering) -> None:
+    looks = iter([False, False])
+    with deciding(lambda _dataset: None, lambda _uid: next(looks, True)) as (url, stored):
+        assert delivering.until_it_ends(url)[:2] == ("done", "committed")
+        assert len(stored) == 3
+
+
+@pytest.mark.parametrize(
+    ("shows", "state", "said"), [(False, "failed", "not committed to by PACS"), (403, "sent", "its QIDO-RS answers with HTTP 403")]
+)
+def test_a_dicomweb_that_never_shows_a_result_ends_in_a_failure_that_can_be_replayed(
+    delivering: Delivering, shows: int | bool, state: str, said: str
+) -> None:
+    with deciding(lambda _dataset: None, lambda _uid: shows) as (url, stored):
+        job, of_object, reason = delivering.until_it_ends(url)
+        assert (job, of_object) == ("failed", state)
+        assert said in str(reason)
+    sent = len(stored)
+    with deciding(lambda _dataset: None) as (url, again):
+        again.extend(stored)
+        job_row = delivering.waiting.storage.jobs.job(delivering.key)
+        assert job_row is not None
+        retry(delivering.waiting.storage, delivering.waiting.client, job_row)
+        assert delivering.until_it_ends(url)[:2] == ("done", "committed")
+        assert len(again) == sent + (state == "failed")
+
+
 REFUSED = (
     (("--stow", "ftp://x/"), "http://HOST"),
     (("--stow", "http://user@x/"), "without a user"),
     (("--stow", "http://x:99999/"), "no URL"),
-    (("--stow", "http://x/", "--commits"), "--commits"),
     (("PACS.example", "104", "--stow-credentials", "file"), "needs --stow"),
     ((), "HOST and PORT"),
 )
