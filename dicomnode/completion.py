@@ -239,11 +239,10 @@ def retry(storage: Storage, client: EngineClient, job: Job) -> str:
     return job.key
 
 
-def cancel(storage: Storage, client: EngineClient, job: Job, reason: str = "cancelled by hand") -> bool:
-    """Cancel a job: it never starts, or what it makes is discarded. False if it had ended, which stands."""
-    cancelled = storage.jobs.finish(job.key, "cancelled", reason_code="cancelled", reason=reason)
+def cancel(storage: Storage, client: EngineClient, job: Job) -> None:
+    """Cancel a job: it never starts, or what it makes is discarded."""
+    storage.jobs.finish(job.key, "cancelled", reason_code="cancelled", reason="cancelled by hand")
     client.withdraw(job.key)
-    return cancelled
 
 
 def prioritise(storage: Storage, client: EngineClient, job: Job, priority: Priority) -> None:

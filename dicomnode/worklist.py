@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dicomnode.analyses import begin_item
-from dicomnode.completion import cancel
 from dicomnode.engine import EngineClient
 from dicomnode.logs import get_logger
 from storage import Storage
@@ -43,21 +42,17 @@ def request_cancel(storage: Storage, client: EngineClient, item: WorkItem, reque
     `request` is kept with it: who asked, and why, in the DICOM JSON Model.
     """
     requester = request["requester"]
-    cancelled = False
-    if item.job_key is None:
-        with storage.database.writing() as transaction:
-            storage.workitems.lock(transaction, item.study_instance_uid)
-            cancelled = storage.workitems.end(transaction, item.uid, _as_asked(requester))
-    now = storage.workitems.item(item.uid)
-    unfinished = now is not None and now.state in {"SCHEDULED", "IN PROGRESS"}
-    job = storage.jobs.job(now.job_key) if now is not None and unfinished and now.job_key is not None else None
-    if job is not None:
-        cancelled = cancel(storage, client, job, _as_asked(requester))
+    reason = f"cancelled as {requester} asked"
+    with storage.database.writing() as transaction:  # who watches sees all of it at once
+        storage.workitems.lock(transaction, item.study_instance_uid)
+        cancelled = storage.workitems.end(transaction, item.uid, reason)
+        job_key = None if cancelled else storage.workitems.job_of(transaction, item.uid)
+        if job_key is not None:
+            cancelled = storage.jobs.finish(job_key, "cancelled", reason_code="cancelled", reason=reason, connection=transaction)
+        if cancelled:
+            storage.workitems.note_request_to_cancel(transaction, item.uid, request)
+    if job_key is not None:
+        client.withdraw(job_key)
     if cancelled:
-        storage.workitems.note_request_to_cancel(item.uid, request)
         log.info("work item cancelled", sop_instance_uid=item.uid, study_instance_uid=item.study_instance_uid, peer=requester)
     return cancelled
-
-
-def _as_asked(requester: str) -> str:
-    return f"cancelled as {requester} asked"

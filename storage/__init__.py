@@ -25,6 +25,7 @@ from storage.query import Query
 from storage.registry import Registry
 from storage.requests import CommitmentRequests
 from storage.retention import Retention
+from storage.subscriptions import Subscriptions
 from storage.upgrade import is_current, upgrade
 from storage.workitems import WorkItems
 
@@ -42,6 +43,7 @@ class Storage:
     registry: Registry
     jobs: Jobs
     workitems: WorkItems
+    subscriptions: Subscriptions
     backlogs: Backlogs
     commitments: Commitments
     requests: CommitmentRequests
@@ -100,6 +102,7 @@ def open_storage(database_url: str, folder: Path, *, reserve_bytes: int = 0, res
         registry=Registry(database, folder / "packages"),
         jobs=Jobs(database),
         workitems=WorkItems(database),
+        subscriptions=Subscriptions(database),
         backlogs=Backlogs(database),
         commitments=Commitments(database),
         requests=CommitmentRequests(database),

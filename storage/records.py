@@ -347,6 +347,18 @@ class WorkItem:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subscription:
+    """What a subscriber is told of (PS3.4 CC.2.3)."""
+
+    target: str  # UID of a work item, or the well-known one of all, or of those that match
+    keys: Mapping[str, str]  # what they match
+    wanted: bool  # false: it is told nothing of this work item, whatever else it has subscribed to
+    created_at: datetime
+    suspended_at: datetime | None  # what was created later isn't told
+    told_until: datetime | None  # None: nothing was told yet
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """A result object made by this node, stored before it is sent."""
 

@@ -320,6 +320,18 @@ WORKITEM = Table(
     Index(None, "created_at"),
 )
 
+SUBSCRIPTION = Table(
+    "subscription",
+    METADATA,
+    Column("ae_title", Text, primary_key=True),
+    Column("target", Text, primary_key=True),  # a work item, or a well-known UID
+    Column("keys", JSON, nullable=False, server_default="{}"),
+    Column("wanted", Boolean, nullable=False, server_default=true()),
+    Column("created_at", UtcTime, nullable=False),
+    Column("suspended_at", UtcTime),
+    Column("told_until", UtcTime),
+)
+
 BACKLOG = Table(
     "backlog",
     METADATA,

@@ -6,7 +6,7 @@ analysis that is done again gets another work item. Must never build SQL from a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -14,8 +14,9 @@ from sqlalchemy import Connection, Row, and_, case, func, literal, or_, select, 
 
 from storage.database import Database
 from storage.query import Conditions, folded
-from storage.records import Job, Priority, ProcedureState, WorkItem
+from storage.records import Job, Priority, ProcedureState, Subscription, WorkItem
 from storage.schema import JOB, PATIENT, STUDY, WORKITEM
+from storage.subscriptions import FILTERED, GLOBAL
 
 _STATE: Final[Any] = func.coalesce(WORKITEM.c.state, JOB.c.state, "queued")
 _STARTED: Final[Any] = case(
@@ -133,11 +134,15 @@ class WorkItems:
         values = {"state": "cancelled", "ended_at": self._database.now(connection), "reason_code": "cancelled", "reason": reason}
         return bool(connection.execute(waiting.values(values)).rowcount)
 
-    def note_request_to_cancel(self, uid: str, request: Mapping[str, Any]) -> None:
-        """Keep who asked for a work item to be cancelled, and why; the last request counts."""
-        with self._database.writing() as connection:
-            values = {"cancel": dict(request), "cancel_at": self._database.now(connection)}
-            connection.execute(update(WORKITEM).where(WORKITEM.c.uid == uid).values(values))
+    def job_of(self, connection: Connection, uid: str) -> str | None:
+        """Return the key of the job that a work item stands for now, in the caller's write transaction."""
+        current = select(WORKITEM.c.job_key).where(WORKITEM.c.uid == uid, WORKITEM.c.state.is_(None))
+        return connection.execute(current).scalar_one_or_none()
+
+    def note_request_to_cancel(self, connection: Connection, uid: str, request: Mapping[str, Any]) -> None:
+        """Keep who had a work item cancelled, and why, in the caller's write transaction."""
+        values = {"cancel": dict(request), "cancel_at": self._database.now(connection)}
+        connection.execute(update(WORKITEM).where(WORKITEM.c.uid == uid).values(values))
 
     def waiting(self, connection: Connection, study_instance_uid: str) -> list[WorkItem]:
         """Return the work items that wait for a study, oldest first, in the caller's write transaction."""
@@ -156,8 +161,7 @@ class WorkItems:
         Raises:
             BadQuery: a key's value can't be matched.
         """
-        conditions = Conditions(self._database, keys, kinds={keyword: kind for keyword, (kind, _) in _MATCHED.items()})
-        statement = _select().where(*conditions.on({keyword: column for keyword, (_, column) in _MATCHED.items()}))
+        statement = _select().where(*self._matching(keys))
         with self._database.reading() as connection:
             return [_item(row) for row in connection.execute(statement.limit(limit).offset(offset))]
 
@@ -168,16 +172,30 @@ class WorkItems:
         with self._database.reading() as connection:
             return list(connection.execute(statement.limit(limit)).scalars())
 
-    def changed(self, since: datetime, uids: Collection[str] = ()) -> list[WorkItem]:
-        """Return the work items with a change since then, and those that are being worked on; of `uids` alone, if there are any."""
-        times = (
-            WORKITEM.c.created_at, WORKITEM.c.ended_at, WORKITEM.c.cancel_at, JOB.c.created_at, JOB.c.started_at, JOB.c.ended_at,
-        )  # fmt: skip
-        statement = _select().where(or_(JOB.c.state == "running", *(time >= since for time in times)))
-        if uids:
-            statement = statement.where(self._database.is_one_of(WORKITEM.c.uid, "uids"))
+    def changed(self, subscription: Subscription, since: datetime | None) -> list[WorkItem]:
+        """Return what a subscription is about, of work items that changed since then or are being worked on; without a time all of them.
+
+        Raises:
+            BadQuery: a key of the subscription can't be matched.
+        """
+        statement = _select()
+        if since is not None:
+            times = (
+                WORKITEM.c.created_at, WORKITEM.c.ended_at, WORKITEM.c.cancel_at, JOB.c.created_at, JOB.c.started_at, JOB.c.ended_at,
+            )  # fmt: skip
+            statement = statement.where(or_(JOB.c.state == "running", *(time >= since for time in times)))
+        if subscription.target == FILTERED:
+            statement = statement.where(*self._matching(subscription.keys))
+        elif subscription.target != GLOBAL:
+            statement = statement.where(WORKITEM.c.uid == subscription.target)
+        if subscription.suspended_at is not None:
+            statement = statement.where(WORKITEM.c.created_at <= subscription.suspended_at)
         with self._database.reading() as connection:
-            return [_item(row) for row in connection.execute(statement, {"uids": list(uids)} if uids else {})]
+            return [_item(row) for row in connection.execute(statement)]
+
+    def _matching(self, keys: Mapping[str, str]) -> Iterator[Any]:
+        conditions = Conditions(self._database, keys, kinds={keyword: kind for keyword, (kind, _) in _MATCHED.items()})
+        return conditions.on({keyword: column for keyword, (_, column) in _MATCHED.items()})
 
 
 def _select() -> Any:

@@ -37,6 +37,12 @@ STATES = (
         "the job was refused (110522, DCM), failed (110501, DCM), each with a second code (99DICOMNODE), or cancelled (110513, DCM)",
     ),
 )
+EVENTS = (
+    ("1, UPS State Report", "when the state or Input Readiness State is another one"),
+    ("2, UPS Cancel Requested", "when a work item that had begun was cancelled as a peer asked"),
+    ("3, UPS Progress Report", "when the share of the analysis that is done is another one"),
+    ("5, UPS Assigned", "with the first report of a SCHEDULED work item"),
+)
 ASKED = (
     ("Study Instance UID, else that of the Input Information, else of the Referenced Request", "one study, all of whose series count"),
     ("Scheduled Workitem Code of scheme 99DICOMNODE, or the processing parameter (111001, DCM) as TEXT", "the name of an enabled package"),
@@ -90,9 +96,9 @@ def dicomweb_lines(web: WebSection, table: Callable[[tuple[str, ...], Iterable[t
 
 def _worklist_lines(table: Callable[[tuple[str, ...], Iterable[tuple[str, ...]]], Iterator[str]]) -> Iterator[str]:
     yield "### Worklist service (UPS-RS, PS3.18 chapter 11)"
-    yield "Each analysis is a Unified Procedure Step, whether a route or a peer asked for it; the node performs all of them itself. Work"
-    yield "items are given and taken as application/dicom+json. Update Workitem and subscriptions are not offered (404, 405): who watches a"
-    yield "work item asks for it again. Work items are never deleted, so there is no 410. What is refused says why in a Warning header."
+    yield "Each analysis is a Unified Procedure Step, whether a route or a peer asked for it; the node performs all of them itself."
+    yield "Work items are given and taken as application/dicom+json. Update Workitem is not offered (405). Work items are never deleted, so"
+    yield "there is no 410, and a Deletion Lock is not granted. What is refused says why in a Warning header."
     yield from table(("Transaction", "Resource", "Status codes"), WORKLIST)
     yield from table(("Procedure Step State", "When"), STATES)
     yield "A state that is final stays: an analysis that is done again is another work item. A work item that waits is begun when the next"
@@ -104,3 +110,8 @@ def _worklist_lines(table: Callable[[tuple[str, ...], Iterable[tuple[str, ...]]]
     yield "procedure are searched for with `includefield` and always retrieved. Who may query the node may search and retrieve; who may"
     yield "send to it may create and cancel."
     yield from table(("Of what is created", "Meaning"), ASKED)
+    yield from table(("Event Type ID", "Sent"), EVENTS)
+    yield "Subscriptions outlive a connection. Who connects again is told the present state of what changed since it was told last: a report"
+    yield "may come twice, and a state that was passed meanwhile not at all. A new subscription to one work item is told its state; one to"
+    yield "many, what changes from then on. Filters go by what doesn't change: all keys of a search but state, priority and Input Readiness"
+    yield "State (403). SCP Status Change (4) is not sent. A peer subscribes for its own AE title alone."

@@ -12,9 +12,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from dicomnode.analyses import list_old_jobs
 from dicomnode.config import Settings
@@ -27,6 +28,7 @@ from dicomnode.web.retrieve import Retrieve
 from dicomnode.web.search import Search
 from dicomnode.web.server import WebServer, is_loopback
 from dicomnode.web.store import Store
+from dicomnode.web.subscribers import Subscribers
 from dicomnode.web.workitems import Workitems
 from storage import Storage
 from storage.errors import OutOfSpace, StorageError, Unavailable
@@ -79,10 +81,15 @@ def application(settings: Settings, storage: Storage, client: EngineClient, rece
     def address_of(request: Request) -> str:
         return (settings.web.address or _called(request)) + ROOT
 
+    def watcher(request: HTTPConnection) -> Visitor:
+        visitor = access.visitor(request)
+        if not visitor.queries:
+            raise HTTPException(403, "This peer may not query the node.")
+        return visitor
+
     def reading(handler: Callable[[Request], Response]) -> Callable[[Request], Response]:
         def endpoint(request: Request) -> Response:
-            if not access.visitor(request).queries:
-                raise HTTPException(403, "This peer may not query the node.")
+            watcher(request)
             return handler(request)
 
         return _telling(endpoint, reception)
@@ -91,6 +98,13 @@ def application(settings: Settings, storage: Storage, client: EngineClient, rece
     retrieve = Retrieve(storage, address_of)
     store = Store(settings, reception, address_of)
     workitems = Workitems(settings, storage, client, address_of)
+    subscribers = Subscribers(settings, storage, address_of)
+
+    def watching(handler: Callable[[Request, Visitor], Response]) -> Callable[[Request], Response]:
+        return _telling(lambda request: handler(request, watcher(request)), reception)
+
+    async def channel(websocket: WebSocket) -> None:
+        await subscribers.channel(websocket, watcher)
 
     def sending(handler: Callable[[Request, Visitor], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -131,12 +145,16 @@ def application(settings: Settings, storage: Storage, client: EngineClient, rece
         Route("/workitems", sending(workitems.create), methods=["POST"]),
         Route("/workitems/{workitem}", reading(workitems.retrieve), methods=["GET"]),
         Route("/workitems/{workitem}/state", sending(workitems.change_state), methods=["PUT"]),
+        Route("/workitems/{workitem}/subscribers/{aetitle}", watching(subscribers.subscribe), methods=["POST"]),
+        Route("/workitems/{workitem}/subscribers/{aetitle}", watching(subscribers.unsubscribe), methods=["DELETE"]),
+        Route("/workitems/{workitem}/subscribers/{aetitle}/suspend", watching(subscribers.suspend), methods=["POST"]),
+        WebSocketRoute("/subscribers/{aetitle}", channel),
         Route("/workitems/{workitem}/cancelrequest", sending(workitems.cancel), methods=["POST"]),
     ]
     cross_origin = Middleware(
         CORSMiddleware,
         allow_origins=settings.web.origins,
-        allow_methods=["GET", "POST", "PUT"],
+        allow_methods=["GET", "POST", "PUT", "DELETE"],
         allow_headers=["*"],
         allow_credentials=True,
     )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import h11
 import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +28,7 @@ from dicomnode.errors import NodeError
 from dicomnode.logs import get_logger
 
 MAXIMUM_HEADER_BYTES: Final = 65536
+MAXIMUM_MESSAGE_BYTES: Final = 4096  # of a WebSocket, on which nobody has anything to say to the node
 LEAST_BYTES_PER_SECOND: Final = 1024  # of a request, once it has taken longer than the time-out
 _SILENT_CONNECTIONS: Final = 4  # times maximum_connections may be open, since most say nothing: what is more is closed at once
 _CLOSING: Final = {"Connection": "close"}  # in the midst of a request that was not read to its end
@@ -64,7 +66,11 @@ class WebServer:
         configuration = uvicorn.Config(
             Deadlines(self._application, settings),
             http=_Connection,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=MAXIMUM_MESSAGE_BYTES,
+            ws_ping_interval=settings.network_timeout_seconds,
+            ws_ping_timeout=settings.network_timeout_seconds,
+            ws_per_message_deflate=False,
             lifespan="off",
             log_config=None,
             log_level="critical",
@@ -145,7 +151,7 @@ class Deadlines:
                 _log.warning("a response was not taken in time and the connection is closed")
                 abort()
 
-        await self._application(scope, receiving, sending)
+        await self._application(scope, receive if scope["type"] == "websocket" else receiving, sending)
 
 
 class _Connection(H11Protocol):
@@ -171,6 +177,12 @@ class _Connection(H11Protocol):
         """
         self._await_header()
         super().on_response_complete()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over; from now on it is asked now and then whether somebody is there."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""

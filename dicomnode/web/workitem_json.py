@@ -38,7 +38,7 @@ def workitem_as_json(item: WorkItem, station: str, address: str, inputs: Sequenc
             ("WorklistLabel", item.worklist_label),
             ("ScheduledProcedureStepStartDateTime", _time(item.scheduled_at)),
             ("ScheduledProcedureStepModificationDateTime", _time(item.changed_at)),
-            ("InputReadinessState", "UNREADY" if item.state == "SCHEDULED" and item.job_key is None else "READY"),
+            ("InputReadinessState", "READY" if is_ready(item) else "UNREADY"),
         ]
     )
     own = {
@@ -59,6 +59,40 @@ def workitem_as_json(item: WorkItem, station: str, address: str, inputs: Sequenc
         titles = [{"00404071": _sequence([attributes_as_json([("DestinationAE", title)])])} for title in item.to_ae_titles]
         made["00404070"] = _sequence(titles)
     return dict(sorted(made.items()))
+
+
+def is_ready(item: WorkItem) -> bool:
+    """Whether what a work item needs is there."""
+    return item.state != "SCHEDULED" or item.job_key is not None
+
+
+def report_of_state(item: WorkItem) -> Json:
+    """Return the event report of a work item's state (PS3.4 table CC.2.4-1)."""
+    said = _progress(item) if item.state == "CANCELED" else {}
+    made = [("ProcedureStepState", item.state), ("InputReadinessState", "READY" if is_ready(item) else "UNREADY")]
+    return _report(item, 1, attributes_as_json(made) | {tag: said[tag] for tag in _SAID if tag in said})
+
+
+def report_of_cancel_request(item: WorkItem) -> Json:
+    """Return the event report of a request to cancel it."""
+    cancel = dict(item.cancel or {})
+    return _report(item, 2, attributes_as_json([("RequestingAE", cancel.pop("requester", ""))]) | cancel)
+
+
+def report_of_progress(item: WorkItem) -> Json:
+    """Return the event report of its progress."""
+    return _report(item, 3, {"00741002": _sequence([_progress(item)])})
+
+
+def report_of_assignment(item: WorkItem, station: str) -> Json:
+    """Return the event report that it is this node's to perform."""
+    return _report(item, 5, {"00404025": _sequence([_code(station, SCHEME, station)])})
+
+
+def _report(item: WorkItem, event: int, of_event: Json) -> Json:
+    """The command set's attributes that PS3.18 11.13 asks for, but for the Message ID, with those of the event."""
+    said = {"00000002": {"vr": "UI", "Value": [UPS_PUSH]}, "00001000": {"vr": "UI", "Value": [item.uid]}}
+    return said | {"00001002": {"vr": "US", "Value": [event]}} | of_event
 
 
 def _progress(item: WorkItem) -> Json:

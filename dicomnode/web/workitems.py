@@ -69,9 +69,9 @@ class Workitems:
         response = Response(encode(body), 206 if more else 200, media_type=JSON) if body else Response(status_code=204)
         response.headers["Cache-Control"] = "no-store"
         if ignored:
-            response.headers.append("Warning", _warning(f"The following parameters are not matched and were ignored: {', '.join(ignored)}"))
+            response.headers.append("Warning", warning(f"The following parameters are not matched and were ignored: {', '.join(ignored)}"))
         if more:
-            response.headers.append("Warning", _warning("There are additional results that can be requested"))
+            response.headers.append("Warning", warning("There are additional results that can be requested"))
         return response
 
     def retrieve(self, request: Request) -> Response:
@@ -99,11 +99,11 @@ class Workitems:
         registry = self._storage.registry
         order = read_order(values, _uid_of_address(request), visitor.ae_title, self._node.ae_titles, registry)
         if not schedule(self._storage, self._client, order.item):
-            raise _refusal(409, "There is a work item of this UID already.")
+            raise refusal(409, "There is a work item of this UID already.")
         place = f"{self._address_of(request)}/workitems/{order.item.uid}"
         response = Response(status_code=201, headers={"Location": place, "Content-Location": place})
         if order.modified:
-            response.headers.append("Warning", _warning("The Workitem was created with modifications."))
+            response.headers.append("Warning", warning("The Workitem was created with modifications."))
         return response
 
     def _cancel(self, request: Request, values: Json, visitor: Visitor) -> Response:
@@ -113,31 +113,31 @@ class Workitems:
         if item.state not in _ENDS and request_cancel(self._storage, self._client, item, asked):
             return Response(status_code=202)
         if self._item(request).state == "COMPLETED":
-            raise _refusal(409, "The UPS is already COMPLETED.")
-        return Response(status_code=202, headers={"Warning": _warning("The UPS is already in the requested state of CANCELED.")})
+            raise refusal(409, "The UPS is already COMPLETED.")
+        return Response(status_code=202, headers={"Warning": warning("The UPS is already in the requested state of CANCELED.")})
 
     def _change_state(self, request: Request, values: Json) -> Response:
         wanted = next(iter(values.get("ProcedureStepState", ())), None)
         if wanted not in {"IN PROGRESS", *_ENDS}:
-            raise _refusal(400, "ProcedureStepState is IN PROGRESS, COMPLETED or CANCELED.")
+            raise refusal(400, "ProcedureStepState is IN PROGRESS, COMPLETED or CANCELED.")
         if not any(is_uid(str(uid)) for uid in values.get("TransactionUID", ())):
-            raise _refusal(400, "The Transaction UID is missing.")
+            raise refusal(400, "The Transaction UID is missing.")
         state = self._item(request).state
         if state == wanted and state in _ENDS:
-            return Response(status_code=200, headers={"Warning": _warning(f"The UPS is already in the requested state of {state}.")})
+            return Response(status_code=200, headers={"Warning": warning(f"The UPS is already in the requested state of {state}.")})
         if state == "SCHEDULED":
-            raise _refusal(403, "The node performs its work items itself; to end one ask for its cancellation.")
+            raise refusal(403, "The node performs its work items itself; to end one ask for its cancellation.")
         if state == "IN PROGRESS":
-            raise _refusal(409, "The Transaction UID is incorrect.")
-        raise _refusal(409, "The submitted request is inconsistent with the state of the UPS Instance.")
+            raise refusal(409, "The Transaction UID is incorrect.")
+        raise refusal(409, "The submitted request is inconsistent with the state of the UPS Instance.")
 
     def _item(self, request: Request) -> WorkItem:
         uid = request.path_params["workitem"]
         if not is_uid(uid):
-            raise _refusal(400, "What stands in the place of a UID is none.")
+            raise refusal(400, "What stands in the place of a UID is none.")
         item = self._storage.workitems.item(uid)
         if item is None:
-            raise _refusal(404, "The node has no such work item.")
+            raise refusal(404, "The node has no such work item.")
         return item
 
     def _as_json(self, request: Request, item: WorkItem, *, whole: bool) -> Json:
@@ -152,7 +152,7 @@ def _uid_of_address(request: Request) -> str | None:
     for name, value in request.query_params.multi_items():
         uid = value if name.lower() in {"workitem", "affectedsopinstanceuid"} else name if not value else ""
         if uid and not is_uid(uid):
-            raise _refusal(400, "What stands in the place of a UID is none.")
+            raise refusal(400, "What stands in the place of a UID is none.")
         if uid:
             return uid
     return None
@@ -164,7 +164,7 @@ async def _data_set(request: Request, *, optional: bool = False) -> Json:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAXIMUM_BODY:
-            raise _refusal(413, f"A work item has at most {MAXIMUM_BODY} bytes.")
+            raise refusal(413, f"A work item has at most {MAXIMUM_BODY} bytes.")
     if optional and not body.strip():
         return {}
     try:
@@ -172,13 +172,15 @@ async def _data_set(request: Request, *, optional: bool = False) -> Json:
     except ValueError:
         content_type = ""
     if content_type not in {JSON, "application/json"}:
-        raise _refusal(415, f"Work items are taken as {JSON} alone.")
+        raise refusal(415, f"Work items are taken as {JSON} alone.")
     return await run_in_threadpool(read_data_set, bytes(body))
 
 
-def _refusal(status: int, why: str) -> HTTPException:
-    return HTTPException(status, why, {"Warning": _warning(why)})
+def refusal(status: int, why: str) -> HTTPException:
+    """An answer that says why in a Warning header, too."""
+    return HTTPException(status, why, {"Warning": warning(why)})
 
 
-def _warning(text: str) -> str:
+def warning(text: str) -> str:
+    """The value of a Warning header (RFC 7234 5.5)."""
     return f'299 dicomnode "{text}"'

@@ -48,3 +48,14 @@ def upgrade() -> None:
     )
     for column in ("job_key", "study_instance_uid", "created_at"):
         op.create_index(f"ix_workitem_{column}", "workitem", [column])
+    op.create_table(
+        "subscription",
+        sa.Column("ae_title", sa.Text(), nullable=False),
+        sa.Column("target", sa.Text(), nullable=False),
+        sa.Column("keys", sa.JSON(), nullable=False, server_default="{}"),
+        sa.Column("wanted", sa.Boolean(), nullable=False, server_default=sa.true()),
+        sa.Column("created_at", time, nullable=False),
+        sa.Column("suspended_at", time, nullable=True),
+        sa.Column("told_until", time, nullable=True),
+        sa.PrimaryKeyConstraint("ae_title", "target", name="pk_subscription"),
+    )
