@@ -111,7 +111,7 @@ def _worklist_lines(table: Callable[[tuple[str, ...], Iterable[tuple[str, ...]]]
     yield "send to it may create and cancel."
     yield from table(("Of what is created", "Meaning"), ASKED)
     yield from table(("Event Type ID", "Sent"), EVENTS)
-    yield "Subscriptions outlive a connection. Who connects again is told the present state of what changed since it was told last: a report"
-    yield "may come twice, and a state that was passed meanwhile not at all. A new subscription to one work item is told its state; one to"
-    yield "many, what changes from then on. Filters go by what doesn't change: all keys of a search but state, priority and Input Readiness"
-    yield "State (403). SCP Status Change (4) is not sent. A peer subscribes for its own AE title alone."
+    yield "Subscriptions outlive a connection. Who connects again is told the present state of what changed since it was told last: a"
+    yield "report may come twice, and a state that was passed meanwhile not at all. A new subscription to one work item is told its state;"
+    yield "one to many, what changes from then on. Filters go by what doesn't change: all keys of a search but state, priority and Input"
+    yield "Readiness State (403). SCP Status Change (4) is not sent. A peer subscribes for its own AE title alone."
