@@ -208,31 +208,31 @@ def test_what_a_route_asks_for_stands_on_the_worklist_too(one: Site) -> None:
     assert codes == ["110522", "no-series"]
 
 
-def test_an_analysis_that_is_done_again_is_another_work_item_and_no_state_goes_back(site: Site) -> None:
-    receive(site)
-    close(site)
-    assert ask(site, a_request(), "1.2.9")[0] == 201
-    (job,) = jobs(site)
-    site.storage.jobs.start(job.key)
-    site.storage.jobs.postpone(job.key, "the disk is full")
-    assert state(site, "1.2.9") == "IN PROGRESS"
-    postponed = site.storage.jobs.job(job.key)
+def test_an_analysis_that_is_done_again_is_another_work_item_and_no_state_goes_back(one: Site) -> None:
+    receive(one)
+    close(one)
+    assert ask(one, a_request(), "1.2.9")[0] == 201
+    (job,) = jobs(one)
+    one.storage.jobs.start(job.key)
+    one.storage.jobs.postpone(job.key, "the disk is full")
+    assert state(one, "1.2.9") == "IN PROGRESS"
+    postponed = one.storage.jobs.job(job.key)
     assert postponed is not None
-    retry(site.storage, site.engine, postponed)
-    assert state(site, "1.2.9") == "IN PROGRESS"
-    site.storage.jobs.start(job.key)
-    site.storage.jobs.finish(job.key, "failed", reason_code="dead-letter", reason="it ended its worker")
-    failed = site.storage.jobs.job(job.key)
+    retry(one.storage, one.engine, postponed)
+    assert state(one, "1.2.9") == "IN PROGRESS"
+    one.storage.jobs.start(job.key)
+    one.storage.jobs.finish(job.key, "failed", reason_code="dead-letter", reason="it ended its worker")
+    failed = one.storage.jobs.job(job.key)
     assert failed is not None
-    retry(site.storage, site.engine, failed)
-    assert state(site, "1.2.9") == "CANCELED"
-    first, second = search(site)
-    assert (first, state(site, second)) == ("1.2.9", "SCHEDULED")
-    site.storage.jobs.start(job.key)
-    site.storage.jobs.finish(job.key, "done")
-    assert (state(site, "1.2.9"), state(site, second)) == ("CANCELED", "COMPLETED")
-    assert values(item(site, "1.2.9"), "00741002", "00741238") == ["it ended its worker"]
-    assert len(jobs(site)) == 1
+    retry(one.storage, one.engine, failed)
+    assert state(one, "1.2.9") == "CANCELED"
+    first, second = search(one)
+    assert (first, state(one, second)) == ("1.2.9", "SCHEDULED")
+    one.storage.jobs.start(job.key)
+    one.storage.jobs.finish(job.key, "done")
+    assert (state(one, "1.2.9"), state(one, second)) == ("CANCELED", "COMPLETED")
+    assert values(item(one, "1.2.9"), "00741002", "00741238") == ["it ended its worker"]
+    assert len(jobs(one)) == 1
 
 
 def test_a_work_item_waits_for_its_study_and_shares_the_job_of_a_route(one: Site) -> None:

@@ -31,6 +31,13 @@ def site(tmp_path: Path, database_url: str) -> Iterator[Site]:
         yield made
 
 
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Site]:
+    """The same on SQLite, for what doesn't differ between the databases."""
+    with worklist(tmp_path, f"sqlite:///{tmp_path / 'node.sqlite'}") as made:
+        yield made
+
+
 def subscribe(site: Site, target: str, query: str = "", *, ae_title: str = "RIS", **headers: str) -> tuple[int, dict[str, str]]:
     return site.request("POST", f"/dicom-web/workitems/{target}/subscribers/{ae_title}{query}", **headers)[:2]
 
@@ -68,26 +75,26 @@ def state(connection: ClientConnection) -> tuple[str, str, str]:
             return uid, read["00741000"]["Value"][0], read["00404041"]["Value"][0]
 
 
-def test_who_watches_a_work_item_is_told_all_that_becomes_of_it(site: Site) -> None:
-    assert ask(site, a_request(), "1.2.9")[0] == 201
-    assert ask(site, a_request(), "1.2.10")[0] == 201
-    status, headers = subscribe(site, "1.2.9")
-    assert (status, headers["content-location"]) == (201, f"ws://{HOST}:{site.web.port}/dicom-web/subscribers/RIS")
-    with channel(site) as told:
+def test_who_watches_a_work_item_is_told_all_that_becomes_of_it(one: Site) -> None:
+    assert ask(one, a_request(), "1.2.9")[0] == 201
+    assert ask(one, a_request(), "1.2.10")[0] == 201
+    status, headers = subscribe(one, "1.2.9")
+    assert (status, headers["content-location"]) == (201, f"ws://{HOST}:{one.web.port}/dicom-web/subscribers/RIS")
+    with channel(one) as told:
         assert report(told)[1] == 5, "it is assigned to the node"
         assert state(told) == ("1.2.9", "SCHEDULED", "UNREADY")
-        receive(site)
-        close(site)
+        receive(one)
+        close(one)
         assert state(told) == ("1.2.9", "SCHEDULED", "READY")
-        job = job_of(site, "1.2.9")
-        site.storage.jobs.start(job)
+        job = job_of(one, "1.2.9")
+        one.storage.jobs.start(job)
         assert state(told) == ("1.2.9", "IN PROGRESS", "READY")
-        site.storage.jobs.progress(job, 0.5)
+        one.storage.jobs.progress(job, 0.5)
         uid, event, read = report(told)
         assert (uid, event, values(read, "00741002", "00741004")) == ("1.2.9", 3, [50.0])
         said = {"00741238": {"vr": "LT", "Value": ["ordered twice"]}}
         cancel_it = "/dicom-web/workitems/1.2.9/cancelrequest"
-        assert site.request("POST", cancel_it, json.dumps(said).encode(), Content_Type="application/dicom+json")[0] == 202
+        assert one.request("POST", cancel_it, json.dumps(said).encode(), Content_Type="application/dicom+json")[0] == 202
         uid, event, read = report(told)
         assert (uid, event, values(read, "00741236"), values(read, "00741238")) == ("1.2.9", 2, ["DICOMWEB"], ["ordered twice"])
         uid, event, read = report(told)
