@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
 from dimse_cases import CT, EXPLICIT, a_dataset, split_part10
+from pydicom import dcmread
 
+from dicomnode.dimse.commitment import NO_SUCH_INSTANCE, Reference
 from dicomnode.dimse.scu import Outgoing
-from dicomnode.stow import post_each, reach
+from dicomnode.stow import post_each, reach, shown
 from dicomweb_site import file_of, keep_as_results, serving
 from pacs import LOOPBACK, PATIENCE_SECONDS, Orthanc, free_port, orthanc
 from shown_studies import chest_ct
@@ -48,6 +52,10 @@ def test_results_reach_orthanc_by_stow_as_they_are_stored(tmp_path: Path) -> Non
         for result in made:
             (found,) = pacs.post("/tools/find", {"Level": "Instance", "Query": {"SOPInstanceUID": result.sop_instance_uid}})
             assert split_part10(kept(pacs, found))[1] == split_part10(bytes(result.data))[1]
+        references = [Reference(sop_class_uid=one.sop_class_uid, sop_instance_uid=one.sop_instance_uid) for one in made]
+        absent = Reference(sop_class_uid=CT, sop_instance_uid="1.2.3.4.5")
+        uid = str(dcmread(BytesIO(bytes(made[0].data))).StudyInstanceUID)
+        assert shown(peer, uid, [*references, absent], timeout_seconds=120) == (*references, replace(absent, failure=NO_SUCH_INSTANCE))
         text = tmp_path / "text.dcm"
         text.write_bytes(b"no DICOM")
         (outcome,) = post_each(peer, [Outgoing(sop_class_uid=CT, sop_instance_uid="1.2", transfer_syntax_uid=EXPLICIT, path=text)])
