@@ -9,17 +9,29 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Collection, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 
 from dicomnode.analyses import Run, begin_anew, can_begin, chosen, create, create_analyses, packages_of, routes_of
 from dicomnode.announcements import announced
 from dicomnode.config import EngineSection
 from dicomnode.engine import EngineClient
-from dicomnode.evidence import SETTLED_SECONDS, Decision, Evidence, NoticeEvidence, Rules, SeriesEvidence, as_json, decide, series_evidence
+from dicomnode.evidence import (
+    SETTLED_SECONDS,
+    Decision,
+    Evidence,
+    NoticeEvidence,
+    Rules,
+    SeriesEvidence,
+    after_fetches,
+    as_json,
+    decide,
+    series_evidence,
+)
 from dicomnode.first_series import FirstSeries
 from dicomnode.inquiry import Inquiry
 from dicomnode.logs import get_logger
+from dicomnode.missing import MissingImages
 from storage import Storage
 from storage.records import Job, Priority, Revision, Route, Study
 
@@ -79,9 +91,17 @@ class Seen:
 class Completion:
     """A thread that closes studies when enough says that they are complete."""
 
-    def __init__(self, storage: Storage, client: EngineClient, settings: EngineSection, inquiry: Inquiry | None = None) -> None:
-        """`inquiry` asks the peers that routes name; without it they give no answer."""
+    def __init__(
+        self,
+        storage: Storage,
+        client: EngineClient,
+        settings: EngineSection,
+        inquiry: Inquiry | None = None,
+        missing: MissingImages | None = None,
+    ) -> None:
+        """`inquiry` asks the peers that routes name, without it they give no answer; `missing` fetches what these hold and did not come."""
         self._inquiry = inquiry
+        self._missing = missing
         self._storage = storage
         self._client = client
         self._settings = settings
@@ -100,6 +120,8 @@ class Completion:
         self._storage.leases.release(LEASE, self._owner)
         if self._inquiry is not None:
             self._inquiry.stop()
+        if self._missing is not None:
+            self._missing.stop()
 
     def _run(self) -> None:
         up_since, seen = datetime.now(UTC), Seen(self._storage)
@@ -107,8 +129,9 @@ class Completion:
             try:
                 if self._storage.leases.hold(LEASE, self._owner, self._settings.lease_seconds):
                     close_complete_studies(
-                        self._storage, self._client, datetime.now(UTC), up_since=up_since, seen=seen, inquiry=self._inquiry
-                    )
+                        self._storage, self._client, datetime.now(UTC), up_since=up_since, seen=seen, inquiry=self._inquiry,
+                        missing=self._missing,
+                    )  # fmt: skip
             except Exception:  # the database may be away for a while; the next round tries again
                 log.exception("completion failed")
 
@@ -121,6 +144,7 @@ def close_complete_studies(
     up_since: datetime,
     seen: Seen | None = None,
     inquiry: Inquiry | None = None,
+    missing: MissingImages | None = None,
 ) -> list[Revision]:
     """Close each study that is complete at `now`, with its jobs, and return the revisions closed or begun.
 
@@ -152,7 +176,8 @@ def close_complete_studies(
             peers=inquiry.evidence(study, asked) if inquiry is not None and silent >= _earliest(rules) else (),
             notices=seen.announced(storage, study),
         )
-        decision = decide(evidence, rules)
+        evidence = _fetched(missing, inquiry, study, routes, (evidence, rules), now)
+        decision = after_fetches(decide(evidence, rules), evidence.fetched)
         if not decision.closes:
             closed += _begin(storage, client, study, every, seen, (now, up_since))
             continue
@@ -194,6 +219,25 @@ def _begin(
         if revision is not None:
             log.info("begun", study_instance_uid=study.study_instance_uid, revision=revision.number, evidence=start.evidence)
     return begun
+
+
+def _fetched(
+    missing: MissingImages | None,
+    inquiry: Inquiry | None,
+    study: Study,
+    routes: Sequence[Route],
+    known: tuple[Evidence, Rules],
+    now: datetime,
+) -> Evidence:
+    """Have what peers hold and did not come fetched, once a study is quiet and where its routes say so; return what is evident then."""
+    evidence, rules = known
+    asked = {route.completeness_peer for route in routes if route.fetch_missing and route.completeness_peer is not None}
+    if missing is None or inquiry is None or not asked:
+        return evidence
+    if evidence.released and evidence.silent_seconds >= rules.quiet_seconds:
+        for title in sorted(asked):
+            missing.fetch(study, title, inquiry.absent(study, title), now)
+    return replace(evidence, fetched=missing.evidence(study))
 
 
 def _earliest(rules: Rules) -> float:

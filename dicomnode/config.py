@@ -162,6 +162,16 @@ class PriorsSection(_Section):
     maximum_bytes: int = Field(4_000_000_000, ge=1, description="a study that grows larger is not fetched to its end")
 
 
+class MissingSection(_Section):
+    """Images that a peer holds and that did not come: routes have them fetched before a study is closed."""
+
+    tries: int = Field(3, ge=1, description="how often a peer is asked for them; then the study goes on with what is there")
+    again_seconds: float = Field(20, ge=0, description="between two of these")
+    seconds: float = Field(120, gt=0, description="one of them takes no longer than this; the study waits for it")
+    maximum_instances: int = Field(2000, ge=1, description="if more are missing they are not fetched")
+    maximum_bytes: int = Field(4_000_000_000, ge=1, description="by C-GET no more than this comes for one series")
+
+
 class AnalysisSection(_Section):
     """Where networks run."""
 
@@ -231,6 +241,7 @@ class Settings(_Section):
     commitment: CommitmentSection = CommitmentSection()
     retention: RetentionSection = RetentionSection()
     priors: PriorsSection = PriorsSection()
+    missing: MissingSection = MissingSection()
     analysis: AnalysisSection = AnalysisSection()
     web: WebSection = WebSection()
     log: LogSection = LogSection()

@@ -133,6 +133,18 @@ class NoticeEvidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchEvidence:
+    """What was asked of a peer for the images that it holds and that did not come."""
+
+    peer: str
+    state: Literal["asked", "ended"]
+    tries: int
+    instances: int  # that the last try asked for
+    arrived: int  # by all tries
+    reason: str = ""  # why the last try didn't bring all
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything that is known of whether a study is complete."""
 
@@ -142,6 +154,7 @@ class Evidence:
     series: tuple[SeriesEvidence, ...]
     peers: tuple[PeerEvidence, ...] = ()
     notices: tuple[NoticeEvidence, ...] = ()
+    fetched: tuple[FetchEvidence, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +239,20 @@ def complete_by_itself(
     if series.numbers == series.slices == "contiguous" and silent_seconds >= quiet_seconds:
         return f"neither the numbers nor the slices of {series.named} have a gap, and it was quiet for {quiet_seconds:g} s"
     return None
+
+
+def after_fetches(decision: Decision, fetched: Iterable[FetchEvidence]) -> Decision:
+    """Let a study wait for what is on its way from a peer; say of one that is closed what was fetched, and what was asked for in vain."""
+    said = []
+    for fetch in fetched if decision.closes else ():
+        if fetch.state == "asked":
+            return Decision(
+                closes=False, reason=f"{fetch.instances} image(s) are fetched from {fetch.peer}", incomplete=decision.incomplete
+            )
+        said += [f"{fetch.arrived} image(s) were fetched from {fetch.peer}"] if fetch.arrived else []
+        said += [f"{fetch.peer} was asked for them {fetch.tries} time(s)"] if decision.incomplete else []
+    incomplete = (*decision.incomplete, *said) if decision.incomplete else ()
+    return replace(decision, reason="; ".join([decision.reason, *said]), incomplete=incomplete)
 
 
 def as_json(evidence: Evidence, decision: Decision) -> dict[str, Any]:

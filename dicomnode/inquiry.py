@@ -9,13 +9,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from dicomnode.config import TlsSection
-from dicomnode.dimse.find import ASKING, FindLimits, StudyContent, series_content, study_content
+from dicomnode.dimse.find import ASKING, FindLimits, StudyContent, series_instances, study_content
 from dicomnode.errors import NodeError
 from dicomnode.evidence import PeerEvidence
 from dicomnode.logs import get_logger
@@ -43,7 +43,18 @@ class Inquirer:
     again_seconds: float = AGAIN_SECONDS
     alone_seconds: float = ALONE_SECONDS
     study_content: Callable[..., StudyContent | None] = field(default=study_content)
-    series_content: Callable[..., frozenset[str]] = field(default=series_content)
+    series_instances: Callable[..., Mapping[str, str]] = field(default=series_instances)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsentImages:
+    """Images of a series that a peer says that it holds, and that aren't here."""
+
+    series_instance_uid: str
+    modality: str
+    number: int
+    is_all: bool  # nothing of the series is here
+    instances: Mapping[str, str] = field(default_factory=dict)  # SOP Instance UID: SOP Class UID, as far as the peer names them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +71,7 @@ class _Asked:
 
     last_received_at: datetime
     evidence: PeerEvidence
+    absent: tuple[AbsentImages, ...] = ()  # by that evidence
     pending: bool  # asked and not answered yet
     at: float  # of the answer, on the monotonic clock
 
@@ -79,6 +91,13 @@ class Inquiry:
     def evidence(self, study: Study, ae_titles: Collection[str]) -> tuple[PeerEvidence, ...]:
         """Return what each peer holds of the study as far as that is known, and ask those of which it isn't. Never waits."""
         return tuple(self._evidence(study, title) for title in sorted(ae_titles))
+
+    def absent(self, study: Study, ae_title: str) -> tuple[AbsentImages, ...]:
+        """Return which images of the study the peer holds and the node doesn't, as far as its last answer about the study as it is says."""
+        with self._lock:
+            known = self._asked.get((study.study_instance_uid, ae_title))
+        current = known is not None and known.last_received_at == study.last_received_at and known.evidence.state == "answered"
+        return known.absent if known is not None and current else ()
 
     def forget_but(self, study_instance_uids: Collection[str]) -> None:
         """Keep nothing of studies other than these."""
@@ -112,7 +131,10 @@ class Inquiry:
             return known.evidence if known is not None else PeerEvidence(peer=title, state="silent", reason=reason)
         evidence = known.evidence if known is not None else PeerEvidence(peer=title, state="asked")  # it holds until there is another
         with self._lock:
-            self._asked[key] = _Asked(last_received_at=study.last_received_at, evidence=evidence, pending=True, at=now)
+            absent = known.absent if known is not None else ()
+            self._asked[key] = _Asked(
+                last_received_at=study.last_received_at, evidence=evidence, absent=absent, pending=True, at=now
+            )  # fmt: skip
             if title not in self._queues:
                 self._queues[title] = queue.Queue()
                 thread = threading.Thread(target=self._run, args=(self._queues[title],), name=f"inquiry-{title}", daemon=True)
@@ -134,13 +156,15 @@ class Inquiry:
         if known is None or known.last_received_at != question.study.last_received_at:
             return
         alone = time.monotonic() < until
-        evidence = PeerEvidence(peer=title, state="silent", reason=reason) if alone else self._ask(question)
+        silent = PeerEvidence(peer=title, state="silent", reason=reason)
+        evidence, absent = (silent, ()) if alone else self._ask(question)
         with self._lock:
             if self._asked.get(key) is known:
-                kept = known.evidence if evidence.state == "silent" and known.evidence.state == "answered" else evidence
-                self._asked[key] = replace(known, evidence=kept, pending=False, at=time.monotonic())
+                if evidence.state == "silent" and known.evidence.state == "answered":
+                    evidence, absent = known.evidence, known.absent
+                self._asked[key] = replace(known, evidence=evidence, absent=absent, pending=False, at=time.monotonic())
 
-    def _ask(self, question: _Question) -> PeerEvidence:
+    def _ask(self, question: _Question) -> tuple[PeerEvidence, tuple[AbsentImages, ...]]:
         title = question.peer.ae_title
         try:
             return self._compared(question)
@@ -152,22 +176,27 @@ class Inquiry:
         log.warning("a peer did not say what it holds", peer=title, reason=reason)
         with self._lock:
             self._alone[title] = (time.monotonic() + self._inquirer.alone_seconds, reason)
-        return PeerEvidence(peer=title, state="silent", reason=reason)
+        return PeerEvidence(peer=title, state="silent", reason=reason), ()
 
-    def _compared(self, question: _Question) -> PeerEvidence:
+    def _compared(self, question: _Question) -> tuple[PeerEvidence, tuple[AbsentImages, ...]]:
         """Ask how many images of each series the peer holds, and of series of which that is more than came, which."""
         inquirer, study, peer = self._inquirer, question.study, question.peer
         asking: dict[str, Any] = {"calling_ae_title": inquirer.calling_ae_title, "patient_id": study.patient_id, "tls": inquirer.tls}
         asking["limits"] = inquirer.limits
         content = inquirer.study_content(peer, study.study_instance_uid, **asking)
         if content is None:
-            return PeerEvidence(peer=peer.ae_title, state="unknown")
+            return PeerEvidence(peer=peer.ae_title, state="unknown"), ()
         here = {series.series_instance_uid: series.instances for series in self._storage.index.series(study.study_instance_uid)}
         images = {uid: count for uid, count in content.instances.items() if content.modalities.get(uid, "").upper() not in NO_IMAGES}
-        absent = 0
+        absent = []
         for uid, count in images.items():
             if count > here.get(uid, 0):
-                held = inquirer.series_content(peer, study.study_instance_uid, uid, **asking)
+                held = inquirer.series_instances(peer, study.study_instance_uid, uid, **asking)
+                names = {one: held[one] for one in self._storage.index.absent(held)}
                 # A peer that counts more than it names is believed about the difference: silence would be taken for completeness.
-                absent += len(self._storage.index.absent(held)) if held else count - here.get(uid, 0)
-        return PeerEvidence(peer=peer.ae_title, state="answered", instances=sum(images.values()), absent=absent)
+                number = len(names) if held else count - here.get(uid, 0)
+                modality = content.modalities.get(uid, "")
+                one = AbsentImages(series_instance_uid=uid, modality=modality, number=number, is_all=uid not in here, instances=names)
+                absent += [one] if number else []
+        total = sum(one.number for one in absent)
+        return PeerEvidence(peer=peer.ae_title, state="answered", instances=sum(images.values()), absent=total), tuple(absent)

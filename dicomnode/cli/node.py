@@ -213,10 +213,15 @@ def _start_analyser(settings: Settings, storage: Storage, client: EngineClient) 
 
 def _start_completion(settings: Settings, storage: Storage, client: EngineClient) -> Callable[[], None]:
     from dicomnode.completion import Completion
+    from dicomnode.dimse.retrieving import Retriever
     from dicomnode.inquiry import Inquirer, Inquiry
+    from dicomnode.missing import MissingImages
+    from dicomnode.reception import Reception
 
+    reception = Reception(settings.listener, storage)
+    retriever = Retriever(settings.node.ae_title, settings.tls, reception.begin, reception.ended)
     inquiry = Inquiry(storage, Inquirer(calling_ae_title=settings.node.ae_title, tls=settings.tls))
-    completion = Completion(storage, client, settings.engine, inquiry)
+    completion = Completion(storage, client, settings.engine, inquiry, MissingImages(storage, settings.missing, retriever))
     completion.start()
     return completion.stop
 

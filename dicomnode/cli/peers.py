@@ -262,6 +262,9 @@ def route_add(
             help="start on series that are evidently complete and quiet for so many seconds, while others still come",
         ),
     ] = None,
+    fetch_missing: Annotated[
+        bool, typer.Option("--fetch-missing", help="images that this peer holds and that did not come are fetched from it")
+    ] = False,
     priors_from: Annotated[
         str | None,
         typer.Option("--priors-from", metavar="AET", help="a peer that earlier studies of the patient are fetched from, to compare with"),
@@ -303,7 +306,11 @@ def route_add(
             if not _known_peer(storage, title).receives:
                 raise UsageError(f"{title} is a peer that doesn't receive results: `dicomnode peer add {title} HOST PORT --receives`")
         if completeness_peer is not None:
-            _known_peer(storage, completeness_peer)
+            known = _known_peer(storage, completeness_peer)
+            if fetch_missing and not known.sends:
+                raise UsageError(f"{completeness_peer} is a peer that doesn't send, so nothing can be fetched from it")
+        elif fetch_missing:
+            raise UsageError("--fetch-missing needs --completeness-peer")
         priors = None
         if priors_from is not None:
             if not _known_peer(storage, priors_from).sends:
@@ -328,6 +335,7 @@ def route_add(
                 longest_wait_seconds=longest_wait,
                 completeness_peer=None if completeness_peer is None else ae_title(completeness_peer),
                 priors=priors,
+                fetch_missing=fetch_missing,
                 first_series_seconds=first_series,
             )
         )
@@ -351,6 +359,7 @@ def route_list(config: ConfigOption = None, json: JsonOption = False) -> None:
             "early",
             "longest_wait_seconds",
             "completeness_peer",
+            "fetch_missing",
             "priors",
             "first_series_seconds",
         ]

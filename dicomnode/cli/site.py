@@ -128,6 +128,7 @@ class RouteEntry(_Entry):
     early: bool = False
     longest_wait_seconds: Annotated[float | None, Field(ge=0)] = None
     completeness_peer: str | None = None
+    fetch_missing: bool = False
     first_series_seconds: Annotated[float | None, Field(ge=0)] = None
 
     @field_validator("objects")
@@ -171,6 +172,13 @@ def registry_import(file: Annotated[Path, typer.Argument(help="site.toml")], con
             f"route {route.name}: {route.completeness_peer} is no peer"
             for route in site.routes
             if route.completeness_peer is not None and route.completeness_peer not in known
+        ]
+        sending = {p.ae_title for p in storage.registry.peers() if p.sends} - {p.ae_title for p in site.peers}
+        sending |= {p.ae_title for p in site.peers if p.sends}
+        mistakes += [
+            f"route {route.name}: missing images can't be fetched from {route.completeness_peer}, which is no peer that sends"
+            for route in site.routes
+            if route.fetch_missing and route.completeness_peer not in sending
         ]
         mistakes += [
             f"route {route.name}: there is no package {route.package}"

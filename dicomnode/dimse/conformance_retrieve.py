@@ -26,9 +26,9 @@ STATUSES = (
 def retrieve_lines(settings: Settings, table: Callable[[tuple[str, ...], Iterable[tuple[str, ...]]], Iterator[str]]) -> Iterator[str]:
     """Give the lines of the section; `table` renders rows below a head."""
     yield "## Retrieve: SCU"
-    yield "Earlier studies of a patient are retrieved where a route says so: series by series, those that are held in part by SOP Instance"
-    yield f"UIDs, at most {LISTED} a request. By C-MOVE to this node's AE title where the peer offers it and knows that; else, or if the"
-    yield "peer is registered with `--retrieve-by get`, by C-GET."
+    yield "Earlier studies of a patient, and images that a peer holds of a study and that did not come, are retrieved where a route says"
+    yield f"so: series by series, those that are held in part by SOP Instance UIDs, at most {LISTED} a request. By C-MOVE to this node's"
+    yield "AE title where the peer offers it and knows that; else, or if the peer is registered with `--retrieve-by get`, by C-GET."
     yield "A C-GET proposes, with this node as SCP of them (role selection), the SOP classes that C-FIND named at the level IMAGE, else"
     yield "those usual for the modality: each uncompressed first, then in the usual compressed transfer syntaxes, up to"
     yield f"{MAXIMUM_CONTEXTS} contexts. What comes is checked, made safe and answered as by the Storage SCP; an instance of another study"
@@ -40,4 +40,7 @@ def retrieve_lines(settings: Settings, table: Callable[[tuple[str, ...], Iterabl
     yield f"For the earlier studies of one analysis there are {limits.seconds:g} s (`priors.seconds`), for each"
     yield f"{limits.maximum_instances:,} instances (`priors.maximum_instances`) and {limits.maximum_bytes:,} bytes"
     yield "(`priors.maximum_bytes`)."
+    for_missing = settings.missing
+    yield f"For missing images a peer is asked {for_missing.tries} times at most (`missing.tries`), each time for {for_missing.seconds:g} s"
+    yield f"(`missing.seconds`), where no more than {for_missing.maximum_instances:,} are missing (`missing.maximum_instances`)."
     yield from table(("Status", "Outcome"), STATUSES)

@@ -122,21 +122,6 @@ def study_content(
     return StudyContent(instances=counts, modalities=modalities) if counts else None
 
 
-def series_content(
-    peer: Peer,
-    study_instance_uid: str,
-    series_instance_uid: str,
-    *,
-    calling_ae_title: str,
-    patient_id: str = "",
-    tls: TlsSection | None = None,
-    limits: FindLimits = FindLimits(),
-) -> frozenset[str]:
-    """Return the SOP Instance UIDs that `peer` says that it holds of a series. Raises PeerUnavailable or PeerRefused as `find` does."""
-    asking: dict[str, Any] = {"calling_ae_title": calling_ae_title, "patient_id": patient_id, "tls": tls, "limits": limits}
-    return frozenset(series_instances(peer, study_instance_uid, series_instance_uid, **asking))
-
-
 def series_instances(
     peer: Peer,
     study_instance_uid: str,

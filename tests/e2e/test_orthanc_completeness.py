@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from dicomnode.completion import Seen, close_complete_studies
 from dicomnode.config import ListenerSection, NodeSection, Settings
-from dicomnode.dimse.find import FindLimits, series_content, study_content
+from dicomnode.dimse.find import FindLimits, series_instances, study_content
 from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.inquiry import Inquirer, Inquiry
 from dicomnode.receiver import Receiver
@@ -108,7 +108,8 @@ def run(site: Site, pacs: Orthanc, folder: Path) -> None:
     assert content is not None
     assert content.instances == {f"{STUDY}.1": 8, f"{STUDY}.2": 3}
     assert set(content.modalities.values()) == {"CT"}
-    assert series_content(pacs.peer, STUDY, f"{STUDY}.2", **asking) == {str(image.SOPInstanceUID) for image in images[8:]}
+    named = {str(image.SOPInstanceUID): str(image.SOPClassUID) for image in images[8:]}
+    assert series_instances(pacs.peer, STUDY, f"{STUDY}.2", **asking) == named
     assert study_content(pacs.peer, f"{STUDY}.0", **asking) is None
 
     forward(pacs, files, images[:6])

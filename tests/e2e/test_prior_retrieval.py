@@ -63,8 +63,15 @@ def work(node: Node, files: list[Path], priority: str | None = None) -> Job:
     return ended
 
 
-@pytest.mark.parametrize("way", ["move", "get"])
-@pytest.mark.parametrize("pacs_for", [orthanc_for, dcmqrscp_for])
+@pytest.mark.parametrize(
+    ("pacs_for", "way"),
+    [
+        (orthanc_for, "get"),
+        (dcmqrscp_for, "move"),
+        pytest.param(orthanc_for, "move", marks=pytest.mark.long),
+        pytest.param(dcmqrscp_for, "get", marks=pytest.mark.long),
+    ],
+)
 def test_an_earlier_study_and_our_results_on_it_are_fetched_and_compared_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

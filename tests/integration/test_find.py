@@ -13,7 +13,7 @@ from pydicom import Dataset
 from pynetdicom import AE, evt
 from pynetdicom.transport import ThreadedAssociationServer
 
-from dicomnode.dimse.find import FindLimits, StudyContent, find, query, series_content, study_content
+from dicomnode.dimse.find import FindLimits, StudyContent, find, query, series_instances, study_content
 from dicomnode.errors import PeerRefused, PeerUnavailable
 from pacs import free_port
 from storage.records import Peer
@@ -202,8 +202,8 @@ def test_a_peer_that_gives_no_counts_is_asked_for_the_images(archive):
     found = content(archive)
     assert found is not None
     assert found.instances == {"1.2.1": 2, "1.2.2": 4}
-    uids = series_content(archive.peer, "1.2", "1.2.1", calling_ae_title="NODE", limits=PATIENT)
-    assert uids == {"1.2.1.1", "1.2.1.2"}
+    uids = series_instances(archive.peer, "1.2", "1.2.1", calling_ae_title="NODE", limits=PATIENT)
+    assert uids.keys() == {"1.2.1.1", "1.2.1.2"}
 
 
 def test_a_study_that_a_peer_does_not_hold_has_no_count(archive):

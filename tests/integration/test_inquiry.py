@@ -37,7 +37,7 @@ class Site:
 
     def with_times(self, **seconds: float) -> Inquiry:
         return Inquiry(
-            self.storage, Inquirer(calling_ae_title="NODE", study_content=self._content, series_content=self._series, **seconds)
+            self.storage, Inquirer(calling_ae_title="NODE", study_content=self._content, series_instances=self._series, **seconds)
         )  # fmt: skip
 
     def _content(self, peer: Peer, study: str, **asking: Any) -> StudyContent | None:
@@ -46,8 +46,8 @@ class Site:
         self.asked.append(peer.ae_title)
         return self.holds[peer.ae_title]()
 
-    def _series(self, _peer: Peer, _study: str, series: str, **_asking: Any) -> frozenset[str]:
-        return self.names(series)
+    def _series(self, _peer: Peer, _study: str, series: str, **_asking: Any) -> dict[str, str]:
+        return dict.fromkeys(self.names(series), "1.2.840.10008.5.1.4.1.1.2")
 
     def receive(self, *numbers: int, study: str = STUDY) -> Study:
         for number in numbers:
@@ -101,7 +101,12 @@ def test_a_peer_that_holds_the_same_is_asked_once_for_each_image_that_arrives(si
 def test_what_a_peer_holds_beyond_is_counted_by_instances(site):
     site.holds["PACS"] = held(CT=4, MR=3, SR=9, SEG=9)
     site.names = lambda series: frozenset(f"{series}.{number}" for number in range(1, 5 if series == SERIES else 4))
-    assert site.answer(site.receive(1, 2), "PACS") == (PeerEvidence(peer="PACS", state="answered", instances=7, absent=5),)
+    study = site.receive(1, 2)
+    assert site.answer(study, "PACS") == (PeerEvidence(peer="PACS", state="answered", instances=7, absent=5),)
+    ct, mr = site.inquiry.absent(study, "PACS")
+    assert (ct.modality, ct.number, ct.is_all, sorted(ct.instances)) == ("CT", 2, False, [f"{SERIES}.3", f"{SERIES}.4"])
+    assert (mr.modality, mr.number, mr.is_all) == ("MR", 3, True)
+    assert site.inquiry.absent(site.receive(3), "PACS") == ()  # that answer was about the study as it was
 
 
 def test_a_peer_that_names_no_instances_is_believed_about_the_number(site):
