@@ -250,7 +250,7 @@ def after_fetches(decision: Decision, fetched: Iterable[FetchEvidence]) -> Decis
                 closes=False, reason=f"{fetch.instances} image(s) are fetched from {fetch.peer}", incomplete=decision.incomplete
             )
         said += [f"{fetch.arrived} image(s) were fetched from {fetch.peer}"] if fetch.arrived else []
-        said += [f"{fetch.peer} was asked for them {fetch.tries} time(s)"] if decision.incomplete else []
+        said += [f"{fetch.peer} was asked {fetch.tries} time(s) for what it holds"] if decision.incomplete else []
     incomplete = (*decision.incomplete, *said) if decision.incomplete else ()
     return replace(decision, reason="; ".join([decision.reason, *said]), incomplete=incomplete)
 

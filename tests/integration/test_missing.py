@@ -141,7 +141,7 @@ def test_a_peer_that_does_not_send_what_it_holds_is_asked_a_few_times(site: Site
     assert site.look(QUIET + 300) == []
     assert len(site.archive.retrieved) == 2, "it was asked often enough"
     (revision,) = site.look(QUIET + LONGEST + 5)
-    assert revision.incomplete == ("PACS holds 1 image(s) that aren't here", "PACS was asked for them 2 time(s)")
+    assert revision.incomplete == ("PACS holds 1 image(s) that aren't here", "PACS was asked 2 time(s) for what it holds")
     (fetched,) = revision.facts["fetched"]
     assert (fetched["tries"], fetched["arrived"]) == (2, 0)
     assert fetched["reason"] == "1 object(s) were refused: the instance is of another patient than the one demanded"
