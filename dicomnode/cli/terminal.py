@@ -46,7 +46,7 @@ def show(records: Sequence[Any], columns: Sequence[str], *, as_json: bool) -> No
     table = Table(*columns)
     for row in rows:
         table.add_row(*(Text(_cell(row[column])) for column in columns))  # Text: words from the wire are no markup
-    Console(width=None if Console().is_terminal else 200).print(table)
+    Console(width=None if Console().is_terminal else 400).print(table)  # a file or a pipe has no width: cells stay whole
 
 
 def ae_title(value: str) -> str:
