@@ -21,6 +21,7 @@ from dicomnode.config import ListenerSection, load_settings
 from dicomnode.dimse.listener import Listener
 from dicomnode.dimse.storing import in_memory
 from dicomnode.dimse.tls import read_certificate
+from dicomnode.engine import EngineClient
 from dicomnode.errors import NodeError
 from dicomnode.web.app import Web
 from pacs import LOOPBACK, free_port
@@ -243,6 +244,7 @@ def test_check_calls_the_tls_port(shell: Run, authority: Authority) -> None:
 def test_check_says_whether_dicomweb_answers_and_who_may_call_it(shell: Run, storage: Storage, authority: Authority) -> None:
     assert rows(shell)["DICOMweb"] == (True, "off: `serve` offers none, as [web] enabled is false")
     node, port = authority.issue("web"), free_port()
+    client = EngineClient(load_settings(None).database_url)
     tls = f'[tls]\nport = 0\ncertificate = "{node.certificate}"\nkey = "{node.key}"\nca = "{authority.certificate}"\n'
 
     def configured(text: str, files: str = tls) -> tuple[bool, str]:
@@ -250,7 +252,7 @@ def test_check_says_whether_dicomweb_answers_and_who_may_call_it(shell: Run, sto
         return rows(shell)["DICOMweb"]
 
     def served() -> Web:
-        web = Web(load_settings(None), storage)
+        web = Web(load_settings(None), storage, client)
         web.start()
         return web
 
@@ -275,3 +277,4 @@ def test_check_says_whether_dicomweb_answers_and_who_may_call_it(shell: Run, sto
         assert configured("tls = 'on'")[0] is False
     finally:
         web.stop(1)
+        client.close()
