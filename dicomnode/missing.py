@@ -25,6 +25,8 @@ from storage.records import Study
 
 _AT_A_TIME = 4  # studies that are fetched for; of one peer one
 
+_STOP_SECONDS = 10.0  # for what is cancelled to end
+
 log = get_logger(__name__)
 
 
@@ -68,12 +70,12 @@ class MissingImages:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """Fetch nothing more; return when what is on its way was cancelled."""
+        """Fetch nothing more; return when what is on its way was cancelled, or soon: a peer may not answer an association request."""
         self._stopping.set()
         with self._lock:
             threads = [thread for _, thread in self._running.values()]
         for thread in threads:
-            thread.join()
+            thread.join(_STOP_SECONDS)
 
     def _run(self, study: Study, ae_title: str, absent: Sequence[AbsentImages]) -> None:
         uid, number = study.study_instance_uid, sum(one.number for one in absent)

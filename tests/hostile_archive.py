@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,13 +85,11 @@ class Archive:
         if self.series is not None:
             return self.series
         mine = [image for image in self.images if image.StudyInstanceUID == asked.StudyInstanceUID]
-        counts = {(str(image.SeriesInstanceUID), str(image.Modality)): 0 for image in mine}
-        for image in mine:
-            counts[str(image.SeriesInstanceUID), str(image.Modality)] += 1
+        counts = Counter((str(image.SeriesInstanceUID), str(image.Modality), str(image.get("BodyPartExamined", ""))) for image in mine)
         return [
             query("SERIES", StudyInstanceUID=asked.StudyInstanceUID, SeriesInstanceUID=uid, Modality=modality,
-                  NumberOfSeriesRelatedInstances=count)
-            for (uid, modality), count in counts.items()
+                  NumberOfSeriesRelatedInstances=count, BodyPartExamined=part)
+            for (uid, modality, part), count in counts.items()
         ]  # fmt: skip
 
     def _instances(self, asked: Dataset) -> list[Dataset]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from storage.records import Job, PriorRule
 NEW, EARLIER = "1.2.3.4", "1.2.3.1"
 PATIENCE = 120.0
 SHORT = 1.5  # seconds that an archive has that never ends
+RULE = PriorRule(ae_title="PACS", days=100)
 REPORTED = "1 earlier study could not be fetched whole from PACS"
 
 
@@ -36,15 +37,15 @@ class Site:
     archive: Archive
     job: Job
 
-    def retrieval(self, **limits: Any) -> Retrieval:
+    def retrieval(self, rule: PriorRule = RULE, **limits: Any) -> Retrieval:
         settings = Settings.model_validate({"priors": {"seconds": PATIENCE, **limits}})
         reception = Reception(settings.listener, self.storage)
         retriever = Retriever("DICOMNODE", None, reception.begin, reception.ended)
-        return Retrieval(settings, self.storage, self.job, PriorRule(ae_title="PACS", days=100), retriever)
+        return Retrieval(settings, self.storage, self.job, rule, retriever)
 
-    def fetch(self, **limits: Any) -> dict[str, Any]:
+    def fetch(self, rule: PriorRule = RULE, **limits: Any) -> dict[str, Any]:
         """Fetch, and wait until its thread has ended as well."""
-        with self.retrieval(**limits) as retrieval:
+        with self.retrieval(rule, **limits) as retrieval:
             told = retrieval.end(lambda: False)
         wait_until(lambda: not retrieval._thread.is_alive(), what="the end of the retrieval", every=0.01)
         return told
@@ -64,7 +65,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         archive.node_port = receiver.port
         archive.images = [an_image(EARLIER, number) for number in (1, 2, 3)]
         storage.registry.add_peer(archive.peer())
-        keep(storage, a_dataset(StudyTime="120000"))
+        keep(storage, a_dataset(StudyTime="120000", BodyPartExamined="CHEST"))
         study = storage.index.study(NEW)
         assert study is not None
         with storage.database.writing() as connection:
@@ -116,6 +117,19 @@ def test_of_a_series_that_is_held_in_part_the_rest_is_asked_for_by_instance(site
     assert (study["state"], study["instances"]) == ("fetched", 2)
     ((_, asked),) = site.archive.retrieved
     assert (asked.QueryRetrieveLevel, sorted(asked.SOPInstanceUID)) == ("IMAGE", uids(1, 3))
+
+
+def test_a_study_of_another_part_of_the_body_does_not_take_the_place_of_one_to_compare_with(site: Site) -> None:
+    site.archive.images = [an_image(EARLIER, number, BodyPartExamined="CHEST", StudyDate="20251220") for number in (1, 2, 3)]
+    site.archive.images += [an_image("1.2.3.2", number, BodyPartExamined="HEAD", StudyDate="20251231") for number in (1, 2)]
+    told = site.fetch(replace(RULE, body_parts=("SAME",)))
+    assert told["asked"]["body_parts"] == ["CHEST"]
+    assert [(study["study_instance_uid"], study["state"]) for study in told["studies"]] == [
+        ("1.2.3.2", "nothing wanted"),
+        (EARLIER, "fetched"),
+    ]
+    assert site.held() == uids(1, 2, 3)
+    assert site.storage.index.study("1.2.3.2") is None
 
 
 @pytest.mark.parametrize(
