@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dimse_cases import a_dataset
+from dimse_cases import a_dataset, split_part10
 from held_objects import receiving_node
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from dicomnode.config import Settings
 from dicomnode.dimse.find import FindLimits, series_instances
 from dicomnode.dimse.get import GetLimits
 from dicomnode.dimse.move import Moved
 from dicomnode.dimse.retrieving import Retriever, Wanted
+from dicomnode.dimse.scu import Outgoing, send
 from dicomnode.reception import Reception
 from pacs import NODE_AET, PATIENCE_SECONDS, dcmqrscp, loopback_peer, orthanc, storescu
 from storage.records import Peer
@@ -87,3 +89,30 @@ def test_instances_come_in_either_way(tmp_path: Path, pacs_for: Callable[[Path, 
         assert retrieve("get", 2, 4, 7) == Moved(completed=3, failed=0, error=None)
         assert held() == list(range(1, 9))
         assert {instance.calling_ae_title for instance in storage.index.instances(STUDY)} == {pacs.ae_title}
+
+
+def test_what_is_stored_compressed_comes_compressed_by_get(tmp_path: Path) -> None:
+    dataset = a_dataset(StudyInstanceUID=STUDY, SeriesInstanceUID=SERIES, SOPInstanceUID=f"{SERIES}.1", PatientID="P88")
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.compress(RLELossless, generate_instance_uid=False)
+    dataset.save_as(tmp_path / "1.dcm", enforce_file_format=True)
+    item = Outgoing(
+        sop_class_uid=str(dataset.SOPClassUID), sop_instance_uid=f"{SERIES}.1", transfer_syntax_uid=str(RLELossless),
+        path=tmp_path / "1.dcm",
+    )  # fmt: skip
+    (tmp_path / "node").mkdir()
+    with (
+        receiving_node(tmp_path / "node") as (storage, receiver),
+        orthanc_for(tmp_path / "pacs", loopback_peer(NODE_AET, receiver.port)) as pacs,
+    ):
+        (sent,) = send(pacs, [item], calling_ae_title="SCANNER", timeout_seconds=PATIENCE_SECONDS)
+        assert sent.state == "sent"
+        reception = Reception(Settings().listener, storage)
+        retriever = Retriever(NODE_AET, None, reception.begin, reception.ended)
+        wanted = Wanted(study_instance_uid=STUDY, patient_id="P88", series_instance_uid=SERIES, modality="CT")
+        by_get = replace(pacs, retrieve_by="get")
+        assert retriever.retrieve(by_get, wanted, GetLimits(seconds=PATIENCE_SECONDS), lambda: True).completed == 1
+        (instance,) = storage.index.instances(STUDY)
+        assert instance.transfer_syntax_uid == RLELossless
+        assert instance.stored.sha256 == sha256(split_part10((tmp_path / "1.dcm").read_bytes())[1]).hexdigest()
