@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from storage.arriving import Outcome
 from storage.errors import OutOfSpace, StorageError, Unavailable
 from storage.incoming import Incoming
-from storage.index import Index, Outcome
+from storage.index import Index
 from storage.objects import ObjectStore
 from storage.records import InstanceHeader, StoredObject
 

@@ -62,7 +62,7 @@ RECEPTION_POINTS = {
     "file synced, not renamed": Point(owner="storage.incoming:Incoming", name="rename", when="before", call=2),
     "file renamed, folder not synced": Point(owner="storage.incoming:Incoming", name="rename", when="after", call=2),
     "folder synced, no row": Point(owner="storage.objects:ObjectStore", name="keep", when="after", call=2),
-    "row inserted, not committed": Point(owner="storage.index:Index", name="_add_instances", when="after", call=2),
+    "row inserted, not committed": Point(owner="storage.arriving:Arriving", name="add", when="after", call=2),
     "row committed, no response": Point(owner="storage.index:Index", name="add_instances", when="after", call=2),
     "response not sent": Point(owner="dicomnode.dimse.wire:Wire", name="send", when="before", call=3),
     "response sent": Point(owner="dicomnode.dimse.wire:Wire", name="send", when="after", call=3),

@@ -202,7 +202,7 @@ def test_what_is_unknown_is_not_about_to_be_committed_by_anybody(storage: Storag
     """A process can die, or lose its connection, while the server is still at its commit: its file may not be taken for an orphan."""
     with ThreadPoolExecutor(1) as pool:
         with storage.database.writing() as connection:
-            assert storage.index._add_instances(connection, [(header(1), stored(1))]) == ["stored"]
+            assert storage.index._arriving.add(connection, [(header(1), stored(1))]) == ["stored"]
             asked = pool.submit(storage.index.is_known, [stored(1).object_id])
             with pytest.raises(TimeoutError):
                 asked.result(0.3)
