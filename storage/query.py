@@ -183,7 +183,7 @@ class Conditions:
 
     def text(self, _keyword: str, column: Any, value: str) -> Condition:
         """Single value and wildcard matching, by case (PS3.4 C.2.2.2.1 and C.2.2.2.4)."""
-        return self._like(column, value) if "*" in value or "?" in value else _condition(column == value)
+        return self._like(column, value) if "*" in value or "?" in value else _condition(column == bindparam(None, value, type_=WireText))
 
     def name(self, _keyword: str, column: Any, value: str) -> Condition:
         """Match one component group, or all of them, without case and accents."""

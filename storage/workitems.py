@@ -149,6 +149,12 @@ class WorkItems:
         waits = (WORKITEM.c.study_instance_uid == study_instance_uid, WORKITEM.c.state.is_(None), WORKITEM.c.job_key.is_(None))
         return [_item(row) for row in connection.execute(_select().where(*waits))]
 
+    def of_study(self, study_instance_uid: str) -> list[WorkItem]:
+        """Return the work items of a study, oldest first, whether the node holds it or not."""
+        with self._database.reading() as connection:
+            rows = connection.execute(_select().where(WORKITEM.c.study_instance_uid == study_instance_uid))
+            return [_item(row) for row in rows]
+
     def item(self, uid: str) -> WorkItem | None:
         """Return the work item with this UID."""
         with self._database.reading() as connection:

@@ -43,11 +43,12 @@ def study_list(config: ConfigOption = None, json: JsonOption = False) -> None:
 
 @study.command("show")
 def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Show a study: series, revisions, jobs with their reasons, result objects, deliveries, and what was refused."""
+    """Show a study: series, revisions, jobs with their reasons, work items, result objects, deliveries, and what was refused."""
     with opened(config) as (_, storage):
         found = storage.index.study(uid)
         refused = storage.index.quarantined(uid)
-        if found is None and not refused:
+        asked = storage.workitems.of_study(uid)
+        if found is None and not refused and not asked:
             raise UsageError(f"there is no study {uid!r}")
         tables: dict[str, tuple[Sequence[Any], list[str]]] = {
             "study": (
@@ -60,6 +61,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
                 storage.jobs.jobs(study_instance_uid=uid),
                 ["key", "state", "progress", "priority", "attempts", "reason_code", "reason"],
             ),
+            "workitems": (asked, ["uid", "state", "package", "priority", "requester", "label", "job_key", "reason"]),
             "results": (storage.jobs.results(study_instance_uid=uid), ["modality", "sop_instance_uid", "created_at"]),
             "deliveries": (
                 _with_next_try(storage, uid),

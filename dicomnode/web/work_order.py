@@ -233,11 +233,10 @@ def _elements(read: dict[Any, Any], depth: int, left: list[int]) -> Json:
         if left[0] < 0 or not _TAG.fullmatch(tag) or not isinstance(element, dict):
             raise _malformed()
         keyword = keyword_for_tag(int(tag, 16))
-        values = element.get("Value", [])
-        if not keyword or set(element) & {"BulkDataURI", "InlineBinary"}:
+        if tag_for_keyword(keyword) != int(tag, 16) or set(element) & {"BulkDataURI", "InlineBinary"}:  # a private or repeating group
             continue
-        vr = dictionary_VR(keyword)
-        if keyword in made or not isinstance(values, list) or element.get("vr") not in {vr, *vr.split(" or ")}:
+        vr, values = dictionary_VR(keyword), element.get("Value", [])
+        if keyword in made or not isinstance(values, list) or element.get("vr") not in [vr, *vr.split(" or ")]:
             raise _malformed()
         left[0] -= len(values)
         made[keyword] = [_value(vr, value, depth, left) for value in values]

@@ -141,9 +141,10 @@ class Workitems:
         return item
 
     def _as_json(self, request: Request, item: WorkItem, *, whole: bool) -> Json:
-        index, jobs = self._storage.index, self._storage.jobs
-        inputs = index.instances(item.study_instance_uid, item.revision) if whole and item.job_key is not None else []
-        outputs = jobs.standing_results(item.job_key) if whole and item.job_key is not None and not item.parted else []
+        job = self._storage.jobs.job(item.job_key) if whole and item.job_key is not None else None
+        inputs = [] if job is None else self._storage.index.instances(job.study_instance_uid, job.revision)
+        made_by = None if job is None or item.parted else job.carried_from or job.key
+        outputs = [] if made_by is None else self._storage.jobs.results(job_key=made_by)
         return workitem_as_json(item, self._node.ae_title, self._address_of(request), inputs, outputs)
 
 

@@ -22,7 +22,20 @@ from dicomnode.engine import EngineClient, prepare_engine
 from dicomnode.version import VERSION
 from pacs import LOOPBACK, NODE_AET, SCANNER_AET, free_port, listens, loopback_peer, running, wait_until
 from storage import Storage, open_storage, prepare_storage
-from storage.records import InstanceHeader, Job, PackageRecord, Peer, Quarantined, Result, Revision, Route, Series, StoredObject, Study
+from storage.records import (
+    InstanceHeader,
+    Job,
+    PackageRecord,
+    Peer,
+    Quarantined,
+    Result,
+    Revision,
+    Route,
+    Series,
+    StoredObject,
+    Study,
+    WorkItem,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "dicomnode"))
 from small_bundle import write_package
@@ -347,10 +360,11 @@ def test_studies_and_jobs_are_shown_and_moved_by_hand(shell: Shell) -> None:
     (row,) = shell.listing("study", "list")
     assert set(row) == names(Study)
     (shown,) = shell.listing("study", "show", STUDY)
-    assert list(shown) == ["study", "series", "revisions", "jobs", "results", "deliveries", "refused"]
+    assert list(shown) == ["study", "series", "revisions", "jobs", "workitems", "results", "deliveries", "refused"]
     assert set(shown["series"][0]) == names(Series)
     assert set(shown["revisions"][0]) == names(Revision)
     assert set(shown["jobs"][0]) == names(Job)
+    assert set(shown["workitems"][0]) == names(WorkItem)
     (job,) = shell.listing("job", "list", "--state", "queued", "--kind", "analyse")
     assert (job["key"], job["priority"]) == (KEY, "routine")
 
@@ -364,6 +378,8 @@ def test_studies_and_jobs_are_shown_and_moved_by_hand(shell: Shell) -> None:
     shell.done("job", "retry", KEY)
     (job,) = shell.listing("job", "list")
     assert (job["state"], job["reason"], job["attempts"]) == ("queued", None, 0)
+    (shown,) = shell.listing("study", "show", STUDY)
+    assert [item["state"] for item in shown["workitems"]] == ["CANCELED", "SCHEDULED"], "what is done again is another work item"
     assert shell.done("study", "reanalyse", STUDY).strip() == f"analyse/{STUDY}/1/bright/2"
     storage.jobs.finish(KEY, "done")
     assert "reanalyse" in shell.complaint(2, "job", "retry", KEY)

@@ -181,6 +181,12 @@ def test_a_ris_has_a_study_analysed_and_reads_where_the_results_are(tmp_path: Pa
             status, _, body = site.get(f"{url.removeprefix(site.url)}/instances/{uid}", Accept="application/dicom")
             assert (status, uid.encode() in body) == (200, True)
         assert search(site, "?00741000=COMPLETED") == ["1.2.9"]
+        assert ask(site, asked, "1.2.10")[0] == 201
+        again = jobs(site)[1]
+        site.storage.jobs.start(again.key)
+        site.storage.jobs.finish(again.key, "done", detail={"carried_over": {"revision": 1, "job": job.key}})
+        stand = values(item(site, "1.2.10"), "00741216", "00404033")
+        assert stand == values(made, "00741216", "00404033"), "results that stand are those of the job that made them"
         assert site.request("POST", "/dicom-web/workitems/1.2.9/cancelrequest")[0] == 409
 
 
@@ -242,6 +248,7 @@ def test_a_work_item_waits_for_its_study_and_shares_the_job_of_a_route(one: Site
     assert ask(one, a_request(package="a-package-with-a-long-name"), "1.2.10")[0] == 201
     assert jobs(one) == []
     made = item(one, "1.2.8")
+    assert [waiting.uid for waiting in one.storage.workitems.of_study(STUDY)] == ["1.2.8", "1.2.9", "1.2.10"]
     assert (values(made, "00741000"), values(made, "00404041")) == (["SCHEDULED"], ["UNREADY"])
     assert values(made, "00100010") == [{"Alphabetic": "Doe^Jane"}]
     assert search(one, "?InputReadinessState=UNREADY&PatientName=doe*") == ["1.2.8", "1.2.9", "1.2.10"]
@@ -372,6 +379,7 @@ def test_a_search_finds_by_keys_page_by_page(site: Site) -> None:
         ("?ScheduledStationNameCodeSequence.CodeValue=OTHER", []),
         ("?ProcedureStepState=IN%20PROGRESS", []),
         ("?PatientName=Roe", []),
+        ("?ProcedureStepState=a%00b&WorklistLabel=%FF", []),
     ):
         assert search(site, query) == found, query
     for query in ("?ScheduledProcedureStepStartDateTime=yesterday", "?SOPInstanceUID=x", "?limit=-1", "?NoSuchKeyword=1"):
