@@ -283,6 +283,7 @@ JOB = Table(
     Index(None, "study_instance_uid", "revision", "package"),
     Index(None, "state"),
     Index(None, "peer", "in_backlog"),
+    Index(None, "ended_at"),
 )
 
 WORKITEM = Table(
@@ -318,6 +319,7 @@ WORKITEM = Table(
     Index(None, "job_key"),
     Index(None, "study_instance_uid"),
     Index(None, "created_at"),
+    Index(None, "ended_at"),
 )
 
 SUBSCRIPTION = Table(

@@ -46,8 +46,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("uid", name="pk_workitem"),
         sa.ForeignKeyConstraint(["job_key"], ["job.key"], name="fk_workitem_job_key"),
     )
-    for column in ("job_key", "study_instance_uid", "created_at"):
+    for column in ("job_key", "study_instance_uid", "created_at", "ended_at"):
         op.create_index(f"ix_workitem_{column}", "workitem", [column])
+    op.create_index("ix_job_ended_at", "job", ["ended_at"])
     op.create_table(
         "subscription",
         sa.Column("ae_title", sa.Text(), nullable=False),
