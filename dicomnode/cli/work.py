@@ -75,6 +75,7 @@ def study_show(uid: str, config: ConfigOption = None, json: JsonOption = False) 
         analyses = storage.jobs.jobs(study_instance_uid=uid, kind="analyse")
         tables["evident of series"], tables["asked"] = _evidence(storage.index.revisions(uid))
         tables["announced"] = _announced(storage.notices.of_study(uid))
+        tables["fetched"] = _fetched(storage.index.revisions(uid), analyses)
         tables["why"], tables["considered"] = _selection(analyses)
         tables["findings"], tables["compared with"] = _findings(analyses)
         for name, (rows, columns) in tables.items():
@@ -96,6 +97,27 @@ def _evidence(revisions: Sequence[Revision]) -> tuple[tuple[Sequence[Any], list[
     peers = [{"revision": revision.number, **known} for revision in revisions for known in revision.facts.get("peers", ())]
     columns = ["revision", "series_number", "modality", "images", "numbers", "slices", "stated"]
     return (series, columns), (peers, ["revision", "peer", "state", "instances", "absent", "reason"])
+
+
+def _fetched(revisions: Sequence[Revision], jobs: Sequence[Job]) -> tuple[Sequence[Any], list[str]]:
+    """A table: what peers were asked to send of images that had not come, and of earlier studies to compare with."""
+    from dicomnode.retrieval import RETRIEVAL
+
+    missing = [
+        {"what": f"images missing of revision {revision.number}", "peer": one["peer"], "tries": one["tries"], "instances": one["arrived"],
+         "ended": one["reason"] or "fetched"}
+        for revision in revisions for one in revision.facts.get("fetched", ())
+    ]  # fmt: skip
+    earlier = [
+        {"what": f"study {one['study_instance_uid']}", "peer": told["peer"], "tries": 1 + told.get("gave_way", 0),
+         "instances": one["instances"], "ended": one["state"]}
+        for job in jobs for told in [job.detail.get(RETRIEVAL)] if told is not None for one in told["studies"]
+    ]  # fmt: skip
+    failed = [
+        {"what": f"earlier studies for {job.package}", "peer": told["peer"], "tries": 1, "instances": 0, "ended": told["ended"]}
+        for job in jobs for told in [job.detail.get(RETRIEVAL)] if told is not None and "ended" in told
+    ]  # fmt: skip
+    return missing + earlier + failed, ["what", "peer", "tries", "instances", "ended"]
 
 
 def _announced(notices: Sequence[Notice]) -> tuple[Sequence[Any], list[str]]:

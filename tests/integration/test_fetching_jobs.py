@@ -13,6 +13,7 @@ import pytest
 from hostile_archive import Archive, an_image, half_and_wait, running
 
 from dicomnode import pace, pipeline
+from dicomnode.cli import run
 from dicomnode.completion import close_complete_studies
 from dicomnode.config import Settings
 from dicomnode.dimse.find import query
@@ -73,7 +74,7 @@ def analysed(node: Node, job: Job, do_now: Callable[[str], object]) -> Job:
 
 
 def test_nothing_is_fetched_while_an_urgent_study_passes_and_the_rest_afterwards(
-    node: Node, archive: Archive, monkeypatch: pytest.MonkeyPatch
+    node: Node, archive: Archive, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive.sending = half_and_wait
     job, passed = job_of(node), list[str]()
@@ -106,6 +107,10 @@ def test_nothing_is_fetched_while_an_urgent_study_passes_and_the_rest_afterwards
     assert (told["gave_way"], [(one["state"], one["instances"]) for one in told["studies"]]) == (1, [("fetched", 3)])
     assert [kind for kind, _ in archive.retrieved] == ["get", "get"]
     assert passed == ["urgent"]
+    monkeypatch.setenv("COLUMNS", "240")
+    assert run(["study", "show", node.study, "--config", str(node.configuration())]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if f"study {EARLIER}" in line]
+    assert [word.strip() for word in line.strip("│\n ").split("│")] == [f"study {EARLIER}", "PACS", "2", "3", "fetched"]
 
 
 @pytest.mark.parametrize(
