@@ -34,6 +34,7 @@ from storage.records import Revision, Route
 MPPS, IAN = "1.2.840.10008.3.1.2.3.3", "1.2.840.10008.5.1.4.33"
 QUIET = 30.0
 STUDY = "1.2.826.0.1.77"
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)  # what doesn't differ between databases is tried on one
 
 
 def a(**values: Any) -> Dataset:
@@ -167,6 +168,7 @@ def test_a_step_in_progress_holds_its_study_and_one_completed_says_what_must_be_
     }  # fmt: skip
 
 
+@on_sqlite
 def test_a_study_closes_early_when_all_images_of_a_completed_step_are_here(ward: Ward) -> None:
     step = generate_uid()
     assert ward.create(begun(), step, syntax=IMPLICIT).Status == 0
@@ -179,6 +181,7 @@ def test_a_study_closes_early_when_all_images_of_a_completed_step_are_here(ward:
     assert len(ward.storage.jobs.jobs(kind="analyse")) == 1
 
 
+@on_sqlite
 def test_what_is_there_of_a_discontinued_step_is_all_and_that_is_said(ward: Ward) -> None:
     step = generate_uid()
     assert ward.create(begun(), step).Status == 0
@@ -189,6 +192,7 @@ def test_what_is_there_of_a_discontinued_step_is_all_and_that_is_said(ward: Ward
     assert revision.evidence == "incomplete: SCANNER discontinued its procedure step; association released and quiet for 30 s"
 
 
+@on_sqlite
 def test_a_step_that_never_ends_is_waited_for_no_longer_than_absent_images(ward: Ward) -> None:
     assert ward.create(begun(), generate_uid()).Status == 0
     ward.send("1.2.1", range(1, 7))
@@ -231,6 +235,7 @@ def test_what_an_archive_says_is_available_is_put_together_and_awaited(
     assert "announced" in capsys.readouterr().out
 
 
+@on_sqlite
 def test_a_package_starts_on_a_series_whose_images_a_step_has_named(ward: Ward) -> None:
     ward.storage.registry.add_route(Route(**{**vars(ward.route), "first_series_seconds": 20.0, "early": False}))
     step, other = generate_uid(), generate_uid()
@@ -243,6 +248,7 @@ def test_a_package_starts_on_a_series_whose_images_a_step_has_named(ward: Ward) 
     assert revision.evidence == "series 2 has the 6 image(s) that SCANNER names"
 
 
+@on_sqlite
 def test_each_wrong_message_has_the_status_of_the_standard_and_changes_nothing(ward: Ward) -> None:
     step = generate_uid()
     assert ward.create(begun(), step).Status == 0
@@ -289,6 +295,7 @@ def test_a_step_of_two_studies_counts_for_both_and_who_may_not_send_gets_no_cont
     assert not associate(ward.receiver.port, [(MPPS, EXPLICIT)], calling="ASKS").is_established
 
 
+@on_sqlite
 def test_more_instances_than_a_message_may_name_are_refused_before_they_are_read(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MOST_REFERENCES == 50_000
     monkeypatch.setattr("dicomnode.dimse.performed.MOST_REFERENCES", 3)
@@ -313,6 +320,7 @@ def raw_create(ward: Ward, context: str, information: bytes, sop_class: str = MP
     return int(response.Status)
 
 
+@on_sqlite
 def test_a_malformed_data_set_and_a_message_outside_its_context_are_refused(ward: Ward) -> None:
     data = encoded(begun(PerformedSeriesSequence=performed({"1.2": ["1.1"]})))
     assert raw_create(ward, MPPS, data[: len(data) // 2]) in {0x0106, 0x0120}
@@ -323,6 +331,7 @@ def test_a_malformed_data_set_and_a_message_outside_its_context_are_refused(ward
     assert raw_create(ward, MPPS, data) == 0
 
 
+@on_sqlite
 def test_a_failure_of_the_node_is_told_so_that_the_peer_sends_again(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> bool:
         raise OSError("no space")
