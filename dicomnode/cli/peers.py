@@ -14,11 +14,13 @@ from dicomnode.cli.terminal import ConfigOption, JsonOption, ae_title, name_and_
 from dicomnode.config import Settings, check_dicomweb_address
 from dicomnode.errors import NodeError, UsageError
 from dicomnode.logs import printable
+from dicomnode.results.profile import PROFILES, chosen
 from storage import Storage
 from storage.records import Peer, PriorRule, Route
 
 peer = typer.Typer(no_args_is_help=True, help="Remote application entities: who may send here, who gets results.")
 route = typer.Typer(no_args_is_help=True, help="Which studies go to which package, and whose results go to which peers.")
+_PROFILES = "; ".join(f"{name} ({', '.join(kinds)})" for name, kinds in PROFILES.items())
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +51,7 @@ def peer_add(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", metavar="NAME", help="what its viewer shows: standard (SEG and SR) or plain (images alone)"),
+        typer.Option("--profile", metavar="NAME", help=f"what its viewer shows: {_PROFILES}"),
     ] = None,
     objects: Annotated[
         list[str] | None,
@@ -86,7 +88,6 @@ def peer_add(
     """Add a peer, or change the one with this AE title: what is not given again is taken back."""
     from dicomnode.admission import check_user_name, hash_passcode, network
     from dicomnode.dimse.tls import fingerprint, read_certificate
-    from dicomnode.results.profile import chosen
 
     stow, host, port = _address(stow, host, port, receives=receives)
     if stow_credentials is not None and stow is None:
@@ -293,7 +294,6 @@ def route_add(
     config: ConfigOption = None,
 ) -> None:
     """Add a route, or change the one with this name."""
-    from dicomnode.results.profile import chosen
 
     try:
         given = chosen(profile, objects or ()) if profile is not None or objects else None
