@@ -294,7 +294,6 @@ def route_add(
     config: ConfigOption = None,
 ) -> None:
     """Add a route, or change the one with this name."""
-
     try:
         given = chosen(profile, objects or ()) if profile is not None or objects else None
     except ValueError as error:
