@@ -1,9 +1,9 @@
 """What results hold that wait for a PACS which is away, and how soon they are there once it is back.
 
-Each result is the one of a study and a deliver job of its own. A fifth as many come beforehand, so that what grows to a bound whatever
-waits is there already: the engine's pool of threads, and the page caches of the connections to SQLite. Then nobody listens again, and the
-sender, a process of its own, is measured with 0 results that wait, with 1, with a tenth and with all of them: what it holds between two
-tries of the PACS, and at most, for a try has a connection and its threads. Then the PACS is back.
+Each result is the one of a study and a deliver job of its own. As many, but no more than 2,000, come beforehand, so that what grows to a
+bound whatever waits is there already: the engine's pool of threads, and the page caches of the connections to SQLite. Then nobody listens
+again, and the sender, a process of its own, is measured with 0 results that wait, with 1, with a tenth and with all of them: what it
+holds between two tries of the PACS, and at most, for a try has a connection and its threads. Then the PACS is back.
 
 The engine's pool may grow later still, when by chance more of its work overlaps than ever before: so threads are compared with those at
 rest before any work and a full pool.
@@ -29,7 +29,7 @@ from waiting_results import Held, Waiting, held  # noqa: E402
 from dicomnode.cli.node import SENDER_CONCURRENCY  # noqa: E402
 from pacs import wait_until  # noqa: E402
 
-WARM = 50  # results that come beforehand at least
+WARM = (50, 2000)  # results that come beforehand, at least and at most
 SLOW_SECONDS = 0.05  # the PACS takes for an object of these: so the engine has all its work at a time
 SCHEDULE = (0.1, 0.2, 1.0, 3.0, 6.0, *[12.0] * 300)  # the default divided by 300, with more of its last wait: adding results takes time
 SETTLE_SECONDS = 15.0
@@ -75,7 +75,7 @@ def run(count: int, folder: Path) -> dict[str, object]:
         wait_until(lambda: held(sender.pid).sockets > 0, seconds=PATIENCE, what="the engine's event loop", log=waiting.log)
         time.sleep(SETTLE_SECONDS)
         at_rest = held(sender.pid).threads
-        warm_up(waiting, max(WARM, count // 5))
+        warm_up(waiting, max(WARM[0], min(WARM[1], count)))
         rows.append(measured(waiting, sender.pid, 0, 0.0))
         for number in (1, count // 10, count):
             began = time.monotonic()
