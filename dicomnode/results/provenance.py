@@ -345,6 +345,7 @@ def _position_of_frame(header: Dataset, number: int, volume: Volume, slice_index
 def _axes(volume: Volume, by_uid: Mapping[str, Dataset]) -> tuple[Sequence[object], Sequence[object]]:
     """Orientation and pixel spacing of the plane that the volume's axes follow best; of a frame without its own, those of the volume."""
     known: dict[tuple[float, ...], tuple[Sequence[Any], Sequence[Any]]] = {}
+    last: tuple[Sequence[Any] | None, Sequence[Any] | None] = (None, None)
     steps = (volume.affine[:3, axis] / np.linalg.norm(volume.affine[:3, axis]) for axis in (2, 1))
     cosines, spacing = [_decimal(v) for step in steps for v in step], [_decimal(v) for v in volume.spacing_mm[1:]]
     for k, uid in enumerate(volume.sop_instance_uids):
@@ -356,6 +357,9 @@ def _axes(volume: Volume, by_uid: Mapping[str, Dataset]) -> tuple[Sequence[objec
                 _of_functional_groups(header, number, "ImageOrientationPatient") or cosines,
                 _of_functional_groups(header, number, "PixelSpacing") or spacing,
             )
+        if said[0] is last[0] and said[1] is last[1]:  # headers of a series share what is equal
+            continue
+        last = said
         known.setdefault((*map(float, said[0]), *map(float, said[1])), said)
     return min(known.values(), key=lambda said: _distance(said[0], said[1], volume))
 

@@ -19,7 +19,13 @@ from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentDescr
 from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, ExplicitVRLittleEndian, RLELossless, SegmentationStorage
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    ExplicitVRLittleEndian,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+)
 
 from dicomnode.findings import Code, Finding, Findings, ResultObject, RunIdentity, Volume
 from dicomnode.results import codes, frame_bytes, identity as uids, label_map, provenance
@@ -143,9 +149,12 @@ def _encoded(
 
 
 def _plain(image: Dataset, volume: Volume) -> Dataset:
-    """A plane as a classic image, whatever object it is a frame of: the encoder takes a frame's geometry from no other kind."""
+    """A plane as a classic image, whatever object it is a frame of: the encoder takes a frame's geometry from no other kind.
+
+    It looks at each attribute of the kind's IOD several times, and a secondary capture has few.
+    """
     plain = provenance.copied(image)
-    plain.SOPClassUID = ComputedRadiographyImageStorage if volume.is_projection else CTImageStorage
+    plain.SOPClassUID = ComputedRadiographyImageStorage if volume.is_projection else SecondaryCaptureImageStorage
     return plain
 
 
@@ -197,17 +206,20 @@ def _packed(frames: Sequence[tuple[Finding, int]], shape: tuple[int, int]) -> Pa
     crossing = [(number, finding, k) for number, (finding, k) in enumerate(frames) if label_map.crosses(finding, k)]
     if columns % 8:
         return [_pack_bits(crossing, shape, length)]
+    width, at, used = columns // 8, 0, 0
+    groups = [list(group) for _, group in groupby(crossing, key=lambda frame: frame[1].number)]
+    rows_of_all = np.zeros(sum(len(group) * group[0][1].segment.mask.shape[1] for group in groups) * width, dtype=np.uint8)
+    packed = rows_of_all.data
     parts: list[bytes | memoryview] = []
-    width, at = columns // 8, 0
-    for _, group in groupby(crossing, key=lambda frame: frame[1].number):
-        block = list(group)
-        row, high = block[0][1].segment.origin[1], block[0][1].segment.mask.shape[1]
-        packed, size = _pack_bytes(block, width), high * width
-        for rank, (number, _, _) in enumerate(block):
-            begin = (number * rows + row) * width
+    for group in groups:
+        row, high = group[0][1].segment.origin[1], group[0][1].segment.mask.shape[1]
+        size = high * width
+        _pack_bytes(group, rows_of_all[used : used + len(group) * size].reshape(len(group), high, width))
+        for number, _, _ in group:
+            begin = number * rows * width + row * width
             parts += _zeros(begin - at)
-            parts.append(packed[rank * size : (rank + 1) * size])
-            at = begin + size
+            parts.append(packed[used : used + size])
+            at, used = begin + size, used + size
     return [*parts, *_zeros(length - at)]
 
 
@@ -216,13 +228,12 @@ def _zeros(length: int) -> Parts:
     return [_NOTHING] * (length // len(_NOTHING)) + [_NOTHING[: length % len(_NOTHING)]]
 
 
-def _pack_bytes(frames: Sequence[tuple[int, Finding, int]], width: int) -> memoryview:
-    """Pack the rows of one finding's frames, `width` bytes each, where each row begins with a byte of its own: several at once."""
+def _pack_bytes(frames: Sequence[tuple[int, Finding, int]], whole: NDArray[np.uint8]) -> None:
+    """Pack the rows of one finding's frames into `whole` (frame, row, byte), where each row begins with a byte: several at once."""
     first, _, column = frames[0][1].segment.origin
     mask = frames[0][1].segment.mask
     _, high, wide = mask.shape
     left, right = column // 8, (column + wide + 7) // 8
-    whole = np.zeros((len(frames), high, width), dtype=np.uint8)
     at_once = max(1, _BLOCK_BYTES // (high * (right - left) * 8))
     bits = np.zeros((min(at_once, len(frames)), high, (right - left) * 8), dtype=np.bool_)
     for begin in range(0, len(frames), at_once):
@@ -232,7 +243,6 @@ def _pack_bytes(frames: Sequence[tuple[int, Finding, int]], width: int) -> memor
         bits[: len(block), :, column - left * 8 : column - left * 8 + wide] = there
         packed = np.packbits(bits[: len(block)].reshape(-1), bitorder="little").reshape(len(block), high, right - left)
         whole[begin : begin + len(block), :, left:right] = packed
-    return whole.reshape(-1).data
 
 
 def _pack_bits(frames: Sequence[tuple[int, Finding, int]], shape: tuple[int, int], length: int) -> memoryview:
