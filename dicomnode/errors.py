@@ -77,10 +77,18 @@ class ProcessingFailure(StoreRefused):
     transient = True
 
 
-class CommitmentRefused(NodeError):
-    """A message of the Storage Commitment Push Model (PS3.4 J.3) is answered with a failure status (PS3.7 C)."""
+class MessageRefused(NodeError):
+    """A message of a normalized service (PS3.7 10) is answered with a failure status (PS3.7 C)."""
 
     dimse_status = 0x0110
+    error_id: int | None = None  # (0000,0903)
+    about = "message"  # in the log
+
+
+class CommitmentRefused(MessageRefused):
+    """A message of the Storage Commitment Push Model (PS3.4 J.3) is answered with a failure status."""
+
+    about = "storage commitment"
 
 
 class CommitmentFailure(CommitmentRefused):
@@ -132,10 +140,10 @@ class ResourceLimitation(CommitmentRefused):
     dimse_status = 0x0213  # PS3.7 C.5.19 Resource limitation
 
 
-class NoticeRefused(NodeError):
-    """A message of MPPS (PS3.4 F.7) or of instance availability (PS3.4 R) is answered with a failure status (PS3.7 C)."""
+class NoticeRefused(MessageRefused):
+    """A message of MPPS (PS3.4 F.7) or of instance availability (PS3.4 R) is answered with a failure status."""
 
-    dimse_status = 0x0110
+    about = "announcement"
 
 
 class AttributeValueInvalid(NoticeRefused):
@@ -148,6 +156,7 @@ class StepMayNotBeUpdated(NoticeRefused):
     """Performed Procedure Step Object may no longer be updated: it is COMPLETED or DISCONTINUED (Error ID A710)."""
 
     dimse_status = 0x0110  # PS3.4 F.7.2.2.2
+    error_id = 0xA710
 
 
 class NoticeFailure(NoticeRefused):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pydicom.uid import UID
 from dicomnode.config import ListenerSection, NodeSection, Settings, TlsSection, WebSection
 from dicomnode.engine import EngineClient
 from dicomnode.web.app import Web
-from pacs import free_port
+from pacs import http_server
 from storage import Storage, open_storage, prepare_storage
 from storage.records import Peer, Result
 
@@ -148,16 +147,8 @@ def deciding(
             self.end_headers()
             self.wfile.write(answer)
 
-    server = ThreadingHTTPServer((HOST, free_port()), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://{HOST}:{server.server_address[1]}/dicom-web", stored
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with http_server(Handler) as address:
+        yield f"{address}/dicom-web", stored
 
 
 def keep_as_results(storage: Storage, study_instance_uid: str, *files: bytes) -> None:

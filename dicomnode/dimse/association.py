@@ -20,10 +20,11 @@ from pynetdicom.pdu_primitives import P_DATA
 from pynetdicom.transport import AddressInformation
 
 from dicomnode.dimse import command as commands
-from dicomnode.dimse.commitment import answered, read_report, read_request, refused
+from dicomnode.dimse.commitment import answered, read_report, read_request
 from dicomnode.dimse.contexts import ANNOUNCEMENTS, STORAGE_COMMITMENT
 from dicomnode.dimse.conversation import RunningQuery
 from dicomnode.dimse.negotiation import USER_IDENTITY, Caller, Grants, UpperLayer, caller_of, loggable, user_identity
+from dicomnode.dimse.normalized import refused
 from dicomnode.dimse.pdu import (
     ABORT,
     INVALID_VALUE,
@@ -41,7 +42,7 @@ from dicomnode.dimse.pdu import (
     rejection,
     send_abort,
 )
-from dicomnode.dimse.performed import changed, created, refused as notice_refused
+from dicomnode.dimse.performed import changed, created
 from dicomnode.dimse.querying import is_query
 from dicomnode.dimse.scp import StoreRequest
 from dicomnode.dimse.storing import Store
@@ -420,14 +421,14 @@ class AcceptedAssociation(Association):  # type: ignore[misc]  # pynetdicom is u
         """Handle EVT_N_CREATE: a procedure step has begun, or instances are available."""
         service = self._listener.notices
         if service is None or not self._grants.stores:
-            return notice_refused(NoticeNotAuthorized("this AE may not announce anything")), None
+            return refused(NoticeNotAuthorized("this AE may not announce anything")), None
         return created(event, self._calling.strip(" "), service.announce)
 
     def _changed(self, event: Any) -> tuple[Dataset, None]:
         """Handle EVT_N_SET: a procedure step goes on or has ended."""
         service = self._listener.notices
         if service is None or not self._grants.stores:
-            return notice_refused(NoticeNotAuthorized("this AE may not announce anything")), None
+            return refused(NoticeNotAuthorized("this AE may not announce anything")), None
         return changed(event, self._calling.strip(" "), service.change)
 
     # everything else is pynetdicom's

@@ -5,18 +5,19 @@ Must never decide anything: what a message means is for whoever stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol
 
 from pydicom.dataset import Dataset
 
+from dicomnode.dimse import normalized
 from dicomnode.dimse.contexts import STORAGE_COMMITMENT, STORAGE_COMMITMENT_INSTANCE
 from dicomnode.dimse.scp import is_uid
 from dicomnode.errors import (
     CommitmentFailure,
-    CommitmentRefused,
     InvalidArgument,
     NoSuchAction,
     NoSuchClass,
@@ -25,9 +26,7 @@ from dicomnode.errors import (
     NotAuthorized,
     ResourceLimitation,
 )
-from dicomnode.logs import get_logger
 
-SUCCESS: Final = 0x0000
 MOST_REFERENCES: Final = 50_000  # in a message, whatever the settings say
 _REFERENCED_SOP_INSTANCE_UID: Final = b"\x08\x00\x55\x11"  # its tag, in both transfer syntaxes
 REQUEST: Final = 1  # the one action type, Request Storage Commitment
@@ -43,10 +42,6 @@ FAILURE_REASONS: Final[Mapping[int, str]] = {
     DUPLICATE_TRANSACTION: "duplicate transaction UID",
     0x0213: "resource limitation",
 }
-
-_log = get_logger(__name__)
-
-Message = TypeVar("Message")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,34 +86,7 @@ def failure_in_words(reason: int) -> str:
     return f"0x{reason:04X}" + (f" ({FAILURE_REASONS[reason]})" if reason in FAILURE_REASONS else "")
 
 
-def answered(read: Callable[[], Message], take: Callable[[Message], None]) -> Dataset:
-    """Read a message of storage commitment and take it; return its status, with an Error Comment if it isn't Success."""
-    try:
-        message = read()
-    except CommitmentRefused as refusal:
-        return refused(refusal)
-    except Exception:  # noqa: BLE001  the DIMSE boundary: what pydicom raises for bytes from a peer is not listed anywhere
-        _log.exception("a data set of storage commitment could not be read")
-        return refused(InvalidArgument("the data set is malformed"))
-    try:
-        take(message)
-    except CommitmentRefused as refusal:
-        return refused(refusal)
-    except Exception:  # noqa: BLE001  the DIMSE boundary
-        _log.exception("storage commitment failed")
-        return refused(CommitmentFailure("the node failed; send again later"))
-    status = Dataset()
-    status.Status = SUCCESS
-    return status
-
-
-def refused(refusal: CommitmentRefused) -> Dataset:
-    """The status that a refused message of storage commitment is answered with."""
-    _log.warning("storage commitment refused", status=f"0x{refusal.dimse_status:04X}", reason=str(refusal))
-    status = Dataset()
-    status.Status = refusal.dimse_status
-    status.ErrorComment = str(refusal)[:64]  # PS3.5 6.2 VR LO
-    return status
+answered = partial(normalized.answered, malformed=InvalidArgument, failed=CommitmentFailure)
 
 
 def action_information(transaction_uid: str, references: Sequence[Reference]) -> Dataset:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol
 
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from dicomnode.dimse.contexts import INSTANCE_AVAILABILITY, PERFORMED_PROCEDURE_STEP, storage_class
+from dicomnode.dimse.normalized import SUCCESS, answered
 from dicomnode.dimse.scp import is_uid
 from dicomnode.errors import (
     AttributeMissing,
@@ -22,15 +24,10 @@ from dicomnode.errors import (
     NoSuchPerformedClass,
     NoticeFailure,
     NoticeNotAuthorized,
-    NoticeRefused,
     NoticeTooLarge,
-    StepMayNotBeUpdated,
 )
-from dicomnode.logs import get_logger
 
-SUCCESS: Final = 0x0000
 MOST_REFERENCES: Final = 50_000  # in a message
-MAY_NO_LONGER_BE_UPDATED: Final = 0xA710  # PS3.4 F.7.2.2.2: Error ID (0000,0903) of a status 0110
 _REFERENCED_SOP_INSTANCE_UID: Final = b"\x08\x00\x55\x11"  # its tag, in both transfer syntaxes
 
 StepState = Literal["in progress", "completed", "discontinued"]
@@ -38,10 +35,6 @@ _STATES: Final[Mapping[str, StepState]] = {
     "IN PROGRESS": "in progress", "COMPLETED": "completed", "DISCONTINUED": "discontinued",
 }  # fmt: skip
 _AVAILABLE: Final = {"ONLINE": True, "NEARLINE": True, "OFFLINE": True, "UNAVAILABLE": False}  # PS3.3 C.4.23.1.1
-
-_log = get_logger(__name__)
-
-Message = TypeVar("Message")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,35 +84,7 @@ def changed(event: Any, ae_title: str, take: Callable[[StepChange], None]) -> tu
     return _answered(lambda: _read_change(event, ae_title), take), None
 
 
-def refused(refusal: NoticeRefused) -> Dataset:
-    """The status that a refused message is answered with."""
-    _log.warning("announcement refused", status=f"0x{refusal.dimse_status:04X}", reason=str(refusal))
-    status = Dataset()
-    status.Status = refusal.dimse_status
-    status.ErrorComment = str(refusal)[:64]  # PS3.5 6.2 VR LO
-    if isinstance(refusal, StepMayNotBeUpdated):
-        status.ErrorID = MAY_NO_LONGER_BE_UPDATED
-    return status
-
-
-def _answered(read: Callable[[], Message], take: Callable[[Message], None]) -> Dataset:
-    try:
-        message = read()
-    except NoticeRefused as refusal:
-        return refused(refusal)
-    except Exception:  # noqa: BLE001  the DIMSE boundary: what pydicom raises for bytes from a peer is not listed anywhere
-        _log.exception("a data set could not be read")
-        return refused(AttributeValueInvalid("the data set is malformed"))
-    try:
-        take(message)
-    except NoticeRefused as refusal:
-        return refused(refusal)
-    except Exception:  # noqa: BLE001  the DIMSE boundary
-        _log.exception("an announcement could not be taken")
-        return refused(NoticeFailure("the node failed; send again later"))
-    status = Dataset()
-    status.Status = SUCCESS
-    return status
+_answered = partial(answered, malformed=AttributeValueInvalid, failed=NoticeFailure)
 
 
 def _read_creation(event: Any, ae_title: str, uid: str) -> Announced:

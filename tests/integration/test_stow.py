@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from dicomnode.dimse.scu import Outgoing
 from dicomnode.errors import PeerUnavailable
 from dicomnode.stow import post_each, reach
 from dicomweb_site import HOST, PATIENCE_SECONDS, Site, deciding, file_of, serving
-from pacs import free_port
+from pacs import free_port, http_server
 from storage.records import Peer
 
 
@@ -98,16 +97,8 @@ def answering(status: int, body: bytes = b"", **headers: str) -> Iterator[tuple[
             self.end_headers()
             self.wfile.write(answer)
 
-    server = ThreadingHTTPServer((HOST, free_port()), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://{HOST}:{server.server_address[1]}/dicom-web", seen
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with http_server(Handler) as address:
+        yield f"{address}/dicom-web", seen
 
 
 @pytest.mark.parametrize(
